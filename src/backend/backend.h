@@ -1,0 +1,107 @@
+// The small interface between the model and the device that computes it: an operation is here only
+// because the model calls it. Implementations: src/backend/cpu (and src/backend/cuda).
+//
+// Activations are float32 matrices [rows, cols] in memory that the backend owns; a row is one
+// token of the ragged batch. Weights are prepared once and referred to by handle.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "backend/attention_variant.h"
+#include "base/tensor_view.h"
+#include "backend/batch.h"
+
+namespace sagelm {
+
+// Tokens per page of the KV cache: two 64-key attention tiles.
+inline constexpr int64_t kPageTokens = 128;
+
+// A dense row-major float32 matrix in the backend's memory, valid until the backend is destroyed.
+struct Matrix {
+  float* data = nullptr;
+  int64_t rows = 0;
+  int64_t cols = 0;
+};
+
+// Names a weight matrix that the backend has taken over and laid out for its products.
+struct WeightHandle {
+  int32_t index = -1;
+};
+
+struct KvLayout {
+  int64_t num_layers = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t num_pages = 0;  // of kPageTokens tokens each, shared by all layers
+  int64_t bytes() const {  // FP16 keys and values
+    return num_layers * num_pages * kPageTokens * num_kv_heads * head_dim * 2 * 2;
+  }
+};
+
+// The bytes of a KV cache; which page belongs to which sequence is the model's business.
+class KvStorage {
+ public:
+  virtual ~KvStorage() = default;
+};
+
+struct AttentionShape {
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  AttentionSpec spec;
+};
+
+// What scoring keeps of one row of logits.
+struct TokenScore {
+  float logprob = 0;   // natural log-probability of the target
+  int32_t argmax = 0;  // the most probable token (the lowest id among equals)
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual std::string device_name() const = 0;
+  // Bytes of weights and activations held now, the KV cache not counted.
+  virtual int64_t memory_bytes() const = 0;
+
+  // Memory.
+  virtual WeightHandle add_linear(std::span<const TensorView> stacked) = 0;  // rows concatenated
+  virtual WeightHandle add_vector(const TensorView& tensor) = 0;             // a norm's weight
+  virtual WeightHandle add_embedding(const TensorView& tensor) = 0;
+  virtual std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) = 0;
+  virtual Matrix scratch(int slot, int64_t rows, int64_t cols) = 0;  // one growing buffer per slot
+
+  // Operations. x and out never overlap unless said.
+  virtual void embed(WeightHandle table, std::span<const int32_t> tokens, Matrix out) = 0;
+  virtual void rmsnorm(Matrix x, WeightHandle weight, double eps, Matrix out) = 0;
+  virtual void linear(Matrix x, WeightHandle weight, Matrix out) = 0;      // out = x W^T
+  virtual void linear_add(Matrix x, WeightHandle weight, Matrix out) = 0;  // out += x W^T
+  virtual void swiglu(Matrix gate_up, Matrix out) = 0;  // out = silu(left half) * right half
+  virtual void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) = 0;
+
+  // Rotates the query and key columns of qkv [rows, q + k + v] in place by each row's position and
+  // appends keys and values to the pages of the row's sequence.
+  virtual void rope_append(Matrix qkv, const Batch& batch, const AttentionShape& shape,
+                           std::span<const float> inverse_frequencies, int64_t layer,
+                           KvStorage& kv) = 0;
+  // The query columns of qkv attend to the cached keys of their own sequence, causally with the
+  // last query row seeing the last key. out [rows, num_heads * head_dim].
+  virtual void attention(Matrix qkv, const Batch& batch, const AttentionShape& shape, int64_t layer,
+                         KvStorage& kv, Matrix out) = 0;
+
+  // Copies rows of logits to the host; throws Error naming the row if one is NaN or infinite.
+  virtual void read_logits(Matrix logits, std::span<float> out) = 0;
+  // Log-softmax at targets[i] of row i, in double precision; the same check.
+  virtual void score(Matrix logits, std::span<const int32_t> targets,
+                     std::span<TokenScore> out) = 0;
+  // True if every value is finite.
+  virtual bool all_finite(Matrix x) = 0;
+};
+
+}  // namespace sagelm

@@ -1,0 +1,225 @@
+#include "model/llama.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+#include "base/error.h"
+
+namespace sagelm {
+namespace {
+
+// Which scratch buffer holds what.
+enum Slot : int { kHidden, kNormed, kQkv, kAttended, kGateUp, kActivated, kGathered, kLogits };
+
+// Rows of logits computed at once when scoring: bounds the buffer to kScoreRows * vocab_size.
+constexpr int64_t kScoreRows = 256;
+
+void advance(std::span<const StepInput> inputs, const ModelConfig& config) {
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    Sequence& sequence = *inputs[i].sequence;
+    const auto count = static_cast<int64_t>(inputs[i].tokens.size());
+    try {
+      if (sequence.length() + count > config.max_position_embeddings) {
+        fail("{} tokens do not fit: the sequence holds {} and the model's context is {}", count,
+             sequence.length(), config.max_position_embeddings);
+      }
+      sequence.extend(count);
+    } catch (...) {
+      for (size_t j = 0; j < i; ++j) {
+        Sequence& done = *inputs[j].sequence;
+        done.truncate(done.length() - static_cast<int64_t>(inputs[j].tokens.size()));
+      }
+      throw;
+    }
+  }
+}
+
+void roll_back(std::span<const StepInput> inputs) {
+  for (const StepInput& input : inputs) {
+    input.sequence->truncate(input.sequence->length() - static_cast<int64_t>(input.tokens.size()));
+  }
+}
+
+}  // namespace
+
+std::vector<float> rope_inverse_frequencies(const ModelConfig& config) {
+  std::vector<float> result(static_cast<size_t>(config.head_dim / 2));
+  const RopeScaling& scaling = config.rope_scaling;
+  for (size_t i = 0; i < result.size(); ++i) {
+    const double exponent = 2.0 * static_cast<double>(i) / static_cast<double>(config.head_dim);
+    double frequency = 1.0 / std::pow(config.rope_theta, exponent);
+    if (scaling.type == RopeScaling::Type::kLinear) {
+      frequency /= scaling.factor;
+    } else if (scaling.type == RopeScaling::Type::kLlama3) {
+      // Long wavelengths are stretched by the factor, short ones kept, those between blended.
+      const double wavelength = 2.0 * std::numbers::pi / frequency;
+      const auto original = static_cast<double>(scaling.original_max_position_embeddings);
+      const double ratio = original / wavelength;
+      if (ratio < scaling.low_freq_factor) {
+        frequency /= scaling.factor;
+      } else if (ratio <= scaling.high_freq_factor) {
+        const double blend = (ratio - scaling.low_freq_factor) /
+                             (scaling.high_freq_factor - scaling.low_freq_factor);
+        frequency = (1.0 - blend) * frequency / scaling.factor + blend * frequency;
+      }
+    }
+    result[i] = static_cast<float>(frequency);
+  }
+  return result;
+}
+
+Llama::Llama(const ModelConfig& config, const ModelWeights& weights, Backend& backend,
+             const AttentionSpec& attention, const std::function<void(double)>& progress)
+    : config_(config),
+      spec_(attention),
+      backend_(&backend),
+      inverse_frequencies_(rope_inverse_frequencies(config)) {
+  embedding_ = backend.add_embedding(weights.embedding);
+  layers_.reserve(weights.layers.size());
+  for (const LayerWeights& from : weights.layers) {
+    Layer layer;
+    layer.input_norm = backend.add_vector(from.input_norm);
+    layer.qkv = backend.add_linear(std::vector{from.q_proj, from.k_proj, from.v_proj});
+    layer.o = backend.add_linear(std::span(&from.o_proj, 1));
+    layer.post_norm = backend.add_vector(from.post_norm);
+    layer.gate_up = backend.add_linear(std::vector{from.gate_proj, from.up_proj});
+    layer.down = backend.add_linear(std::span(&from.down_proj, 1));
+    layers_.push_back(layer);
+    if (progress) {
+      progress(static_cast<double>(layers_.size()) / static_cast<double>(weights.layers.size() + 1));
+    }
+  }
+  final_norm_ = backend.add_vector(weights.final_norm);
+  lm_head_ = backend.add_linear(std::span(&weights.lm_head, 1));
+  if (progress) progress(1.0);
+}
+
+KvCache Llama::make_cache(int64_t num_pages) {
+  return KvCache(*backend_, config_.num_layers, config_.num_kv_heads, config_.head_dim, num_pages);
+}
+
+Batch Llama::begin(std::span<const StepInput> inputs) {
+  advance(inputs, config_);
+  Batch batch;
+  for (const StepInput& input : inputs) {
+    SequenceChunk chunk;
+    chunk.first_row = batch.rows();
+    chunk.q_len = static_cast<int64_t>(input.tokens.size());
+    chunk.kv_len = input.sequence->length();
+    chunk.pages = input.sequence->pages();
+    batch.tokens.insert(batch.tokens.end(), input.tokens.begin(), input.tokens.end());
+    batch.sequences.push_back(chunk);
+  }
+  return batch;
+}
+
+Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, bool check) {
+  Backend& b = *backend_;
+  const int64_t rows = batch.rows();
+  const AttentionShape shape{config_.num_heads, config_.num_kv_heads, config_.head_dim, spec_};
+  const Matrix hidden = b.scratch(kHidden, rows, config_.hidden_size);
+  const Matrix normed = b.scratch(kNormed, rows, config_.hidden_size);
+  const Matrix qkv = b.scratch(kQkv, rows, config_.q_size() + 2 * config_.kv_size());
+  const Matrix attended = b.scratch(kAttended, rows, config_.q_size());
+  const Matrix gate_up = b.scratch(kGateUp, rows, 2 * config_.intermediate_size);
+  const Matrix activated = b.scratch(kActivated, rows, config_.intermediate_size);
+
+  b.embed(embedding_, batch.tokens, hidden);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Layer& layer = layers_[i];
+    const auto index = static_cast<int64_t>(i);
+    b.rmsnorm(hidden, layer.input_norm, config_.rms_norm_eps, normed);
+    b.linear(normed, layer.qkv, qkv);
+    b.rope_append(qkv, batch, shape, inverse_frequencies_, index, kv);
+    b.attention(qkv, batch, shape, index, kv, attended);
+    if (check && !b.all_finite(attended)) {
+      fail("NaN or Inf appears in the attention of layer {} ({})", i, describe_attention(spec_));
+    }
+    b.linear_add(attended, layer.o, hidden);
+    b.rmsnorm(hidden, layer.post_norm, config_.rms_norm_eps, normed);
+    b.linear(normed, layer.gate_up, gate_up);
+    b.swiglu(gate_up, activated);
+    b.linear_add(activated, layer.down, hidden);
+    if (check && !b.all_finite(hidden)) {
+      fail("NaN or Inf appears in the output of layer {}", i);
+    }
+  }
+  return hidden;
+}
+
+Matrix Llama::head(Matrix hidden, std::span<const int32_t> rows) {
+  Backend& b = *backend_;
+  const auto count = static_cast<int64_t>(rows.size());
+  const Matrix gathered = b.scratch(kGathered, count, config_.hidden_size);
+  const Matrix normed = b.scratch(kNormed, count, config_.hidden_size);
+  const Matrix logits = b.scratch(kLogits, count, config_.vocab_size);
+  b.gather_rows(hidden, rows, gathered);
+  b.rmsnorm(gathered, final_norm_, config_.rms_norm_eps, normed);
+  b.linear(normed, lm_head_, logits);
+  return logits;
+}
+
+template <typename Function>
+void Llama::run(std::span<const StepInput> inputs, const Function& read) {
+  if (inputs.empty()) return;
+  const Batch batch = begin(inputs);
+  KvStorage& kv = inputs.front().sequence->cache().storage();
+  try {
+    const Matrix hidden = run_layers(batch, kv, false);
+    try {
+      read(hidden, batch);
+    } catch (const Error&) {
+      // The logits are not finite: run again with a check after each step, to name the layer.
+      run_layers(batch, kv, true);
+      throw;
+    }
+  } catch (...) {
+    roll_back(inputs);
+    throw;
+  }
+}
+
+std::vector<float> Llama::step(std::span<const StepInput> inputs) {
+  std::vector<float> logits(inputs.size() * static_cast<size_t>(config_.vocab_size));
+  run(inputs, [&](Matrix hidden, const Batch& batch) {
+    std::vector<int32_t> rows;
+    for (const SequenceChunk& sequence : batch.sequences) {
+      rows.push_back(static_cast<int32_t>(sequence.first_row + sequence.q_len - 1));
+    }
+    backend_->read_logits(head(hidden, rows), logits);
+  });
+  return logits;
+}
+
+std::vector<std::vector<TokenScore>> Llama::score(std::span<const StepInput> inputs,
+                                                  std::span<const int64_t> first_scored) {
+  std::vector<std::vector<TokenScore>> scores(inputs.size());
+  run(inputs, [&](Matrix hidden, const Batch& batch) {
+    // The logits of a row predict the token of the next one.
+    std::vector<int32_t> rows, targets;
+    std::vector<TokenScore*> places;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const StepInput& input = inputs[i];
+      const size_t length = input.tokens.size();
+      scores[i].resize(length + (input.next_token >= 0 ? 1 : 0));
+      const int64_t first = first_scored.empty() ? 1 : std::max<int64_t>(1, first_scored[i]);
+      for (auto j = static_cast<size_t>(first); j < scores[i].size(); ++j) {
+        rows.push_back(static_cast<int32_t>(batch.sequences[i].first_row + static_cast<int64_t>(j) - 1));
+        targets.push_back(j < length ? input.tokens[j] : input.next_token);
+        places.push_back(&scores[i][j]);
+      }
+    }
+    std::vector<TokenScore> block(kScoreRows);
+    for (size_t begin = 0; begin < rows.size(); begin += kScoreRows) {
+      const size_t count = std::min<size_t>(kScoreRows, rows.size() - begin);
+      const Matrix logits = head(hidden, std::span(rows).subspan(begin, count));
+      backend_->score(logits, std::span(targets).subspan(begin, count),
+                      std::span(block).first(count));
+      for (size_t k = 0; k < count; ++k) *places[begin + k] = block[k];
+    }
+  });
+  return scores;
+}
+
+}  // namespace sagelm

@@ -1,0 +1,76 @@
+// The Llama forward pass over ragged batches (Llama 2, arXiv:2307.09288; GQA, RoPE and SwiGLU as in
+// transformers' modeling_llama.py). It does not know which device or attention kernel runs.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "backend/backend.h"
+#include "base/model_spec.h"
+#include "backend/batch.h"
+#include "model/kv_cache.h"
+
+namespace sagelm {
+
+// What to compute for one sequence in a step.
+struct StepInput {
+  Sequence* sequence = nullptr;
+  std::span<const int32_t> tokens;  // appended to the sequence; not empty
+  int32_t next_token = -1;  // when scoring: the token after these, scored too though not appended
+};
+
+class Llama {
+ public:
+  // Hands the weights to the backend; the views are not used after construction. progress, if set,
+  // is called with the fraction done, 0 to 1.
+  Llama(const ModelConfig& config, const ModelWeights& weights, Backend& backend,
+        const AttentionSpec& attention, const std::function<void(double)>& progress = {});
+
+  const ModelConfig& config() const { return config_; }
+  const AttentionSpec& attention() const { return spec_; }
+  void set_attention(const AttentionSpec& attention) { spec_ = attention; }
+  Backend& backend() { return *backend_; }
+  KvCache make_cache(int64_t num_pages);
+
+  // All inputs' sequences are of one cache and distinct.
+
+  // Appends every input's tokens to its sequence and returns the logits after each input's last
+  // token: [inputs.size(), vocab_size]. Throws Error (NaN or Inf: names the layer; cache full;
+  // context beyond the model's) and leaves the sequences' lengths as they were.
+  std::vector<float> step(std::span<const StepInput> inputs);
+
+  // Appends tokens likewise and scores them given all before them in their sequence: out[i][j] is
+  // about inputs[i].tokens[j] for j >= max(1, first_scored[i]), earlier entries hold zeros, and
+  // out[i][tokens.size()] is about next_token where that is given. So a text is scored in chunks of
+  // any size by passing each chunk the first token of the following one.
+  std::vector<std::vector<TokenScore>> score(std::span<const StepInput> inputs,
+                                             std::span<const int64_t> first_scored = {});
+
+ private:
+  struct Layer {
+    WeightHandle input_norm, qkv, o, post_norm, gate_up, down;
+  };
+
+  Batch begin(std::span<const StepInput> inputs);
+  // With check, throws Error naming the first layer whose results are not finite.
+  Matrix run_layers(const Batch& batch, KvStorage& kv, bool check);
+  Matrix head(Matrix hidden, std::span<const int32_t> rows);
+  // Runs the layers over the inputs and hands the hidden states to read.
+  template <typename Function>
+  void run(std::span<const StepInput> inputs, const Function& read);
+
+  ModelConfig config_;
+  AttentionSpec spec_;
+  Backend* backend_;
+  std::vector<float> inverse_frequencies_;
+  WeightHandle embedding_, final_norm_, lm_head_;
+  std::vector<Layer> layers_;
+};
+
+// One inverse frequency per pair of rotated dimensions, [head_dim / 2], with the config's scaling.
+std::vector<float> rope_inverse_frequencies(const ModelConfig& config);
+
+}  // namespace sagelm
