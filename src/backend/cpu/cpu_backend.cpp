@@ -1,0 +1,299 @@
+#include "backend/cpu/cpu_backend.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "backend/cpu/attention.h"
+#include "backend/cpu/linear.h"
+#include "backend/cpu/ops.h"
+#include "base/dtype.h"
+#include "base/error.h"
+
+namespace sagelm {
+namespace {
+
+struct FreeDeleter {
+  void operator()(void* pointer) const { std::free(pointer); }
+};
+
+// Keys and values in FP16, [layer][page][kv_head][kPageTokens][head_dim] each. Memory is committed
+// by the system when a page is first written.
+class CpuKv : public KvStorage {
+ public:
+  explicit CpuKv(const KvLayout& layout)
+      : page_elements(layout.num_kv_heads * kPageTokens * layout.head_dim),
+        layer_elements(page_elements * layout.num_pages) {
+    const auto elements = static_cast<size_t>(layer_elements * layout.num_layers);
+    keys.reset(static_cast<uint16_t*>(std::calloc(elements, sizeof(uint16_t))));
+    values.reset(static_cast<uint16_t*>(std::calloc(elements, sizeof(uint16_t))));
+    if (keys == nullptr || values == nullptr) {
+      fail("no memory for a KV cache of {:.1f} GiB ({} pages of {} tokens); use a smaller --ctx",
+           static_cast<double>(layout.bytes()) / (1 << 30), layout.num_pages, kPageTokens);
+    }
+  }
+
+  int64_t page_elements;
+  int64_t layer_elements;
+  std::unique_ptr<uint16_t, FreeDeleter> keys, values;
+};
+
+std::vector<float> to_floats(const TensorView& tensor) {
+  std::vector<float> out(static_cast<size_t>(tensor.num_elements()));
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (tensor.dtype == DType::kF32) {
+      std::memcpy(&out[i], tensor.data + 4 * i, sizeof(float));
+    } else {
+      uint16_t raw;
+      std::memcpy(&raw, tensor.data + 2 * i, sizeof raw);
+      out[i] = tensor.dtype == DType::kF16 ? half_to_float(raw) : bfloat16_to_float(raw);
+    }
+  }
+  return out;
+}
+
+class CpuBackend : public Backend {
+ public:
+  explicit CpuBackend(int threads) {
+    omp_set_num_threads(threads > 0 ? threads : omp_get_num_procs());
+  }
+
+  std::string device_name() const override {
+    return fmt::format("cpu ({} thread{}, {} attention, {} products)", omp_get_max_threads(),
+                       omp_get_max_threads() == 1 ? "" : "s", cpu::attention_isa(),
+                       linear_.uses_bf16() ? "BF16" : "F32");
+  }
+
+  int64_t memory_bytes() const override {
+    int64_t bytes = weight_bytes_;
+    for (const auto& buffer : scratch_) bytes += static_cast<int64_t>(buffer.size() * sizeof(float));
+    return bytes;
+  }
+
+  WeightHandle add_linear(std::span<const TensorView> stacked) override {
+    linears_.push_back(linear_.pack(stacked));
+    weight_bytes_ += static_cast<int64_t>(linears_.back().packed.get_desc().get_size());
+    return {static_cast<int32_t>(linears_.size()) - 1};
+  }
+
+  WeightHandle add_vector(const TensorView& tensor) override {
+    vectors_.push_back(to_floats(tensor));
+    weight_bytes_ += static_cast<int64_t>(vectors_.back().size() * sizeof(float));
+    return {static_cast<int32_t>(vectors_.size()) - 1};
+  }
+
+  WeightHandle add_embedding(const TensorView& tensor) override {
+    embeddings_.push_back(
+        {tensor.dtype, tensor.shape.at(0), std::vector<std::byte>(tensor.data, tensor.data + tensor.bytes)});
+    weight_bytes_ += static_cast<int64_t>(tensor.bytes);
+    return {static_cast<int32_t>(embeddings_.size()) - 1};
+  }
+
+  std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) override {
+    return std::make_unique<CpuKv>(layout);
+  }
+
+  Matrix scratch(int slot, int64_t rows, int64_t cols) override {
+    const auto index = static_cast<size_t>(slot);
+    if (index >= scratch_.size()) scratch_.resize(index + 1);
+    const auto needed = static_cast<size_t>((rows + cpu::kRowPadding) * cols);
+    if (scratch_[index].size() < needed) scratch_[index].resize(needed);
+    return {scratch_[index].data(), rows, cols};
+  }
+
+  void embed(WeightHandle table, std::span<const int32_t> tokens, Matrix out) override {
+    const Embedding& embedding = embeddings_[static_cast<size_t>(table.index)];
+    const size_t row_bytes = dtype_size(embedding.dtype) * static_cast<size_t>(out.cols);
+    for (int64_t row = 0; row < out.rows; ++row) {
+      const int32_t token = tokens[static_cast<size_t>(row)];
+      if (token < 0 || token >= embedding.rows) {
+        fail("token id {} is outside the model's vocabulary of {}", token, embedding.rows);
+      }
+      TensorView view;
+      view.dtype = embedding.dtype;
+      view.shape = {out.cols};
+      view.data = embedding.bytes.data() + static_cast<size_t>(token) * row_bytes;
+      view.bytes = row_bytes;
+      const std::vector<float> values = to_floats(view);
+      std::copy(values.begin(), values.end(), out.data + row * out.cols);
+    }
+  }
+
+  void rmsnorm(Matrix x, WeightHandle weight, double eps, Matrix out) override {
+    const float* scale = vectors_[static_cast<size_t>(weight.index)].data();
+    for_rows(x.rows, [&](int64_t row) {
+      cpu::ops().rmsnorm(x.data + row * x.cols, scale, x.cols, eps, out.data + row * x.cols);
+    });
+  }
+
+  void linear(Matrix x, WeightHandle weight, Matrix out) override {
+    linear_.run(x.data, x.rows, linears_[static_cast<size_t>(weight.index)], out.data, false);
+  }
+
+  void linear_add(Matrix x, WeightHandle weight, Matrix out) override {
+    linear_.run(x.data, x.rows, linears_[static_cast<size_t>(weight.index)], out.data, true);
+  }
+
+  void swiglu(Matrix gate_up, Matrix out) override {
+    for_rows(out.rows, [&](int64_t row) {
+      const float* gate = gate_up.data + row * gate_up.cols;
+      cpu::ops().swiglu(gate, gate + out.cols, out.cols, out.data + row * out.cols);
+    });
+  }
+
+  void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) override {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      std::copy_n(x.data + rows[i] * x.cols, x.cols,
+                  out.data + static_cast<int64_t>(i) * x.cols);
+    }
+  }
+
+  void rope_append(Matrix qkv, const Batch& batch, const AttentionShape& shape,
+                   std::span<const float> inverse_frequencies, int64_t layer,
+                   KvStorage& kv) override {
+    auto& cache = static_cast<CpuKv&>(kv);
+    const int64_t dim = shape.head_dim;
+    const int64_t half = dim / 2;
+    const int64_t num_rotated = shape.num_heads + shape.num_kv_heads;
+    for (const SequenceChunk& sequence : batch.sequences) {
+      grow_rotations(sequence.kv_len, inverse_frequencies);
+      for_rows(sequence.q_len, [&](int64_t i) {
+        const int64_t position = sequence.q_start() + i;
+        const float* cosine = rotations_.data() + position * dim;
+        float* row = qkv.data + (sequence.first_row + i) * qkv.cols;
+        for (int64_t head = 0; head < num_rotated; ++head) {
+          cpu::ops().rope(row + head * dim, cosine, cosine + half, half);
+        }
+        const float* key = row + shape.num_heads * dim;
+        const float* value = row + num_rotated * dim;
+        const int64_t page = sequence.pages[static_cast<size_t>(position / kPageTokens)];
+        const int64_t at = layer * cache.layer_elements + page * cache.page_elements +
+                           position % kPageTokens * dim;
+        for (int64_t head = 0; head < shape.num_kv_heads; ++head) {
+          const int64_t to = at + head * kPageTokens * dim;
+          cpu::ops().half_from_float(key + head * dim, dim, cache.keys.get() + to);
+          cpu::ops().half_from_float(value + head * dim, dim, cache.values.get() + to);
+        }
+      });
+    }
+  }
+
+  void attention(Matrix qkv, const Batch& batch, const AttentionShape& shape, int64_t layer,
+                 KvStorage& kv, Matrix out) override {
+    auto& cache = static_cast<CpuKv&>(kv);
+    std::vector<cpu::AttentionArgs> arguments;
+    arguments.reserve(batch.sequences.size());
+    size_t num_pages = 0;
+    for (const SequenceChunk& sequence : batch.sequences) num_pages += sequence.pages.size();
+    std::vector<const uint16_t*> key_pages, value_pages;
+    key_pages.reserve(num_pages);
+    value_pages.reserve(num_pages);
+    for (const SequenceChunk& sequence : batch.sequences) {
+      const size_t first = key_pages.size();
+      for (int32_t page : sequence.pages) {
+        const int64_t at = layer * cache.layer_elements + page * cache.page_elements;
+        key_pages.push_back(cache.keys.get() + at);
+        value_pages.push_back(cache.values.get() + at);
+      }
+      cpu::AttentionArgs args;
+      args.q = qkv.data + sequence.first_row * qkv.cols;
+      args.q_row_stride = qkv.cols;
+      args.out = out.data + sequence.first_row * out.cols;
+      args.out_row_stride = out.cols;
+      args.kv.k_pages = std::span(key_pages).subspan(first);
+      args.kv.v_pages = std::span(value_pages).subspan(first);
+      args.kv.page_size = kPageTokens;
+      args.q_len = sequence.q_len;
+      args.kv_len = sequence.kv_len;
+      args.num_heads = shape.num_heads;
+      args.num_kv_heads = shape.num_kv_heads;
+      args.head_dim = shape.head_dim;
+      args.softmax_scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(shape.head_dim)));
+      args.causal = true;
+      arguments.push_back(args);
+    }
+    cpu::attention(arguments, shape.spec);
+  }
+
+  void read_logits(Matrix logits, std::span<float> out) override {
+    for (int64_t row = 0; row < logits.rows; ++row) {
+      if (!cpu::ops().all_finite(logits.data + row * logits.cols, logits.cols)) {
+        fail("the logits of row {} hold NaN or Inf", row);
+      }
+    }
+    std::copy_n(logits.data, logits.rows * logits.cols, out.begin());
+  }
+
+  void score(Matrix logits, std::span<const int32_t> targets, std::span<TokenScore> out) override {
+    std::atomic<int64_t> bad_row = -1;
+    for_rows(logits.rows, [&](int64_t row) {
+      const float* x = logits.data + row * logits.cols;
+      int64_t argmax = 0;
+      const double total = cpu::ops().log_sum_exp(x, logits.cols, &argmax);
+      if (std::isnan(total)) bad_row = row;
+      const auto index = static_cast<size_t>(row);
+      out[index] = {static_cast<float>(static_cast<double>(x[targets[index]]) - total),
+                    static_cast<int32_t>(argmax)};
+    });
+    if (bad_row >= 0) fail("the logits of row {} hold NaN or Inf", bad_row.load());
+  }
+
+  bool all_finite(Matrix x) override {
+    return cpu::ops().all_finite(x.data, x.rows * x.cols);
+  }
+
+ private:
+  struct Embedding {
+    DType dtype;
+    int64_t rows;
+    std::vector<std::byte> bytes;
+  };
+
+  // Rows in parallel where that is worth a barrier.
+  template <typename Function>
+  static void for_rows(int64_t rows, const Function& function) {
+    constexpr int64_t kWorthThreads = 16;
+#pragma omp parallel for if (rows >= kWorthThreads)
+    for (int64_t row = 0; row < rows; ++row) function(row);
+  }
+
+  // cos and sin of every position below `positions`, [position][2][head_dim / 2]. The angle is
+  // rounded to float32 first, as transformers computes it.
+  void grow_rotations(int64_t positions, std::span<const float> inverse_frequencies) {
+    const size_t half = inverse_frequencies.size();
+    auto position = static_cast<int64_t>(rotations_.size() / (2 * half));
+    if (position >= positions) return;
+    rotations_.resize(static_cast<size_t>(positions) * 2 * half);
+    for (; position < positions; ++position) {
+      float* row = rotations_.data() + static_cast<size_t>(position) * 2 * half;
+      for (size_t i = 0; i < half; ++i) {
+        const float angle = static_cast<float>(position) * inverse_frequencies[i];
+        row[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
+        row[half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+      }
+    }
+  }
+
+  cpu::LinearEngine linear_;
+  std::vector<cpu::LinearWeight> linears_;
+  std::vector<std::vector<float>> vectors_;
+  std::vector<Embedding> embeddings_;
+  std::vector<std::vector<float>> scratch_;
+  std::vector<float> rotations_;
+  int64_t weight_bytes_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend(int threads) {
+  return std::make_unique<CpuBackend>(threads);
+}
+
+}  // namespace sagelm

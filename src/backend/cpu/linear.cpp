@@ -1,0 +1,152 @@
+#include "backend/cpu/linear.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <unordered_map>
+
+#include "backend/cpu/ops.h"
+#include "base/dtype.h"
+#include "base/error.h"
+
+namespace sagelm::cpu {
+namespace {
+
+using dnnl::memory;
+
+// Up to this many rows (one decode step) high and low halves go through one product, so that the
+// weights are read once; beyond it two products of rounded row counts move fewer bytes.
+constexpr int64_t kStackedRows = 16;
+
+int64_t rounded_rows(int64_t rows) {
+  return rows <= kStackedRows ? rows : (rows + kRowPadding - 1) / kRowPadding * kRowPadding;
+}
+
+void widen(const TensorView& tensor, float* out) {
+  const int64_t count = tensor.num_elements();
+  if (tensor.dtype == DType::kF32) {
+    std::memcpy(out, tensor.data, tensor.bytes);
+    return;
+  }
+  const bool is_half = tensor.dtype == DType::kF16;
+#pragma omp parallel for
+  for (int64_t i = 0; i < count; ++i) {
+    uint16_t raw;
+    std::memcpy(&raw, tensor.data + 2 * i, sizeof raw);
+    out[i] = is_half ? half_to_float(raw) : bfloat16_to_float(raw);
+  }
+}
+
+}  // namespace
+
+bool cpu_has_bf16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+  return false;
+#endif
+}
+
+LinearEngine::LinearEngine()
+    : engine_(dnnl::engine::kind::cpu, 0), stream_(engine_), uses_bf16_(cpu_has_bf16()) {}
+
+LinearWeight LinearEngine::pack(std::span<const TensorView> stacked) {
+  LinearWeight weight;
+  weight.in_features = stacked.front().shape.at(1);
+  weight.bf16 = uses_bf16_;
+  for (const TensorView& tensor : stacked) {
+    weight.out_features += tensor.shape.at(0);
+    weight.bf16 = weight.bf16 && tensor.dtype == DType::kBF16;
+  }
+  const auto type = weight.bf16 ? memory::data_type::bf16 : memory::data_type::f32;
+  const size_t item = weight.bf16 ? 2 : 4;
+  const memory::dims shape = {weight.in_features, weight.out_features};
+  const memory::desc plain(shape, type, memory::format_tag::ba);
+  const auto staging = std::make_unique<std::byte[]>(plain.get_size());
+  std::byte* cursor = staging.get();
+  for (const TensorView& tensor : stacked) {
+    if (weight.bf16) {
+      std::memcpy(cursor, tensor.data, tensor.bytes);
+    } else {
+      widen(tensor, reinterpret_cast<float*>(cursor));
+    }
+    cursor += static_cast<size_t>(tensor.num_elements()) * item;
+  }
+  // One layout serves every row count: the one oneDNN prefers for a large product.
+  constexpr int64_t kTypicalRows = 256;
+  const memory::desc x({kTypicalRows, weight.in_features}, type, memory::format_tag::ab);
+  const memory::desc y({kTypicalRows, weight.out_features}, memory::data_type::f32,
+                       memory::format_tag::ab);
+  const memory::desc any(shape, type, memory::format_tag::any);
+  const dnnl::matmul::primitive_desc chosen(dnnl::matmul::desc(x, any, y), engine_);
+  weight.packed = memory(chosen.weights_desc(), engine_);
+  memory source(plain, engine_, staging.get());
+  dnnl::reorder(source, weight.packed).execute(stream_, source, weight.packed);
+  stream_.wait();
+  return weight;
+}
+
+const LinearEngine::Plan& LinearEngine::plan(const LinearWeight& weight, int64_t rows,
+                                             bool accumulate) {
+  const PlanKey key{weight.in_features, weight.out_features, rows, weight.bf16, accumulate};
+  if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
+  Plan plan;
+  const auto type = weight.bf16 ? memory::data_type::bf16 : memory::data_type::f32;
+  plan.x = memory::desc({rows, weight.in_features}, type, memory::format_tag::ab);
+  plan.y = memory::desc({rows, weight.out_features}, memory::data_type::f32,
+                        memory::format_tag::ab);
+  dnnl::primitive_attr attributes;
+  if (accumulate) {
+    dnnl::post_ops sum;
+    sum.append_sum(1.0f);
+    attributes.set_post_ops(sum);
+  }
+  plan.product = dnnl::matmul(dnnl::matmul::primitive_desc(
+      dnnl::matmul::desc(plan.x, weight.packed.get_desc(), plan.y), attributes, engine_));
+  return plans_.emplace(key, std::move(plan)).first->second;
+}
+
+void LinearEngine::execute(const LinearWeight& weight, int64_t rows, const void* x, float* y,
+                           bool accumulate) {
+  const Plan& chosen = plan(weight, rows, accumulate);
+  const memory source(chosen.x, engine_, const_cast<void*>(x));
+  const memory result(chosen.y, engine_, y);
+  chosen.product.execute(stream_, {{DNNL_ARG_SRC, source},
+                                   {DNNL_ARG_WEIGHTS, weight.packed},
+                                   {DNNL_ARG_DST, result}});
+  stream_.wait();
+}
+
+void LinearEngine::run(const float* x, int64_t rows, const LinearWeight& weight, float* out,
+                       bool accumulate) {
+  const int64_t in = weight.in_features;
+  const int64_t padded = rounded_rows(rows);
+  if (!weight.bf16) {
+    if (padded != rows) {
+      padded_.resize(static_cast<size_t>(padded * in));
+      std::copy_n(x, rows * in, padded_.begin());
+      x = padded_.data();
+    }
+    execute(weight, padded, x, out, accumulate);
+    return;
+  }
+  split_.resize(static_cast<size_t>(2 * padded * in));
+  uint16_t* high = split_.data();
+  uint16_t* low = high + padded * in;
+  const Ops& op = ops();
+#pragma omp parallel for if (rows > kStackedRows)
+  for (int64_t row = 0; row < rows; ++row) {
+    op.split_bf16(x + row * in, in, high + row * in, low + row * in);
+  }
+  if (rows > kStackedRows) {
+    execute(weight, padded, high, out, accumulate);
+    execute(weight, padded, low, out, true);
+    return;
+  }
+  const int64_t count = rows * weight.out_features;
+  stacked_.resize(static_cast<size_t>(2 * count));
+  execute(weight, 2 * rows, high, stacked_.data(), false);
+  (accumulate ? op.accumulate : op.add)(stacked_.data(), stacked_.data() + count, count, out);
+}
+
+}  // namespace sagelm::cpu

@@ -1,0 +1,66 @@
+// Matrix products of the CPU backend, all of them oneDNN's.
+//
+// BF16 weights on a CPU with BF16 units: each activation is split into two BF16 numbers that
+// together hold 16 significant bits, and both are multiplied with the weights as stored,
+// accumulating in float32. That costs two products, runs several times faster than one float32
+// product on AMX, and keeps log-probabilities within 1e-3 of float32 arithmetic. Everything else
+// runs in float32.
+#pragma once
+
+#include <oneapi/dnnl/dnnl.hpp>
+
+#include <cstdint>
+#include <map>
+#include <span>
+#include <tuple>
+#include <vector>
+
+#include "base/tensor_view.h"
+
+namespace sagelm::cpu {
+
+// Output buffers must have room for this many rows beyond their own: products of more than a few
+// rows are rounded up so that few different kernels are generated.
+inline constexpr int64_t kRowPadding = 64;
+
+struct LinearWeight {
+  int64_t in_features = 0;
+  int64_t out_features = 0;
+  bool bf16 = false;
+  dnnl::memory packed;
+};
+
+class LinearEngine {
+ public:
+  LinearEngine();
+
+  // Stacks [out_i, in] tensors by rows and packs them for oneDNN.
+  LinearWeight pack(std::span<const TensorView> stacked);
+  // out [rows, out_features] = (accumulate ? out : 0) + x [rows, in_features] * W^T.
+  void run(const float* x, int64_t rows, const LinearWeight& weight, float* out, bool accumulate);
+
+  bool uses_bf16() const { return uses_bf16_; }
+
+ private:
+  struct Plan {
+    dnnl::matmul product;
+    dnnl::memory::desc x, y;
+  };
+  using PlanKey = std::tuple<int64_t, int64_t, int64_t, bool, bool>;
+
+  const Plan& plan(const LinearWeight& weight, int64_t rows, bool accumulate);
+  void execute(const LinearWeight& weight, int64_t rows, const void* x, float* y, bool accumulate);
+
+  dnnl::engine engine_;
+  dnnl::stream stream_;
+  bool uses_bf16_;
+  std::map<PlanKey, Plan> plans_;
+  std::vector<uint16_t> split_;   // high halves of all rows, then the low ones
+  std::vector<float> padded_;     // float32 activations when rows are padded
+  std::vector<float> stacked_;    // results of high and low halves in one small product
+};
+
+// Whether the CPU multiplies BF16 natively.
+bool cpu_has_bf16();
+
+}  // namespace sagelm::cpu
