@@ -1,0 +1,248 @@
+#include "checkpoint/checkpoint.h"
+
+#include <cstring>
+#include <set>
+#include <string_view>
+
+#include "base/error.h"
+#include "checkpoint/config.h"
+#include "checkpoint/json_bytes.h"
+#include "checkpoint/safetensors.h"
+
+namespace sagelm {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string_view text_of(const MappedFile& file) {
+  return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
+}
+
+// All tensors of a checkpoint by name, each to be taken once.
+class TensorTable {
+ public:
+  void add(SafetensorsFile file, const std::string& where) {
+    for (auto& [name, view] : file.tensors) {
+      if (!tensors_.emplace(name, std::move(view)).second) {
+        fail("{}: tensor {} stands in two files", where, name);
+      }
+    }
+    other_types_.merge(file.other_types);
+  }
+
+  bool has(const std::string& name) const { return tensors_.contains(name); }
+
+  TensorView take(const std::string& name, const std::vector<int64_t>& shape,
+                  const std::string& where) {
+    const auto found = tensors_.find(name);
+    if (found == tensors_.end()) {
+      if (const auto other = other_types_.find(name); other != other_types_.end()) {
+        fail("{}: tensor {} is {}; F32, F16 and BF16 are supported", where, name, other->second);
+      }
+      fail("{}: tensor {} is missing", where, name);
+    }
+    const TensorView view = found->second;
+    if (view.shape != shape) {
+      fail("{}: tensor {} is [{}], and config.json makes it [{}]", where, name,
+           fmt::join(view.shape, ", "), fmt::join(shape, ", "));
+    }
+    taken_.insert(name);
+    return view;
+  }
+
+  // What is left must be something that is known to be safe to ignore.
+  void check_rest(bool tied, const std::string& where) const {
+    const auto check = [&](const std::string& name) {
+      if (taken_.contains(name) || name.ends_with(".rotary_emb.inv_freq") ||
+          (tied && name == "lm_head.weight")) {
+        return;
+      }
+      fail("{}: tensor {} has no place in the model that config.json describes", where, name);
+    };
+    for (const auto& [name, view] : tensors_) check(name);
+    for (const auto& [name, dtype] : other_types_) check(name);
+  }
+
+ private:
+  std::map<std::string, TensorView> tensors_;
+  std::map<std::string, std::string> other_types_;
+  std::set<std::string> taken_;
+};
+
+// File names of the shards that an index names, each checked to be a plain name.
+std::map<std::string, std::set<std::string>> read_index(const fs::path& path) {
+  const MappedFile file = MappedFile::open(path);
+  const std::string where = path.string();
+  const nlohmann::json index = parse_json_object(text_of(file), where);
+  if (!index.contains("weight_map") || !index["weight_map"].is_object() ||
+      index["weight_map"].empty()) {
+    fail("{}: it has no weight_map", where);
+  }
+  std::map<std::string, std::set<std::string>> shards;
+  for (const auto& [tensor, shard] : index["weight_map"].items()) {
+    if (!shard.is_string()) fail("{}: the file of tensor {} is not a name", where, tensor);
+    const auto name = shard.get<std::string>();
+    if (name.empty() || name.front() == '.' || name.find('/') != std::string::npos ||
+        name.find('\0') != std::string::npos) {
+      fail("{}: tensor {} is in \"{}\", which is not the name of a file beside it", where, tensor,
+           name);
+    }
+    shards[name].insert(tensor);
+  }
+  return shards;
+}
+
+struct Location {
+  fs::path directory;
+  fs::path single;  // the one weights file; empty when there is an index
+  fs::path index;
+};
+
+Location locate(const fs::path& model) {
+  std::error_code ignored;
+  if (!fs::exists(model, ignored)) fail("{} does not exist", model.string());
+  if (!fs::is_directory(model, ignored)) {
+    if (model.extension() != ".safetensors") {
+      fail("{} is neither a model directory nor a .safetensors file", model.string());
+    }
+    const fs::path parent = model.parent_path();
+    return {parent.empty() ? fs::path(".") : parent, model, {}};
+  }
+  if (fs::exists(model / "model.safetensors", ignored)) {
+    return {model, model / "model.safetensors", {}};
+  }
+  if (fs::exists(model / "model.safetensors.index.json", ignored)) {
+    return {model, {}, model / "model.safetensors.index.json"};
+  }
+  fail("{} holds neither model.safetensors nor model.safetensors.index.json", model.string());
+}
+
+std::string model_name(const fs::path& model) {
+  const fs::path absolute = fs::weakly_canonical(fs::absolute(model));
+  return absolute.filename().string();
+}
+
+ModelWeights collect(TensorTable& table, const ModelConfig& c, const std::string& where) {
+  ModelWeights weights;
+  const auto take = [&](const std::string& name, std::vector<int64_t> shape) {
+    return table.take(name, shape, where);
+  };
+  weights.embedding = take("model.embed_tokens.weight", {c.vocab_size, c.hidden_size});
+  for (int64_t i = 0; i < c.num_layers; ++i) {
+    const std::string at = fmt::format("model.layers.{}.", i);
+    LayerWeights layer;
+    layer.input_norm = take(at + "input_layernorm.weight", {c.hidden_size});
+    layer.q_proj = take(at + "self_attn.q_proj.weight", {c.q_size(), c.hidden_size});
+    layer.k_proj = take(at + "self_attn.k_proj.weight", {c.kv_size(), c.hidden_size});
+    layer.v_proj = take(at + "self_attn.v_proj.weight", {c.kv_size(), c.hidden_size});
+    layer.o_proj = take(at + "self_attn.o_proj.weight", {c.hidden_size, c.q_size()});
+    layer.post_norm = take(at + "post_attention_layernorm.weight", {c.hidden_size});
+    layer.gate_proj = take(at + "mlp.gate_proj.weight", {c.intermediate_size, c.hidden_size});
+    layer.up_proj = take(at + "mlp.up_proj.weight", {c.intermediate_size, c.hidden_size});
+    layer.down_proj = take(at + "mlp.down_proj.weight", {c.hidden_size, c.intermediate_size});
+    weights.layers.push_back(std::move(layer));
+  }
+  weights.final_norm = take("model.norm.weight", {c.hidden_size});
+  if (c.tie_word_embeddings) {
+    weights.lm_head = weights.embedding;
+  } else if (!table.has("lm_head.weight")) {
+    fail("{}: tensor lm_head.weight is missing, and config.json does not set tie_word_embeddings",
+         where);
+  } else {
+    weights.lm_head = take("lm_head.weight", {c.vocab_size, c.hidden_size});
+  }
+  return weights;
+}
+
+template <typename Function>
+void for_each_tensor(const ModelWeights& weights, const Function& function) {
+  function(weights.embedding);
+  for (const LayerWeights& layer : weights.layers) {
+    for (const TensorView* tensor :
+         {&layer.input_norm, &layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj,
+          &layer.post_norm, &layer.gate_proj, &layer.up_proj, &layer.down_proj}) {
+      function(*tensor);
+    }
+  }
+  function(weights.final_norm);
+  if (weights.lm_head.data != weights.embedding.data) function(weights.lm_head);
+}
+
+// A value is finite unless all bits of its exponent are set.
+template <typename Word>
+int64_t first_non_finite(const TensorView& tensor, Word exponent) {
+  const int64_t count = tensor.num_elements();
+  int64_t first = count;
+#pragma omp parallel for reduction(min : first)
+  for (int64_t i = 0; i < count; ++i) {
+    Word word;
+    std::memcpy(&word, tensor.data + static_cast<size_t>(i) * sizeof(Word), sizeof(Word));
+    const int64_t here = (word & exponent) == exponent ? i : count;
+    first = here < first ? here : first;
+  }
+  return first < count ? first : -1;
+}
+
+}  // namespace
+
+Checkpoint Checkpoint::open(const std::filesystem::path& model) {
+  const Location location = locate(model);
+  Checkpoint checkpoint;
+  checkpoint.directory_ = location.directory;
+  const fs::path config_path = location.directory / "config.json";
+  const MappedFile config_file = MappedFile::open(config_path);
+  checkpoint.config_ = parse_config(text_of(config_file), config_path.string());
+  checkpoint.config_.name = model_name(model);
+
+  TensorTable table;
+  const auto add_file = [&](const fs::path& path, const std::set<std::string>* expected) {
+    checkpoint.files_.push_back(MappedFile::open(path));
+    SafetensorsFile file = parse_safetensors(checkpoint.files_.back().bytes(), path.string());
+    if (expected != nullptr) {
+      for (const std::string& name : *expected) {
+        if (!file.tensors.contains(name) && !file.other_types.contains(name)) {
+          fail("{}: tensor {} is not in it, though the index says so", path.string(), name);
+        }
+      }
+    }
+    table.add(std::move(file), path.string());
+  };
+  std::string where;
+  if (location.index.empty()) {
+    where = location.single.string();
+    add_file(location.single, nullptr);
+  } else {
+    where = location.directory.string();
+    for (const auto& [name, tensors] : read_index(location.index)) {
+      add_file(location.directory / name, &tensors);
+    }
+  }
+  checkpoint.weights_ = collect(table, checkpoint.config_, where);
+  table.check_rest(checkpoint.config_.tie_word_embeddings, where);
+  checkpoint.config_.dtype = checkpoint.weights_.embedding.dtype;
+  for_each_tensor(checkpoint.weights_, [&](const TensorView& tensor) {
+    checkpoint.num_parameters_ += tensor.num_elements();
+    checkpoint.bytes_ += static_cast<int64_t>(tensor.bytes);
+  });
+  return checkpoint;
+}
+
+void check_weights_finite(const ModelWeights& weights) {
+  for_each_tensor(weights, [](const TensorView& tensor) {
+    int64_t bad = -1;
+    switch (tensor.dtype) {
+      case DType::kF32:
+        bad = first_non_finite<uint32_t>(tensor, 0x7F800000u);
+        break;
+      case DType::kF16:
+        bad = first_non_finite<uint16_t>(tensor, 0x7C00u);
+        break;
+      case DType::kBF16:
+        bad = first_non_finite<uint16_t>(tensor, 0x7F80u);
+        break;
+    }
+    if (bad >= 0) fail("tensor {} holds NaN or Inf at element {}", tensor.name, bad);
+  });
+}
+
+}  // namespace sagelm

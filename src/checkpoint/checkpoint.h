@@ -1,0 +1,45 @@
+// A model on disk: configuration and checked weights.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "base/mmap.h"
+#include "base/model_spec.h"
+
+namespace sagelm {
+
+class Checkpoint {
+ public:
+  // model: an HF directory (config.json with model.safetensors, or with
+  // model.safetensors.index.json and its shards), or a .safetensors file with config.json beside
+  // it. Throws Error naming file and tensor for anything that is missing or does not fit.
+  static Checkpoint open(const std::filesystem::path& model);
+
+  const ModelConfig& config() const { return config_; }
+  // Views into the mapped files, valid as long as the checkpoint; every name, shape and dtype
+  // agrees with the configuration.
+  const ModelWeights& weights() const { return weights_; }
+  // Where config.json lies, and with it the tokenizer.
+  const std::filesystem::path& directory() const { return directory_; }
+  int64_t num_parameters() const { return num_parameters_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  Checkpoint() = default;
+
+  std::filesystem::path directory_;
+  std::vector<MappedFile> files_;
+  ModelConfig config_;
+  ModelWeights weights_;
+  int64_t num_parameters_ = 0;
+  int64_t bytes_ = 0;
+};
+
+// Throws Error naming the first tensor and element that is NaN or infinite.
+void check_weights_finite(const ModelWeights& weights);
+
+}  // namespace sagelm

@@ -1,0 +1,34 @@
+#include "checkpoint/json_bytes.h"
+
+#include <set>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+
+namespace sagelm {
+
+nlohmann::json parse_json_object(std::string_view text, std::string_view where) {
+  using nlohmann::json;
+  constexpr int kMaxDepth = 64;
+  std::vector<std::set<std::string>> keys;
+  const auto check = [&](int depth, json::parse_event_t event, json& parsed) {
+    if (depth > kMaxDepth) fail("{}: JSON nests more than {} deep", where, kMaxDepth);
+    if (event == json::parse_event_t::object_start) keys.emplace_back();
+    if (event == json::parse_event_t::object_end) keys.pop_back();
+    if (event == json::parse_event_t::key &&
+        !keys.back().insert(parsed.get_ref<const std::string&>()).second) {
+      fail("{}: key \"{}\" stands twice", where, parsed.get_ref<const std::string&>());
+    }
+    return true;
+  };
+  try {
+    json parsed = json::parse(text.begin(), text.end(), check);
+    if (!parsed.is_object()) fail("{}: not a JSON object", where);
+    return parsed;
+  } catch (const json::exception& error) {
+    fail("{}: not valid JSON ({})", where, error.what());
+  }
+}
+
+}  // namespace sagelm
