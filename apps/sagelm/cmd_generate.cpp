@@ -1,0 +1,95 @@
+// sagelm generate: continues a text.
+#include <memory>
+#include <string>
+
+#include "base/error.h"
+#include "commands.h"
+#include "json_output.h"
+#include "options.h"
+#include "sagelm/sagelm.hpp"
+#include "sampling_options.h"
+
+namespace sagelm::cli {
+namespace {
+
+struct GenerateFlags {
+  CommonOptions common;
+  GenerationFlags generation;
+  std::string prompt;
+  std::string file;
+  bool logprobs = false;
+  bool no_bos = false;
+};
+
+void report(const ModelInfo& info, const Generation& generation, const GenerateOptions& options,
+            bool bos, ResultOutput& output) {
+  Json result = {{"model", info.name},
+                 {"attention", info.attention},
+                 {"device", info.device},
+                 {"context", info.context},
+                 {"prompt_ids", generation.prompt_ids},
+                 {"ids", generation.ids},
+                 {"text", generation.text},
+                 {"stop_reason", stop_reason_name(generation.stop_reason)},
+                 {"prefill_tokens_per_second", generation.prefill_tokens_per_second()},
+                 {"decode_tokens_per_second", generation.decode_tokens_per_second()},
+                 {"seed", options.sampling.seed},
+                 {"sampling", sampling_json(options.sampling)},
+                 {"max_tokens", options.max_tokens},
+                 {"stop", options.stop},
+                 {"ignore_eos", options.ignore_eos},
+                 {"bos", bos}};
+  if (options.prompt_logprobs) result["prompt_logprobs"] = generation.prompt_logprobs;
+  output.json(result);
+}
+
+void run_generate(const GenerateFlags& flags, bool has_file) {
+  GenerateOptions options = effective_options(flags.generation, flags.common.seed);
+  options.prompt_logprobs = flags.logprobs;
+  const std::string prompt = has_file ? read_text_file(flags.file) : flags.prompt;
+  ResultOutput output(flags.common.json);
+  if (flags.logprobs && !output.wants_json()) {
+    throw UsageError("--logprobs writes to the JSON object only: add --json");
+  }
+  Model model = load_model(flags.common);
+  const std::vector<int32_t> ids = model.tokenize(prompt, !flags.no_bos);
+  const Generation generation =
+      model.start_session().generate(ids, options, [&output](std::string_view text) {
+        output.text(text);
+        return true;
+      });
+  output.text("\n");
+  const bool bos = ids != model.tokenize(prompt, false);
+  report(model.info(), generation, options, bos, output);
+  if (flags.common.verbose) {
+    fmt::print(stderr,
+               "{}; seed {}\nstopped by {} after {} tokens; prompt of {} tokens at {:.1f} tokens/s, "
+               "answer at {:.1f} tokens/s\n",
+               describe_sampling(options.sampling), options.sampling.seed,
+               stop_reason_name(generation.stop_reason), generation.ids.size(), ids.size(),
+               generation.prefill_tokens_per_second(), generation.decode_tokens_per_second());
+  }
+}
+
+}  // namespace
+
+void add_generate(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("generate", "Continue a text");
+  auto flags = std::make_shared<GenerateFlags>();
+  add_common_options(
+      *command, flags->common,
+      kModelGroup | kComputeGroup | kContextGroup | kSeedGroup | kJsonGroup | kVerboseGroup);
+  CLI::Option_group* text = command->add_option_group("Text", "exactly one of:");
+  text->add_option("--prompt", flags->prompt, "the text to continue")->option_text("TEXT");
+  const CLI::Option* file =
+      text->add_option("--file", flags->file, "a file that holds it; -: standard input")
+          ->option_text("FILE");
+  text->require_option(1);
+  add_generation_options(*command, flags->generation, 128);
+  command->add_flag("--logprobs", flags->logprobs,
+                    "with --json: log-probability of each prompt token after the first");
+  command->add_flag("--no-bos", flags->no_bos, "no beginning-of-sequence token before the text");
+  command->callback([flags, file] { run_generate(*flags, file->count() > 0); });
+}
+
+}  // namespace sagelm::cli

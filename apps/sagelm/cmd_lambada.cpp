@@ -1,0 +1,108 @@
+// sagelm lambada: how often the model finds the last word of a passage.
+#include <memory>
+#include <string>
+
+#include "base/error.h"
+#include "commands.h"
+#include "eval/dataset.h"
+#include "eval/lambada.h"
+#include "eval_options.h"
+#include "json_output.h"
+#include "sagelm/sagelm.hpp"
+
+namespace sagelm::cli {
+namespace {
+
+struct LambadaFlags {
+  EvalFlags eval;
+  std::string variant = "word";
+};
+
+std::string describe(const Json& json, LambadaVariant variant, const LambadaResult& result) {
+  std::string text = fmt::format(
+      "model          {}\n"
+      "device         {}\n"
+      "attention      {}\n"
+      "file           {} ({} passages, {} BOS)\n"
+      "sha256         {}\n"
+      "variant        {}: {}\n",
+      json["model"].get<std::string>(), json["device"].get<std::string>(),
+      json["attention"].get<std::string>(), json["file"].get<std::string>(),
+      json["file_passages"].get<size_t>(), json["bos"].get<bool>() ? "with" : "without",
+      json["file_sha256"].get<std::string>(), lambada_variant_name(variant),
+      describe_lambada_variant(variant));
+  text += fmt::format(
+      "examples       {}{}\n"
+      "accuracy       {} ± {} ({} correct)\n"
+      "perplexity     {} ± {} per target\n"
+      "speed          {:.0f} tokens/s\n",
+      result.examples, result.partial() ? " (partial: interrupted)" : "",
+      format_figure(result.accuracy, 4), format_figure(result.accuracy_stderr, 4), result.correct,
+      format_figure(result.perplexity, 4), format_figure(result.perplexity_stderr, 4),
+      result.tokens_per_second());
+  return text;
+}
+
+void run(const LambadaFlags& flags) {
+  const LambadaVariant variant = parse_lambada_variant(flags.variant);
+  const std::string& file = flags.eval.file;
+  const std::string bytes = read_text_file(file);
+  std::vector<Passage> passages = parse_passages(file, bytes);
+  const size_t file_passages = passages.size();
+  if (flags.eval.limit && static_cast<uint64_t>(*flags.eval.limit) < passages.size()) {
+    passages.resize(static_cast<size_t>(*flags.eval.limit));
+  }
+  ResultOutput output(flags.eval.common.json);
+  const Tokenizer tokenizer = open_tokenizer(flags.eval.common);
+  const std::vector<LambadaExample> examples = prepare_lambada(
+      file, passages, variant,
+      [&tokenizer](std::string_view text) { return encode_for_eval(tokenizer, text); },
+      Model::inspect(load_options(flags.eval.common)).context);
+
+  Model model = load_model(flags.eval.common, flags.eval.batch_tokens);
+  LambadaResult result;
+  run_with_progress(model, "passages", static_cast<int64_t>(examples.size()),
+                    [&](const Scorer& scorer, const EvalCallback& on_progress) {
+                      result =
+                          run_lambada(examples, flags.eval.batch_tokens, scorer, on_progress);
+                    });
+
+  Json json = eval_json(model.info(), adds_bos(tokenizer), file, bytes);
+  json.update({{"file_passages", file_passages},
+               {"variant", lambada_variant_name(variant)},
+               {"variant_description", describe_lambada_variant(variant)},
+               {"accuracy", result.accuracy},
+               {"accuracy_stderr", result.accuracy_stderr},
+               {"perplexity", result.perplexity},
+               {"perplexity_stderr", result.perplexity_stderr},
+               {"examples", result.examples},
+               {"correct", result.correct},
+               {"tokens_per_second", result.tokens_per_second()},
+               {"tokens_run", result.tokens_run},
+               {"seconds", result.seconds},
+               {"limit", flags.eval.limit ? Json(*flags.eval.limit) : Json()},
+               {"batch_tokens", flags.eval.batch_tokens},
+               {"partial", result.partial()}});
+  output.text(describe(json, variant, result));
+  output.json(json);
+  report_interrupt(result.examples, result.examples_planned, "passages");
+}
+
+}  // namespace
+
+void add_lambada(CLI::App& app) {
+  CLI::App* command = app.add_subcommand(
+      "lambada", "Measure how often the model finds the last word of a passage (LAMBADA)");
+  auto flags = std::make_shared<LambadaFlags>();
+  add_eval_options(*command, flags->eval,
+                   "passages, one JSON object {\"text\": …} per line; -: standard input",
+                   "passages");
+  command
+      ->add_option("--variant", flags->variant,
+                   "word: the last word, as lm-evaluation-harness's lambada_openai; last-token: "
+                   "the last token alone")
+      ->option_text("NAME (default: word)");
+  command->callback([flags] { run(*flags); });
+}
+
+}  // namespace sagelm::cli

@@ -1,0 +1,61 @@
+// sagelm tokenize: the ids and pieces of a text. Reads the tokenizer only, no weights.
+#include <memory>
+#include <string>
+
+#include "base/error.h"
+#include "commands.h"
+#include "json_output.h"
+#include "options.h"
+#include "text/tokenizer.h"
+
+namespace sagelm::cli {
+namespace {
+
+struct TokenizeFlags {
+  CommonOptions common;
+  std::string text;
+  std::string file;
+  bool no_bos = false;
+};
+
+void run_tokenize(const TokenizeFlags& flags, bool has_file) {
+  const std::string text = has_file ? read_text_file(flags.file) : flags.text;
+  ResultOutput output(flags.common.json);
+  std::filesystem::path directory = model_path(flags.common);
+  if (!std::filesystem::is_directory(directory)) directory = directory.parent_path();
+  const Tokenizer tokenizer = Tokenizer::open(directory);
+  const bool bos = !flags.no_bos && tokenizer.add_bos_default();
+  const std::vector<int32_t> ids = tokenizer.encode(text, bos);
+  std::string table;
+  Json pieces = Json::array();
+  for (const int32_t id : ids) {
+    const std::string piece(tokenizer.piece(id));
+    table += fmt::format("{}\t{}\n", id, piece);
+    pieces.push_back(piece);
+  }
+  output.text(table);
+  output.json({{"ids", ids}, {"pieces", pieces}});
+  if (flags.common.verbose) {
+    fmt::print(stderr, "{} tokens, {} a beginning-of-sequence token ({})\n", ids.size(),
+               bos ? "with" : "without",
+               flags.no_bos ? "--no-bos" : "as the tokenizer's configuration says");
+  }
+}
+
+}  // namespace
+
+void add_tokenize(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("tokenize", "Show the token ids and pieces of a text");
+  auto flags = std::make_shared<TokenizeFlags>();
+  add_common_options(*command, flags->common, kModelGroup | kJsonGroup | kVerboseGroup);
+  CLI::Option_group* text = command->add_option_group("Text", "exactly one of:");
+  text->add_option("--text", flags->text, "the text")->option_text("TEXT");
+  const CLI::Option* file =
+      text->add_option("--file", flags->file, "a file that holds it; -: standard input")
+          ->option_text("FILE");
+  text->require_option(1);
+  command->add_flag("--no-bos", flags->no_bos, "no beginning-of-sequence token before the text");
+  command->callback([flags, file] { run_tokenize(*flags, file->count() > 0); });
+}
+
+}  // namespace sagelm::cli

@@ -1,0 +1,75 @@
+#include "eval_options.h"
+
+#include <cmath>
+#include <filesystem>
+
+#include "base/error.h"
+#include "eval/sha256.h"
+#include "interrupt.h"
+#include "progress.h"
+
+namespace sagelm::cli {
+
+void add_eval_options(CLI::App& command, EvalFlags& flags, const std::string& file_help,
+                      const std::string& units) {
+  constexpr int64_t kMaxCount = int64_t{1} << 40;
+  constexpr int64_t kMaxBatchTokens = int64_t{1} << 24;
+  add_common_options(command, flags.common,
+                     kModelGroup | kComputeGroup | kJsonGroup | kVerboseGroup);
+  command.add_option("--file", flags.file, file_help)->option_text("FILE")->required();
+  command.add_option("--limit", flags.limit, "only the first N " + units)
+      ->option_text("N")
+      ->check(CLI::Range(int64_t{1}, kMaxCount));
+  command
+      .add_option("--batch-tokens", flags.batch_tokens,
+                  "tokens computed together at most; changes speed and memory, not the result")
+      ->option_text("N (default: 2048)")
+      ->check(CLI::Range(int64_t{2}, kMaxBatchTokens));
+}
+
+Tokenizer open_tokenizer(const CommonOptions& options) {
+  std::filesystem::path directory = model_path(options);
+  if (!std::filesystem::is_directory(directory)) directory = directory.parent_path();
+  return Tokenizer::open(directory);
+}
+
+bool adds_bos(const Tokenizer& tokenizer) {
+  return tokenizer.add_bos_default() && tokenizer.bos_id() >= 0;
+}
+
+std::vector<int32_t> encode_for_eval(const Tokenizer& tokenizer, std::string_view text) {
+  return tokenizer.encode(text, adds_bos(tokenizer));
+}
+
+void run_with_progress(Model& model, const std::string& units, int64_t total,
+                       const std::function<void(const Scorer&, const EvalCallback&)>& run) {
+  const InterruptGuard guard;
+  Progress progress("scoring", units, total);
+  run([&model](std::span<const Model::ScoreInput> inputs) { return model.score(inputs); },
+      [&progress](const EvalProgress& state) {
+        progress.update(state.done, "perplexity " + format_figure(state.perplexity, 3));
+        return !interrupted();
+      });
+}
+
+Json eval_json(const ModelInfo& info, bool bos, const std::string& file, std::string_view bytes) {
+  return {{"model", info.name},
+          {"attention", info.attention},
+          {"device", info.device},
+          {"bos", bos},
+          {"file", file},
+          {"file_bytes", bytes.size()},
+          {"file_sha256", sha256_hex(bytes)}};
+}
+
+std::string format_figure(double value, int digits) {
+  return std::isfinite(value) ? fmt::format("{:.{}f}", value, digits) : "undefined";
+}
+
+void report_interrupt(int64_t done, int64_t planned, std::string_view units) {
+  if (done < planned) {
+    fail("interrupted: the result is partial, of {} of {} {}", done, planned, units);
+  }
+}
+
+}  // namespace sagelm::cli

@@ -1,0 +1,50 @@
+// What the evaluating commands share: flags, the tokenizer without its model, running with a
+// progress bar and Ctrl-C, and the fields that every result has.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "eval/scorer.h"
+#include "json_output.h"
+#include "options.h"
+#include "text/tokenizer.h"
+
+namespace sagelm::cli {
+
+struct EvalFlags {
+  CommonOptions common;
+  std::string file;
+  std::optional<int64_t> limit;
+  int64_t batch_tokens = 2048;
+};
+
+// Adds the common flags of an evaluation, --file (file_help says what it holds), --limit (of
+// `units`) and --batch-tokens. flags must live as long as the command.
+void add_eval_options(CLI::App& command, EvalFlags& flags, const std::string& file_help,
+                      const std::string& units);
+
+// Data is checked and tokenized before any weights are read.
+Tokenizer open_tokenizer(const CommonOptions& options);
+bool adds_bos(const Tokenizer& tokenizer);  // as its configuration says
+// With BOS in front if adds_bos.
+std::vector<int32_t> encode_for_eval(const Tokenizer& tokenizer, std::string_view text);
+
+// Calls run with the model's scorer and a callback that draws the progress bar (with the running
+// perplexity) and ends the run when Ctrl-C was pressed.
+void run_with_progress(Model& model, const std::string& units, int64_t total,
+                       const std::function<void(const Scorer&, const EvalCallback&)>& run);
+
+// "model", "attention", "device", "bos", and of the data "file", "file_bytes", "file_sha256".
+Json eval_json(const ModelInfo& info, bool bos, const std::string& file, std::string_view bytes);
+
+// With `digits` after the point, or "undefined" where it is infinite or not a number.
+std::string format_figure(double value, int digits);
+
+// To be called when the results are out: throws Error (exit status 1) if the run was interrupted.
+void report_interrupt(int64_t done, int64_t planned, std::string_view units);
+
+}  // namespace sagelm::cli

@@ -1,0 +1,174 @@
+#include "options.h"
+
+#include <array>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <functional>
+#include <iostream>
+#include <iterator>
+
+#include "base/error.h"
+#include "progress.h"
+
+namespace sagelm::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int kMaxThreads = 1024;
+constexpr int64_t kProgressSteps = 1000;
+
+// One common flag. add binds the value, whose default is CommonOptions' own, and its range.
+struct CommonFlag {
+  OptionGroup group;
+  const char* name;
+  const char* value_name;    // as the help shows it
+  const char* default_text;  // likewise
+  const char* help;
+  CLI::Option* (*add)(CLI::App& command, CommonOptions& options, const CommonFlag& flag);
+};
+
+template <auto member>
+CLI::Option* add_value(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
+  return command.add_option(flag.name, options.*member, flag.help);
+}
+
+template <auto member>
+CLI::Option* add_switch(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
+  return command.add_flag(flag.name, options.*member, flag.help);
+}
+
+CLI::Option* add_threads(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
+  return add_value<&CommonOptions::threads>(command, options, flag)
+      ->check(CLI::Range(1, kMaxThreads));
+}
+
+CLI::Option* add_context(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
+  return add_value<&CommonOptions::context>(command, options, flag)
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
+}
+
+CLI::Option* add_kv_cache(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
+  return add_value<&CommonOptions::kv_cache>(command, options, flag)
+      ->check(CLI::IsMember({"auto", "fp16", "int8"}));
+}
+
+CLI::Option* add_json(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
+  return command
+      .add_option_function<std::vector<std::string>>(
+          flag.name,
+          [&options](const std::vector<std::string>& values) {
+            options.json = values.empty() || values[0].empty() ? "-" : values[0];
+          },
+          flag.help)
+      ->expected(0, 1)
+      ->default_str("-");
+}
+
+const std::array kCommonFlags = {
+    CommonFlag{kModelGroup, "-m,--model", "MODEL", "the demo model",
+               "checkpoint: a Hugging Face directory or a .safetensors file",
+               add_value<&CommonOptions::model>},
+    CommonFlag{kComputeGroup, "--attention", "NAME", "sage",
+               "attention kernel: fp16, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b], or sage (the best of "
+               "them for the device)",
+               add_value<&CommonOptions::attention>},
+    CommonFlag{kComputeGroup, "--no-smooth-k", "", "", "quantize K as it is, its mean left in",
+               add_switch<&CommonOptions::no_smooth_k>},
+    CommonFlag{kComputeGroup, "--kv-cache", "auto|fp16", "auto", "type of the KV cache",
+               add_kv_cache},
+    CommonFlag{kComputeGroup, "--device", "auto|cpu|cuda[:N]", "auto", "where to compute",
+               add_value<&CommonOptions::device>},
+    CommonFlag{kComputeGroup, "--threads", "N", "one per core", "CPU threads", add_threads},
+    CommonFlag{kContextGroup, "--ctx", "N", "the model's own", "context length in tokens",
+               add_context},
+    CommonFlag{kSeedGroup, "--seed", "N", "0", "seed of the random draws",
+               add_value<&CommonOptions::seed>},
+    CommonFlag{kJsonGroup, "--json", "[FILE]", "",
+               "write the result as one JSON object to FILE, or alone to standard output",
+               add_json},
+    CommonFlag{kVerboseGroup, "-v,--verbose", "", "", "say on stderr what was loaded and how",
+               add_switch<&CommonOptions::verbose>},
+};
+
+fs::path executable_directory() {
+  std::error_code error;
+  const fs::path executable = fs::read_symlink("/proc/self/exe", error);
+  return error ? fs::path(".") : executable.parent_path();
+}
+
+}  // namespace
+
+void add_common_options(CLI::App& command, CommonOptions& options, unsigned groups) {
+  for (const CommonFlag& flag : kCommonFlags) {
+    if ((groups & flag.group) == 0) continue;
+    CLI::Option* option = flag.add(command, options, flag);
+    std::string shown = flag.value_name;
+    if (*flag.default_text != '\0') shown += std::string(" (default: ") + flag.default_text + ")";
+    if (!shown.empty()) option->option_text(shown);
+  }
+}
+
+fs::path model_path(const CommonOptions& options) {
+  if (!options.model.empty()) return options.model;
+  if (const char* demo = std::getenv("SAGELM_DEMO_MODEL"); demo != nullptr && *demo != '\0') {
+    return demo;
+  }
+  const fs::path beside = executable_directory();
+  for (const fs::path& candidate :
+       {beside / "../models/demo", beside / "../share/sagelm/models/demo",
+        fs::path("models/demo")}) {
+    std::error_code error;
+    if (fs::exists(candidate / "config.json", error)) return candidate.lexically_normal();
+  }
+  throw UsageError("no demo model was found beside the program: name a checkpoint with -m MODEL");
+}
+
+LoadOptions load_options(const CommonOptions& options) {
+  if (options.kv_cache == "int8") {
+    throw UsageError("--kv-cache int8 is not available yet: use auto or fp16");
+  }
+  LoadOptions load;
+  load.model = model_path(options);
+  load.attention = options.attention;
+  load.smooth_k = !options.no_smooth_k;
+  load.device = options.device;
+  load.threads = options.threads;
+  load.context = options.context;
+  return load;
+}
+
+Model load_model(const CommonOptions& options, int64_t batch_tokens) {
+  LoadOptions load = load_options(options);
+  if (batch_tokens > 0) load.batch_tokens = batch_tokens;
+  Progress progress("loading", "", kProgressSteps);
+  load.progress = [&progress](double fraction) {
+    progress.update(static_cast<int64_t>(fraction * kProgressSteps));
+  };
+  Model model = Model::load(load);
+  if (options.verbose) {
+    const ModelInfo info = model.info();
+    std::cerr << fmt::format(
+        "model {} ({}, {} parameters, {})\ndevice {}\nattention {}\ncontext {} of {} tokens, "
+        "KV cache {} bytes per token\nweights {} bytes\n",
+        info.name, info.architecture, info.num_parameters, info.dtype, info.device, info.attention,
+        info.context, info.max_context, info.kv_bytes_per_token, info.weight_bytes);
+  }
+  return model;
+}
+
+std::string read_text_file(const std::string& path) {
+  if (path == "-") return {std::istreambuf_iterator<char>(std::cin), {}};
+  std::error_code error;
+  if (fs::is_directory(path, error)) fail("cannot read {}: it is a directory", path);
+  errno = 0;
+  std::ifstream file(path, std::ios::binary);
+  if (!file) fail("cannot read {}: {}", path, std::strerror(errno));
+  std::string text{std::istreambuf_iterator<char>(file), {}};
+  if (file.bad()) fail("cannot read {}: {}", path, std::strerror(errno));
+  return text;
+}
+
+}  // namespace sagelm::cli

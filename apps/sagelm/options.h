@@ -1,0 +1,58 @@
+// The flags that several subcommands share, in one table (options.cpp): a name, its default and its
+// help are written once. A subcommand takes the groups it can use; the parser refuses the others,
+// so that no flag is silently ignored.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+
+#include <CLI/App.hpp>
+
+#include "sagelm/sagelm.hpp"
+
+namespace sagelm::cli {
+
+struct CommonOptions {
+  std::string model;               // empty: the demo model
+  std::string attention = "sage";  // as --attention takes it
+  bool no_smooth_k = false;
+  std::string kv_cache = "auto";
+  std::string device = "auto";
+  int threads = 0;      // 0: one per core
+  int64_t context = 0;  // 0: the model's own
+  uint64_t seed = 0;
+  std::optional<std::string> json;  // absent: no JSON; "-": standard output; else a file
+  bool verbose = false;
+};
+
+// Groups of common flags, to be or-ed.
+enum OptionGroup : unsigned {
+  kModelGroup = 1,     // -m
+  kComputeGroup = 2,   // --attention --no-smooth-k --kv-cache --device --threads
+  kContextGroup = 4,   // --ctx (a command for which it means something else defines its own)
+  kSeedGroup = 8,      // --seed
+  kJsonGroup = 16,     // --json [FILE]
+  kVerboseGroup = 32,  // -v
+};
+
+// Adds the flags of groups to command. options must live as long as the command.
+void add_common_options(CLI::App& command, CommonOptions& options, unsigned groups);
+
+// -m, or the demo model: $SAGELM_DEMO_MODEL, else models/demo beside the executable's directory,
+// share/sagelm/models/demo of its prefix, or models/demo here. Throws Error if there is none.
+std::filesystem::path model_path(const CommonOptions& options);
+
+// options as the engine takes them, without progress. Throws UsageError for what cannot be had
+// (--kv-cache int8).
+LoadOptions load_options(const CommonOptions& options);
+
+// Loads the model with a progress bar; with -v says on stderr what was loaded. batch_tokens as in
+// LoadOptions; 0 keeps its default.
+Model load_model(const CommonOptions& options, int64_t batch_tokens = 0);
+
+// All of a file, or of standard input for "-". Throws Error naming the file.
+std::string read_text_file(const std::string& path);
+
+}  // namespace sagelm::cli

@@ -1,0 +1,82 @@
+#include "sampling_options.h"
+
+#include "base/error.h"
+#include "engine/sampler.h"
+
+namespace sagelm::cli {
+namespace {
+
+constexpr int64_t kMaxTokens = int64_t{1} << 40;
+
+template <typename T>
+std::string or_off(T value, T off) {
+  return value == off ? "off" : fmt::format("{}", value);
+}
+
+}  // namespace
+
+void add_generation_options(CLI::App& command, GenerationFlags& flags, int64_t default_tokens) {
+  flags.options.max_tokens = default_tokens;
+  SamplingOptions& sampling = flags.options.sampling;
+  command.add_option("-n,--n-predict", flags.options.max_tokens, "tokens to generate at most")
+      ->check(CLI::Range(int64_t{1}, kMaxTokens))
+      ->capture_default_str();
+  command.add_option("--temp", sampling.temperature, "temperature; 0: the most probable token")
+      ->capture_default_str();
+  command.add_option("--top-k", sampling.top_k, "draw from the K most probable; 0: off")
+      ->capture_default_str();
+  command.add_option("--top-p", sampling.top_p, "draw from the most probable that hold P; 1: off")
+      ->capture_default_str();
+  command
+      .add_option("--min-p", sampling.min_p,
+                  "drop tokens less probable than this part of the most probable; 0: off")
+      ->capture_default_str();
+  command
+      .add_option("--repeat-penalty", sampling.repeat_penalty,
+                  "divides the logits of recent tokens; 1: off (as without this flag at --temp 0)")
+      ->capture_default_str()
+      ->each([&flags](const std::string&) { flags.penalty_given = true; });
+  command
+      .add_option("--repeat-last-n", sampling.repeat_last_n,
+                  "recent tokens that the penalty looks at; -1: all")
+      ->capture_default_str();
+  command.add_option("--stop", flags.options.stop, "end before this text (may be repeated)")
+      ->expected(1)
+      ->take_all()
+      ->option_text("TEXT");
+  command.add_flag("--ignore-eos", flags.options.ignore_eos,
+                   "never draw the end-of-sequence token");
+}
+
+GenerateOptions effective_options(const GenerationFlags& flags, uint64_t seed) {
+  GenerateOptions options = flags.options;
+  options.sampling.seed = seed;
+  if (options.sampling.temperature == 0.0 && !flags.penalty_given) {
+    options.sampling.repeat_penalty = 1.0;
+  }
+  check_sampling_options(options.sampling);
+  return options;
+}
+
+std::string describe_sampling(const SamplingOptions& s) {
+  const std::string penalty =
+      s.repeat_penalty == 1.0 || s.repeat_last_n == 0
+          ? "off"
+          : fmt::format("{} over {} tokens", s.repeat_penalty,
+                        s.repeat_last_n < 0 ? "all" : fmt::format("{}", s.repeat_last_n));
+  if (s.temperature == 0.0) return fmt::format("repeat penalty {}, temp 0 (greedy)", penalty);
+  return fmt::format("repeat penalty {}, temp {}, top-k {}, top-p {}, min-p {}", penalty,
+                     s.temperature, or_off(s.top_k, 0), or_off(s.top_p, 1.0),
+                     or_off(s.min_p, 0.0));
+}
+
+Json sampling_json(const SamplingOptions& s) {
+  return {{"temp", s.temperature},
+          {"top_k", s.top_k},
+          {"top_p", s.top_p},
+          {"min_p", s.min_p},
+          {"repeat_penalty", s.repeat_penalty},
+          {"repeat_last_n", s.repeat_last_n}};
+}
+
+}  // namespace sagelm::cli

@@ -1,0 +1,172 @@
+// SageLM's public C++ API: load a Llama checkpoint, generate text from it, score text with it.
+//
+//   auto model = sagelm::Model::load({.model = "Llama-2-7b-hf", .attention = "sage"});
+//   auto answer = model.generate("Once upon a time", {.max_tokens = 64},
+//                                [](std::string_view text) { std::cout << text; return true; });
+//
+// Every function throws sagelm::Error (a std::runtime_error) with one sentence that says what is
+// wrong and where; sagelm::UsageError if an option's value can't be meant. A Model and its
+// Sessions are for one thread at a time; a Session may outlive its Model.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace sagelm {
+
+struct LoadOptions {
+  std::filesystem::path model;      // an HF directory or a .safetensors file in one
+  std::string attention = "sage";   // fp16, sage, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b]
+  bool smooth_k = true;
+  std::string device = "auto";      // auto, cpu, cuda or cuda:N
+  int threads = 0;                  // 0: one per core
+  int64_t context = 0;              // tokens of a session at most; 0: the model's own
+  int64_t batch_tokens = 2048;      // tokens per step at most: bounds the memory of activations
+  std::function<void(double fraction)> progress;  // while loading
+};
+
+struct ModelInfo {
+  std::string name;
+  std::string architecture;  // e.g. "LlamaForCausalLM"
+  std::string device;     // e.g. "cpu (2 threads, avx512-vnni attention, BF16 products)"
+  std::string attention;  // the kernel that runs, e.g. "sage2-8b (INT8 QK per thread, …)"
+  std::string dtype;      // of the stored weights
+  int64_t num_parameters = 0;
+  int64_t vocab_size = 0;
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  int64_t num_layers = 0;
+  int64_t num_heads = 0;
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t max_context = 0;          // the model's own
+  int64_t context = 0;              // as loaded
+  int64_t checkpoint_bytes = 0;
+  int64_t weight_bytes = 0;         // held by the backend; 0 if only inspected
+  int64_t kv_bytes_per_token = 0;
+  int64_t kv_bytes = 0;             // of a session of `context` tokens, whole pages
+  int64_t activation_bytes = 0;     // of one step at most, estimated
+  double rope_theta = 0;
+  bool tied_embeddings = false;
+};
+
+// Applied in this order: repeat penalty, temperature, top-k, top-p, min-p. The same seed, options,
+// model and build give the same tokens.
+struct SamplingOptions {
+  double temperature = 0.8;     // 0: always the most probable token
+  int top_k = 0;                // 0: off
+  double top_p = 0.9;           // 1: off
+  double min_p = 0.0;           // 0: off
+  double repeat_penalty = 1.1;  // 1: off; divides positive and multiplies negative logits (CTRL)
+  int repeat_last_n = 64;       // tokens it looks back on; 0: off, -1: all
+  uint64_t seed = 0;
+};
+
+struct GenerateOptions {
+  int64_t max_tokens = 128;
+  SamplingOptions sampling;
+  std::vector<std::string> stop;  // ends before the first of these strings
+  std::vector<int32_t> end_ids;   // tokens that end the answer besides the model's end-of-sequence
+  bool prompt_logprobs = false;
+  bool ignore_eos = false;  // end-of-sequence is never sampled
+};
+
+enum class StopReason : uint8_t { kEndOfSequence, kMaxTokens, kStopString, kCallback, kContextFull };
+
+struct Generation {
+  std::vector<int32_t> prompt_ids;
+  std::vector<int32_t> ids;  // without the end-of-sequence token
+  std::string text;          // of ids, up to the stop string
+  std::vector<float> prompt_logprobs;  // of each prompt token after the first
+  StopReason stop_reason = StopReason::kMaxTokens;
+  double prefill_seconds = 0;
+  double decode_seconds = 0;  // of decode_steps steps
+  int64_t prefill_tokens = 0;
+  int64_t decode_steps = 0;   // tokens run through the model after the prompt
+  double prefill_tokens_per_second() const;  // 0 if nothing was measured
+  double decode_tokens_per_second() const;
+};
+
+// "end-of-sequence", "max-tokens", "stop-string", "callback" or "context-full".
+std::string_view stop_reason_name(StopReason reason);
+
+// Receives text as soon as it is printable (never half a character); false stops the generation.
+// Also called with empty text after every step that yields none (a chunk of the prompt, a part of a
+// character), so that a generation can be stopped at any time.
+using TextCallback = std::function<bool(std::string_view text)>;
+
+struct Scored {
+  float logprob = 0;    // natural log-probability of the token given those before it
+  bool is_top = false;  // the token is the most probable one
+};
+
+// A growing token sequence with its KV cache: a chat, or a prompt being continued.
+class Session {
+ public:
+  ~Session();
+  Session(Session&&) noexcept;
+  Session& operator=(Session&&) noexcept;
+
+  std::span<const int32_t> ids() const;  // all tokens so far, the last sampled one included
+  int64_t context() const;               // the most tokens it can hold
+  // Appends ids and samples an answer, which is appended too (an end-of-sequence token is not).
+  // Throws Error with the counts when ids alone do not fit the context. A call that throws changes
+  // nothing.
+  Generation generate(std::span<const int32_t> ids, const GenerateOptions& options,
+                      const TextCallback& on_text = {});
+  void truncate(int64_t length);  // back to the first `length` tokens
+
+ private:
+  friend class Model;
+  struct Impl;
+  explicit Session(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+class Tokenizer;
+
+class Model {
+ public:
+  static Model load(const LoadOptions& options);
+  // What load would report, from the checkpoint's headers alone: reads no weights.
+  static ModelInfo inspect(const LoadOptions& options);
+  ~Model();
+  Model(Model&&) noexcept;
+  Model& operator=(Model&&) noexcept;
+
+  ModelInfo info() const;
+  const Tokenizer& tokenizer() const;  // src/text/tokenizer.h
+  // With BOS in front if the model's tokenizer configuration wants it; never if add_bos is false.
+  std::vector<int32_t> tokenize(std::string_view text, bool add_bos = true) const;
+  std::string detokenize(std::span<const int32_t> ids) const;
+
+  Session start_session();
+  // A session for one prompt; on_text gets the continuation only.
+  Generation generate(std::string_view prompt, const GenerateOptions& options = {},
+                      const TextCallback& on_text = {});
+  // Scores ids[first_scored ...] of each sequence given all before them (ids[0] has no score:
+  // first_scored >= 1). Packs the sequences into ragged batches of batch_tokens and returns them in
+  // the order given; a sequence's scores do not depend on its neighbours.
+  struct ScoreInput {
+    std::span<const int32_t> ids;
+    int64_t first_scored = 1;
+  };
+  std::vector<std::vector<Scored>> score(std::span<const ScoreInput> inputs);
+  // Changes the attention kernel for what follows; A/B on one loaded model.
+  void set_attention(std::string_view name, bool smooth_k);
+
+ private:
+  friend class Session;
+  struct Impl;
+  explicit Model(std::shared_ptr<Impl> impl);
+  std::shared_ptr<Impl> impl_;  // sessions share it
+};
+
+}  // namespace sagelm

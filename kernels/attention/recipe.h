@@ -1,0 +1,25 @@
+// The numbers of the SageAttention recipes (arXiv:2410.02367 and 2411.10958), once, for the
+// quantizers, the kernels and the CPU model of them. Host and device; no CUDA header.
+#pragma once
+
+namespace sagelm::recipe {
+
+// Softmax runs in base 2: logits are scaled by softmax_scale * log2(e).
+inline constexpr float kLog2E = 1.44269504f;
+inline constexpr float kLn2 = 0.69314718f;
+
+// Symmetric integers: -128 (and -8) are never used, so that a group's largest magnitude maps to
+// the largest integer in both directions.
+inline constexpr float kInt8Max = 127.0f;
+inline constexpr float kInt4Max = 7.0f;
+
+// Largest finite e4m3 (1.75 * 2^8). P, in [0, 1], is scaled by it before conversion, by taking
+// log2(448) off the running maximum: the row sum then carries the same factor and it cancels.
+inline constexpr float kE4m3Max = 448.0f;
+inline constexpr float kLog2E4m3Max = 8.80735492f;
+
+// A group whose largest magnitude is below this is scaled as if it were this: all zeros stay zeros
+// and no scale is zero (the official CUDA quantizer's guard).
+inline constexpr float kAmaxFloor = 1e-7f;
+
+}  // namespace sagelm::recipe

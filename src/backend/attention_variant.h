@@ -1,0 +1,36 @@
+// The attention variants by name (docs: sections "Attention variants" of docs/architecture.md).
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace sagelm {
+
+enum class AttentionVariant : uint8_t {
+  kFp16,     // FP16 operands, FP32 softmax and accumulation: the reference
+  kSage1T,   // INT8 QK per token, FP16 PV
+  kSage1B,   // INT8 QK per block, FP16 PV (SageAttention's published default)
+  kSage1VT,  // INT8 QK per token, INT8 PV
+  kSage1VB,  // INT8 QK per block, INT8 PV
+  kSage2_8b, // INT8 QK per thread, FP8 e4m3 PV with two-level accumulation
+  kSage2_4b, // INT4 QK per thread with smoothed Q, FP8 e4m3 PV with two-level accumulation
+};
+
+struct AttentionSpec {
+  AttentionVariant variant = AttentionVariant::kSage2_8b;
+  bool smooth_k = true;
+};
+
+// Canonical name, as --attention takes it ("sage2-8b").
+std::string_view attention_variant_name(AttentionVariant variant);
+
+// Accepts canonical names and the aliases sage1 (= sage1-b), sage2 (= sage2-8b) and sage (the best
+// for the device). Throws UsageError listing the names.
+AttentionVariant parse_attention_variant(std::string_view name);
+
+// One sentence for reports: which kernel runs, its operand types, granularity and smoothing,
+// e.g. "sage2-8b (INT8 QK per thread, FP8 e4m3 PV two-level, smoothed K)".
+std::string describe_attention(const AttentionSpec& spec);
+
+}  // namespace sagelm

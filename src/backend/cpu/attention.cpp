@@ -1,0 +1,324 @@
+#include "backend/cpu/attention.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <string_view>
+#include <vector>
+
+#include "backend/cpu/attention_kernels.h"
+#include "backend/cpu/attention_plan.h"
+#include "base/error.h"
+
+namespace sagelm::cpu {
+namespace {
+
+constexpr int64_t kAlignFloats = 16;  // 64 bytes
+
+// Prepared operands are kept for as many heads at once as fit here (at least one): enough to
+// share the preparation between threads and query blocks.
+constexpr int64_t kWaveFloats = int64_t{16} << 20;
+
+// Grows, never shrinks, keeps nothing when it grows.
+class FloatBuffer {
+ public:
+  float* reserve(int64_t count) {
+    if (count > capacity_) {
+      data_.reset();
+      capacity_ = 0;
+      data_.reset(static_cast<float*>(::operator new[](static_cast<size_t>(count) * sizeof(float),
+                                                       kAlignment)));
+      capacity_ = count;
+    }
+    return data_.get();
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, kAlignment); }
+  };
+  std::unique_ptr<float[], Free> data_;
+  int64_t capacity_ = 0;
+};
+
+// Hands out consecutive aligned pieces; with a null base it only adds up what they need.
+class Carver {
+ public:
+  explicit Carver(float* base) : base_(base) {}
+  float* take(int64_t floats) {
+    float* piece = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (floats + kAlignFloats - 1) / kAlignFloats * kAlignFloats;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  float* base_;
+  int64_t used_ = 0;
+};
+
+Workspace carve_workspace(Carver& carver, int64_t dim) {
+  static_assert(kMaxQueryBlock >= kMaxKeyTile);
+  Workspace work;
+  work.rows = carver.take(kMaxQueryBlock * dim);
+  work.bytes = reinterpret_cast<int8_t*>(carver.take(kMaxQueryBlock * dim / 4));
+  work.out = carver.take(kMaxQueryBlock * dim);
+  work.scores = carver.take(kRowBlock * kMaxKeyTile);
+  work.bias = carver.take(kMaxKeyTile);
+  work.channel = carver.take(2 * dim);
+  work.q_scale = carver.take(kMaxQueryBlock);
+  work.row_max = carver.take(kMaxQueryBlock);
+  work.row_sum = carver.take(kMaxQueryBlock);
+  work.q_offset = reinterpret_cast<int32_t*>(carver.take(kMaxQueryBlock));
+  return work;
+}
+
+int64_t padded_dim(int64_t head_dim) { return (head_dim + kDimAlign - 1) / kDimAlign * kDimAlign; }
+
+KvHead carve_kv(Carver& carver, const KernelTable& kernels, const Plan& plan,
+                const AttentionArgs& args, int64_t head) {
+  KvHead kv = {};
+  kv.k_pages = args.kv.k_pages.data();
+  kv.v_pages = args.kv.v_pages.data();
+  kv.page_size = args.kv.page_size;
+  kv.head = head;
+  kv.head_dim = args.head_dim;
+  kv.dim = padded_dim(args.head_dim);
+  kv.kv_len = args.kv_len;
+  const int64_t keys = (args.kv_len + plan.key_tile - 1) / plan.key_tile * plan.key_tile;
+  const bool bytes = kernels.packs_bytes && plan.qk_levels != 0;
+  kv.k = carver.take(bytes ? keys * kv.dim / 4 : keys * kv.dim);
+  kv.k_exact = plan.smooth_q ? carver.take(keys * kv.dim) : nullptr;
+  kv.k_scale = carver.take(keys);
+  kv.k_mean = carver.take(kv.dim);
+  kv.v = carver.take(keys * kv.dim);
+  kv.v_scale = carver.take(kv.dim);
+  return kv;
+}
+
+void check(const AttentionArgs& args, size_t index) {
+  const auto refuse = [index](std::string_view what) {
+    fail("attention of sequence {} of the batch: {}", index, what);
+  };
+  if (args.q_len < 0 || args.kv_len < 0 || args.kv_len > std::numeric_limits<int32_t>::max() ||
+      args.q_len > std::numeric_limits<int32_t>::max()) {
+    refuse(fmt::format("lengths {} and {} are out of range", args.q_len, args.kv_len));
+  }
+  if (args.head_dim < 1 || args.head_dim > kMaxHeadDim) {
+    refuse(fmt::format("head size {} is not in 1..{}", args.head_dim, kMaxHeadDim));
+  }
+  if (args.num_heads < 1 || args.num_kv_heads < 1 || args.num_heads % args.num_kv_heads != 0) {
+    refuse(fmt::format("{} heads cannot share {} key/value heads", args.num_heads,
+                       args.num_kv_heads));
+  }
+  if (!std::isfinite(args.softmax_scale)) refuse("the softmax scale is not finite");
+  if (args.q_len == 0) return;
+  const int64_t width = args.num_heads * args.head_dim;
+  if (args.q == nullptr || args.out == nullptr) refuse("no query or no output");
+  if (args.q_row_stride < width || args.out_row_stride < width) {
+    refuse(fmt::format("row strides {} and {} are less than the {} elements of a row",
+                       args.q_row_stride, args.out_row_stride, width));
+  }
+  if (args.kv_len == 0) return;
+  const auto pages = static_cast<int64_t>(std::min(args.kv.k_pages.size(), args.kv.v_pages.size()));
+  if (args.kv.page_size < 1 || (args.kv_len - 1) / args.kv.page_size >= pages) {
+    refuse(fmt::format("{} pages of {} tokens do not hold {} keys", pages, args.kv.page_size,
+                       args.kv_len));
+  }
+  const int64_t used = (args.kv_len - 1) / args.kv.page_size + 1;
+  for (int64_t p = 0; p < used; ++p) {
+    if (args.kv.k_pages[static_cast<size_t>(p)] == nullptr ||
+        args.kv.v_pages[static_cast<size_t>(p)] == nullptr) {
+      refuse(fmt::format("page {} is missing", p));
+    }
+  }
+}
+
+// Rows before the first that sees a key: 0, or all of them.
+int64_t count_masked_rows(const AttentionArgs& args) {
+  if (args.kv_len == 0) return args.q_len;
+  return args.causal ? std::clamp<int64_t>(args.q_len - args.kv_len, 0, args.q_len) : 0;
+}
+
+void clear_masked_rows(const AttentionArgs& args) {
+  const int64_t masked = count_masked_rows(args);
+  for (int64_t r = 0; r < masked; ++r) {
+    std::fill_n(args.out + r * args.out_row_stride, args.num_heads * args.head_dim, 0.0f);
+  }
+  if (args.lse == nullptr) return;
+  for (int64_t h = 0; h < args.num_heads; ++h) {
+    std::fill_n(args.lse + h * args.q_len, masked, -std::numeric_limits<float>::infinity());
+  }
+}
+
+// Appends the query blocks of one head, the longest rows first: they take longest.
+void add_query_blocks(const Plan& plan, const AttentionArgs& args, const KvHead& kv, int64_t head,
+                      std::vector<QueryBlock>& blocks) {
+  const int64_t masked = count_masked_rows(args);
+  const int64_t first_position = args.causal ? args.kv_len - args.q_len : 0;
+  for (int64_t end = args.q_len; end > masked;) {
+    const int64_t last = first_position + end - 1;  // position, not negative
+    const int64_t block_start = last / plan.query_block * plan.query_block;
+    const int64_t begin = std::max(masked, block_start - first_position);
+    const int64_t position = first_position + begin;
+    blocks.push_back({&kv, args.q + begin * args.q_row_stride + head * args.head_dim,
+                      args.q_row_stride,
+                      args.out + begin * args.out_row_stride + head * args.head_dim,
+                      args.out_row_stride,
+                      args.lse == nullptr ? nullptr : args.lse + head * args.q_len + begin,
+                      end - begin, position - block_start, position, args.softmax_scale,
+                      args.causal});
+    end = begin;
+  }
+}
+
+struct Unit {  // one key/value head of one sequence
+  const AttentionArgs* args;
+  int64_t kv_head;
+  int64_t floats;
+};
+
+// Kept between calls so that a decode step allocates nothing.
+struct Scratch {
+  FloatBuffer operands;
+  FloatBuffer workspaces;
+  std::vector<Unit> units;
+  std::vector<KvHead> heads;
+  std::vector<QueryBlock> blocks;
+  std::vector<Workspace> threads;
+};
+
+void run_wave(const KernelTable& kernels, const Plan& plan, std::span<const Unit> units,
+              Scratch& scratch) {
+  int64_t floats = 0;
+  for (const Unit& unit : units) floats += unit.floats;
+  Carver carver(scratch.operands.reserve(floats));
+  scratch.heads.clear();
+  for (const Unit& unit : units) {
+    scratch.heads.push_back(carve_kv(carver, kernels, plan, *unit.args, unit.kv_head));
+  }
+  scratch.blocks.clear();
+  for (size_t u = 0; u < units.size(); ++u) {
+    const AttentionArgs& args = *units[u].args;
+    const int64_t group = args.num_heads / args.num_kv_heads;
+    for (int64_t g = 0; g < group; ++g) {
+      add_query_blocks(plan, args, scratch.heads[u], units[u].kv_head * group + g, scratch.blocks);
+    }
+  }
+  const auto num_heads = static_cast<int64_t>(scratch.heads.size());
+  const auto num_blocks = static_cast<int64_t>(scratch.blocks.size());
+  const auto threads = static_cast<int>(
+      std::min<int64_t>(static_cast<int64_t>(scratch.threads.size()), num_blocks));
+#pragma omp parallel num_threads(threads)
+  {
+    const Workspace& work = scratch.threads[static_cast<size_t>(omp_get_thread_num())];
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_heads; ++i) {
+      kernels.prepare_kv(plan, scratch.heads[static_cast<size_t>(i)], work);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_blocks; ++i) {
+      kernels.attend(plan, scratch.blocks[static_cast<size_t>(i)], work);
+    }
+  }
+}
+
+bool cpu_has_avx2() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 &&
+         __builtin_cpu_supports("f16c") != 0;
+#else
+  return false;
+#endif
+}
+
+bool cpu_has_avx512() {
+#if defined(__x86_64__)
+  return cpu_has_avx2() && __builtin_cpu_supports("avx512f") != 0 &&
+         __builtin_cpu_supports("avx512bw") != 0 && __builtin_cpu_supports("avx512vl") != 0 &&
+         __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vnni") != 0;
+#else
+  return false;
+#endif
+}
+
+const KernelTable& selected_kernels() {
+  static const KernelTable& selected = []() -> const KernelTable& {
+    const auto available = available_attention_kernels();
+    const char* forced = std::getenv("SAGELM_CPU_ISA");
+    if (forced == nullptr || *forced == '\0') return *available.front();
+    for (const KernelTable* kernels : available) {
+      if (std::string_view(forced) == kernels->name) return *kernels;
+    }
+    fail("SAGELM_CPU_ISA={} is not an instruction set of this machine's attention kernels", forced);
+  }();
+  return selected;
+}
+
+}  // namespace
+
+std::span<const KernelTable* const> available_attention_kernels() {
+  static const std::vector<const KernelTable*> tables = [] {
+    std::vector<const KernelTable*> found;
+    if (cpu_has_avx512()) found.push_back(attention_kernels_avx512());
+    if (cpu_has_avx2()) found.push_back(attention_kernels_avx2());
+    found.push_back(attention_kernels_generic());
+    std::erase(found, nullptr);
+    return found;
+  }();
+  return tables;
+}
+
+void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> sequences,
+                    const AttentionSpec& spec) {
+  const Plan plan = make_plan(spec);
+  thread_local Scratch scratch;
+  scratch.units.clear();
+  int64_t dim = 0;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const AttentionArgs& args = sequences[i];
+    check(args, i);
+    clear_masked_rows(args);
+    if (count_masked_rows(args) == args.q_len) continue;
+    Carver measure(nullptr);
+    carve_kv(measure, kernels, plan, args, 0);
+    for (int64_t head = 0; head < args.num_kv_heads; ++head) {
+      scratch.units.push_back({&args, head, measure.used()});
+    }
+    dim = std::max(dim, padded_dim(args.head_dim));
+  }
+  if (scratch.units.empty()) return;
+
+  Carver measure(nullptr);
+  carve_workspace(measure, dim);
+  const int threads = omp_get_max_threads();
+  Carver carver(scratch.workspaces.reserve(measure.used() * threads));
+  scratch.threads.clear();
+  for (int t = 0; t < threads; ++t) scratch.threads.push_back(carve_workspace(carver, dim));
+
+  const std::span<const Unit> units = scratch.units;
+  for (size_t begin = 0; begin < units.size();) {
+    int64_t floats = 0;
+    size_t end = begin;
+    while (end < units.size() && (end == begin || floats + units[end].floats <= kWaveFloats)) {
+      floats += units[end++].floats;
+    }
+    run_wave(kernels, plan, units.subspan(begin, end - begin), scratch);
+    begin = end;
+  }
+}
+
+void attention(std::span<const AttentionArgs> sequences, const AttentionSpec& spec) {
+  attention_with(selected_kernels(), sequences, spec);
+}
+
+const char* attention_isa() { return selected_kernels().name; }
+
+}  // namespace sagelm::cpu

@@ -1,0 +1,87 @@
+#include "backend/cpu/attention_plan.h"
+
+#include "kernels/attention/recipe.h"
+
+namespace sagelm::cpu {
+namespace {
+
+enum class Granularity : uint8_t { kToken, kBlock, kThread };
+
+void set_groups(Plan& plan, Granularity granularity) {
+  plan.query_block = 64;
+  plan.key_tile = 64;
+  switch (granularity) {
+    case Granularity::kToken:
+      plan.num_q_groups = plan.query_block;
+      plan.num_k_groups = plan.key_tile;
+      for (int r = 0; r < plan.query_block; ++r) plan.q_group[r] = static_cast<uint8_t>(r);
+      for (int r = 0; r < plan.key_tile; ++r) plan.k_group[r] = static_cast<uint8_t>(r);
+      return;
+    case Granularity::kBlock:
+      plan.query_block = 128;
+      plan.num_q_groups = 1;
+      plan.num_k_groups = 1;
+      return;
+    case Granularity::kThread:
+      plan.num_q_groups = 16;
+      plan.num_k_groups = 4;
+      for (int r = 0; r < plan.query_block; ++r) {
+        plan.q_group[r] = static_cast<uint8_t>(r / 32 * 8 + r % 8);
+      }
+      for (int r = 0; r < plan.key_tile; ++r) plan.k_group[r] = static_cast<uint8_t>(r % 8 / 2);
+      return;
+  }
+}
+
+}  // namespace
+
+Plan make_plan(const AttentionSpec& spec) {
+  Plan plan = {};
+  plan.amax_floor = recipe::kAmaxFloor;
+  plan.qk_levels = static_cast<int32_t>(recipe::kInt8Max);
+  plan.smooth_k = spec.smooth_k;
+  switch (spec.variant) {
+    case AttentionVariant::kFp16:
+      set_groups(plan, Granularity::kToken);
+      plan.qk_levels = 0;
+      plan.smooth_k = false;
+      plan.pv = PvKind::kHalf;
+      break;
+    case AttentionVariant::kSage1T:
+    case AttentionVariant::kSage1VT:
+      set_groups(plan, Granularity::kToken);
+      break;
+    case AttentionVariant::kSage1B:
+    case AttentionVariant::kSage1VB:
+      set_groups(plan, Granularity::kBlock);
+      break;
+    case AttentionVariant::kSage2_4b:
+      plan.qk_levels = static_cast<int32_t>(recipe::kInt4Max);
+      plan.smooth_q = true;
+      [[fallthrough]];
+    case AttentionVariant::kSage2_8b:
+      set_groups(plan, Granularity::kThread);
+      plan.pv = PvKind::kE4m3;
+      break;
+  }
+  if (spec.variant == AttentionVariant::kSage1T || spec.variant == AttentionVariant::kSage1B) {
+    plan.pv = PvKind::kHalfAccHalf;
+  }
+  if (spec.variant == AttentionVariant::kSage1VT || spec.variant == AttentionVariant::kSage1VB) {
+    plan.pv = PvKind::kInt8;
+  }
+  return plan;
+}
+
+double attention_split_bound(const AttentionSpec& spec) {
+  switch (spec.variant) {
+    case AttentionVariant::kFp16:
+      return 0.0;
+    case AttentionVariant::kSage2_4b:
+      return 0.2;
+    default:
+      return 0.08;
+  }
+}
+
+}  // namespace sagelm::cpu

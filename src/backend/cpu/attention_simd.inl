@@ -1,0 +1,137 @@
+// Vectors of the widest kind that this translation unit's target flags allow, as compiler vector
+// extensions; intrinsics only where those have no word. Everything is in the includer's anonymous
+// namespace so that nothing compiled for one instruction set is linked into another.
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kMaxVecs = 4;  // column vectors of a register block: 6 x 4 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kMaxVecs = 2;  // 6 x 2 of 16 registers
+#else
+constexpr int kLanes = 4;
+constexpr int kMaxVecs = 2;
+#endif
+
+typedef float VecF __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Quad __attribute__((vector_size(16)));
+
+inline VecF as_float(VecI v) { return reinterpret_cast<VecF>(v); }
+inline VecI as_int(VecF v) { return reinterpret_cast<VecI>(v); }
+
+template <typename T>
+inline T load(const void* p) {
+  T v;
+  __builtin_memcpy(&v, p, sizeof(T));
+  return v;
+}
+
+template <typename T>
+inline void store(void* p, T v) {
+  __builtin_memcpy(p, &v, sizeof(T));
+}
+
+inline VecI lane_ids() {
+  VecI ids = {};
+  for (int i = 0; i < kLanes; ++i) ids[i] = i;
+  return ids;
+}
+
+// b where a is NaN.
+inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
+inline VecI max(VecI a, VecI b) { return a > b ? a : b; }
+
+template <typename V>
+inline V swap_halves(V v, int distance) {
+  return __builtin_shuffle(v, lane_ids() ^ distance);
+}
+
+template <typename V>
+inline auto reduce_sum(V v) {
+#pragma GCC unroll 4
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) v += swap_halves(v, distance);
+  return v[0];
+}
+
+template <typename V>
+inline auto reduce_max(V v) {
+#pragma GCC unroll 4
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) v = max(v, swap_halves(v, distance));
+  return v[0];
+}
+
+// FP16 to float, exact.
+inline VecF load_half(const uint16_t* p) {
+#if defined(__AVX512F__)
+  // The zero-masking forms: GCC 12 warns about the plain ones' undefined source operand.
+  return _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
+  const VecI h = __builtin_convertvector(load<VecH>(p), VecI);
+  const VecI magnitude = (h & 0x7FFF) << 13;
+  // The exponent moves from bias 15 to 127 by a multiplication, which also handles subnormals.
+  const VecI value = as_int(as_float(magnitude) * 0x1p112f);
+  const VecI special = magnitude | 0x7F800000;
+  return as_float((magnitude >= 0x0F800000 ? special : value) | ((h & 0x8000) << 16));
+#endif
+}
+
+// Rounds to a format with `mantissa` explicit bits and smallest normal 2^min_exponent, to nearest
+// even, subnormals included; no overflow handling, NaN stays NaN. Adding 1.5 * 2^(e + 23 - mantissa)
+// makes the FPU round at the wanted bit.
+template <int kMantissa, int kMinExponent>
+inline VecF round_to(VecF x) {
+  constexpr int32_t kSmallest = (127 + kMinExponent) << 23;
+  const VecI exponent = as_int(x) & 0x7F800000;
+  const VecI clamped = exponent > kSmallest ? exponent : VecI{} + kSmallest;
+  const VecF magic = as_float((clamped + ((23 - kMantissa) << 23)) | 0x400000);
+  return (x + magic) - magic;
+}
+
+inline VecF round_to_half(VecF x) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_maskz_cvtps_ph(0xFFFF, x, _MM_FROUND_TO_NEAREST_INT);
+  return _mm512_maskz_cvtph_ps(0xFFFF, half);
+#elif defined(__AVX2__) && defined(__F16C__)
+  return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const VecI sign = as_int(x) & INT32_MIN;
+  const VecF magnitude = as_float(as_int(x) & INT32_MAX);
+  const VecF rounded = round_to<10, -14>(magnitude);
+  const VecF infinity = VecF{} + __builtin_inff();
+  const VecF limited = magnitude >= 65520.0f ? infinity : rounded;
+  return as_float(as_int(limited) | sign);
+#endif
+}
+
+// P is in [0, 448], so saturation has nothing to do there; V is scaled to the same range.
+inline VecF round_to_e4m3(VecF x) { return round_to<3, -6>(x); }
+
+// To integers, half to even; |x| < 2^22.
+inline VecF round_to_integer(VecF x) {
+  constexpr float kMagic = 0x1.8p23f;
+  return (x + kMagic) - kMagic;
+}
+
+inline VecI to_integer(VecF rounded) { return __builtin_convertvector(rounded, VecI); }
+
+// 2^x for x <= 127, relative error below 2e-7; 0 below -126; NaN stays NaN.
+inline VecF exp2(VecF x) {
+  constexpr float kMagic = 0x1.8p23f;
+  const VecF lowest = VecF{} - 126.0f;
+  const VecI underflow = x < -126.0f;
+  const VecF clamped = underflow ? lowest : x;
+  const VecF shifted = clamped + kMagic;
+  const VecF f = clamped - (shifted - kMagic);  // in [-0.5, 0.5]
+  VecF p = f * 1.5403530e-4f + 1.3333558e-3f;   // Taylor: ln2^n / n!
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  const VecF power = as_float((as_int(shifted) << 23) + (127 << 23));
+  return as_float(as_int(p * power) & ~underflow);
+}

@@ -1,0 +1,15 @@
+// From a device's name to the backend that computes there: the one place that picks one.
+#pragma once
+
+#include <memory>
+#include <string_view>
+
+#include "backend/backend.h"
+
+namespace sagelm {
+
+// name: auto, cpu, cuda or cuda:N. threads: 0 for one per core. Throws UsageError for an unknown
+// name and Error for a device that this build or machine does not have.
+std::unique_ptr<Backend> make_backend(std::string_view name, int threads);
+
+}  // namespace sagelm

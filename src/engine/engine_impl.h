@@ -1,0 +1,59 @@
+// What a Model holds; its sessions share it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "backend/backend.h"
+#include "model/kv_cache.h"
+#include "model/llama.h"
+#include "sagelm/sagelm.hpp"
+#include "text/tokenizer.h"
+
+namespace sagelm {
+
+struct Model::Impl {
+  LoadOptions options;
+  ModelInfo info;
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::unique_ptr<Backend> backend;
+  std::unique_ptr<Llama> llama;
+  std::optional<KvCache> score_cache;  // grows to what the largest batch of score() needed
+
+  // Runs tokens in chunks of at most batch_tokens, appending them to sequence; the logits after the
+  // last one. keep_going, if it returns false after a chunk, stops: the result is then empty.
+  template <typename KeepGoing>
+  std::vector<float> prefill(Sequence& sequence, std::span<const int32_t> tokens,
+                             const KeepGoing& keep_going);
+
+  // Scores tokens[first_scored ...] given those before (first_scored >= 1) on an empty sequence,
+  // in chunks likewise.
+  std::vector<Scored> score_alone(Sequence& sequence, std::span<const int32_t> tokens,
+                                  int64_t first_scored);
+
+  // A cache of at least num_pages pages that no sequence uses.
+  KvCache& cache_for_scoring(int64_t num_pages);
+  void score_batch(std::span<const ScoreInput> inputs, std::span<std::vector<Scored>> out);
+  void check_ids(std::span<const int32_t> ids) const;
+};
+
+template <typename KeepGoing>
+std::vector<float> Model::Impl::prefill(Sequence& sequence, std::span<const int32_t> tokens,
+                                        const KeepGoing& keep_going) {
+  std::vector<float> logits;
+  const auto chunk = static_cast<size_t>(options.batch_tokens);
+  while (!tokens.empty()) {
+    const StepInput input{.sequence = &sequence,
+                          .tokens = tokens.first(std::min(chunk, tokens.size()))};
+    logits = llama->step({&input, 1});
+    tokens = tokens.subspan(input.tokens.size());
+    if (!tokens.empty() && !keep_going()) return {};
+  }
+  return logits;
+}
+
+}  // namespace sagelm

@@ -1,0 +1,54 @@
+#include "eval/dataset.h"
+
+#include <cstddef>
+#include <utility>
+
+#include <nlohmann/json.hpp>
+
+#include "base/error.h"
+#include "text/utf8.h"
+
+namespace sagelm {
+
+void check_text(std::string_view name, std::string_view bytes) {
+  if (bytes.empty()) fail("{}: the file is empty", name);
+  int64_t line = 1;
+  for (size_t i = 0; i < bytes.size();) {
+    const Utf8Char character = first_character(bytes.substr(i));
+    if (character.status != Utf8Status::kValid) {
+      fail("{}:{}: byte {} of the file (0x{:02x}) {}", name, line, i,
+           static_cast<unsigned>(static_cast<unsigned char>(bytes[i])),
+           character.status == Utf8Status::kIncomplete ? "starts a character that the file's end cuts"
+                                                       : "is not UTF-8");
+    }
+    if (bytes[i] == '\n') ++line;
+    i += character.length;
+  }
+}
+
+std::vector<Passage> parse_passages(std::string_view name, std::string_view bytes) {
+  check_text(name, bytes);
+  std::vector<Passage> passages;
+  int64_t line = 0;
+  while (!bytes.empty()) {
+    const size_t end = bytes.find('\n');
+    const std::string_view row = bytes.substr(0, end);
+    bytes.remove_prefix(end == std::string_view::npos ? bytes.size() : end + 1);
+    ++line;
+    if (strip(row).empty()) continue;
+    const nlohmann::json value = nlohmann::json::parse(row, nullptr, /*allow_exceptions=*/false);
+    if (!value.is_object()) {
+      fail("{}:{}: not a JSON object like {{\"text\": \"…\"}}", name, line);
+    }
+    const auto text = value.find("text");
+    if (text == value.end()) fail("{}:{}: there is no field \"text\"", name, line);
+    if (!text->is_string()) fail("{}:{}: the field \"text\" is not a string", name, line);
+    Passage passage{.line = line, .text = text->get<std::string>()};
+    if (strip(passage.text).empty()) fail("{}:{}: the text is empty", name, line);
+    passages.push_back(std::move(passage));
+  }
+  if (passages.empty()) fail("{}: there is no passage in the file", name);
+  return passages;
+}
+
+}  // namespace sagelm

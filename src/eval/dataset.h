@@ -1,0 +1,24 @@
+// Evaluation data: the bytes of a file, checked before any model is loaded. Every function throws
+// Error with file, line and reason.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace sagelm {
+
+// Throws Error unless bytes are UTF-8 text that is not empty. name is the file's, for messages.
+void check_text(std::string_view name, std::string_view bytes);
+
+struct Passage {
+  int64_t line;  // in its file, from 1
+  std::string text;
+};
+
+// Lines {"text": "…"}, other fields ignored, empty lines skipped. At least one passage, no passage
+// empty.
+std::vector<Passage> parse_passages(std::string_view name, std::string_view bytes);
+
+}  // namespace sagelm

@@ -1,0 +1,138 @@
+#include "eval/lambada.h"
+
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <string>
+#include <utility>
+
+#include "base/error.h"
+#include "eval/statistics.h"
+
+namespace sagelm {
+namespace {
+
+struct VariantEntry {
+  LambadaVariant variant;
+  std::string_view name;
+  std::string_view description;
+};
+
+constexpr std::array kVariants = {
+    VariantEntry{LambadaVariant::kWord, "word",
+                 "the last word, right if each of its tokens is the most probable one "
+                 "(lambada_openai of lm-evaluation-harness)"},
+    VariantEntry{LambadaVariant::kLastToken, "last-token",
+                 "the last token alone (as in SmoothQuant's demonstration; most likely what "
+                 "SageAttention's table shows)"},
+};
+
+const VariantEntry& entry_of(LambadaVariant variant) {
+  for (const VariantEntry& entry : kVariants) {
+    if (entry.variant == variant) return entry;
+  }
+  return kVariants.front();
+}
+
+// Where the target of kWord begins in ids, the ids of the whole text.
+int64_t word_target(const std::string& text, size_t num_ids, const std::string& where,
+                    const Encoder& encode) {
+  const size_t space = text.rfind(' ');
+  if (space == std::string::npos || space + 1 == text.size()) {
+    fail("{}: the passage has no last word: {}", where,
+         space == std::string::npos ? "there is no space in it" : "it ends with a space");
+  }
+  const std::vector<int32_t> context = encode(std::string_view(text).substr(0, space));
+  if (context.empty() || context.size() >= num_ids) {
+    fail("{}: the passage's last word has no tokens of its own after those of the words before it",
+         where);
+  }
+  return static_cast<int64_t>(context.size());
+}
+
+}  // namespace
+
+LambadaVariant parse_lambada_variant(std::string_view name) {
+  std::string names;
+  for (const VariantEntry& entry : kVariants) {
+    if (entry.name == name) return entry.variant;
+    if (!names.empty()) names += ", ";
+    names += entry.name;
+  }
+  fail_usage("unknown variant '{}': use one of {}", name, names);
+}
+
+std::string_view lambada_variant_name(LambadaVariant variant) { return entry_of(variant).name; }
+
+std::string_view describe_lambada_variant(LambadaVariant variant) {
+  return entry_of(variant).description;
+}
+
+std::vector<LambadaExample> prepare_lambada(std::string_view name,
+                                            std::span<const Passage> passages,
+                                            LambadaVariant variant, const Encoder& encode,
+                                            int64_t max_tokens) {
+  std::vector<LambadaExample> examples;
+  examples.reserve(passages.size());
+  for (const Passage& passage : passages) {
+    const std::string where = fmt::format("{}:{}", name, passage.line);
+    LambadaExample example{.ids = encode(passage.text)};
+    const auto length = static_cast<int64_t>(example.ids.size());
+    if (length < 2) fail("{}: the passage has no token to predict another from", where);
+    if (length > max_tokens) {
+      fail("{}: the passage has {} tokens, more than the context of {}", where, length, max_tokens);
+    }
+    example.first_scored = variant == LambadaVariant::kWord
+                               ? word_target(passage.text, example.ids.size(), where, encode)
+                               : length - 1;
+    examples.push_back(std::move(example));
+  }
+  return examples;
+}
+
+double LambadaResult::tokens_per_second() const {
+  return seconds > 0 ? static_cast<double>(tokens_run) / seconds : 0;
+}
+
+LambadaResult run_lambada(std::span<const LambadaExample> examples, int64_t batch_tokens,
+                          const Scorer& scorer, const EvalCallback& on_progress) {
+  std::vector<Model::ScoreInput> inputs;
+  inputs.reserve(examples.size());
+  for (const LambadaExample& example : examples) {
+    inputs.push_back({.ids = example.ids, .first_scored = example.first_scored});
+  }
+  LambadaResult result;
+  result.examples_planned = static_cast<int64_t>(examples.size());
+  Moments hits;
+  Moments log_likelihood;
+  const auto take = [&](int64_t, std::span<const Scored> scores) {
+    double sum = 0;
+    bool all_top = true;
+    for (const Scored& score : scores) {
+      sum += static_cast<double>(score.logprob);
+      all_top = all_top && score.is_top;
+    }
+    log_likelihood.add(sum);
+    hits.add(all_top ? 1 : 0);
+    if (all_top) ++result.correct;
+  };
+  const auto after_batch = [&](const BatchRun& run) {
+    return !on_progress || on_progress({.done = run.done,
+                                        .total = result.examples_planned,
+                                        .tokens = run.tokens,
+                                        .perplexity = std::exp(-log_likelihood.mean())});
+  };
+  const BatchRun run = score_in_batches(
+      inputs, batch_tokens, scorer,
+      [](int64_t index) { return fmt::format("passage {}", index + 1); }, take, after_batch);
+  result.examples = run.done;
+  result.tokens_run = run.tokens;
+  result.seconds = run.seconds;
+  result.accuracy = hits.mean();
+  result.accuracy_stderr = hits.standard_error();
+  result.perplexity = std::exp(-log_likelihood.mean());
+  result.perplexity_stderr = result.perplexity * log_likelihood.standard_error();
+  return result;
+}
+
+}  // namespace sagelm

@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# The command line from outside: results, JSON, exit statuses, and one sentence for wrong input.
+# Usage: cli_test.sh SAGELM_BINARY SOURCE_DIR
+set -u
+sagelm=$1
+export SAGELM_DEMO_MODEL=$2/models/demo
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failures=0
+prompt="It was a dark and stormy night; the rain fell in torrents, and the old house at the end of the lane"
+
+fail() {
+  echo "FAILED: $*"
+  failures=$((failures + 1))
+}
+
+# run STATUS ARGUMENTS...: stdout to $work/out, stderr to $work/err, which are checked afterwards.
+run() {
+  local expected=$1 status
+  shift
+  "$sagelm" "$@" >"$work/out" 2>"$work/err" </dev/null
+  status=$?
+  [ "$status" = "$expected" ] || {
+    fail "sagelm $*: exit status $status, not $expected"
+    cat "$work/err"
+  }
+}
+
+# refused STATUS TEXT ARGUMENTS...: one sentence on stderr that holds TEXT, nothing on stdout.
+refused() {
+  local status=$1 text=$2
+  shift 2
+  run "$status" "$@"
+  [ -s "$work/out" ] && fail "sagelm $*: wrote to stdout"
+  [ "$(wc -l <"$work/err")" = 1 ] || fail "sagelm $*: stderr is not one line: $(cat "$work/err")"
+  grep -q "^sagelm: error: " "$work/err" || fail "sagelm $*: no 'sagelm: error:'"
+  grep -qF -- "$text" "$work/err" || fail "sagelm $*: no '$text' in: $(cat "$work/err")"
+}
+
+holds() {  # FILE TEXT
+  grep -qF -- "$2" "$1" || fail "no '$2' in: $(head -c 600 "$1")"
+}
+
+# Help and version.
+run 0 --version
+holds "$work/out" "sagelm 0."
+for command in chat generate perplexity lambada tokenize info; do
+  run 0 "$command" --help
+  holds "$work/out" "--model"
+done
+
+# tokenize.
+run 0 tokenize --text "$prompt" --json
+holds "$work/out" '"ids"'
+ids=$(tr -d ' \n' <"$work/out" | sed 's/.*"ids":\[\([0-9,]*\)\].*/\1/')
+[ "$ids" = "1,558,322,261,1098,283,3791,8130,852,8143,263,3210,947,291,1861,3107,8120,8131,283,263,720,845,363,263,847,281,263,7991" ] ||
+  fail "ids of the prompt: $ids"
+run 0 tokenize --text "It" --no-bos
+[ "$(cat "$work/out")" = "$(printf '558\t\xe2\x96\x81It')" ] || fail "tokenize: $(cat "$work/out")"
+printf 'It' >"$work/text"
+run 0 tokenize --file "$work/text" --json "$work/json"
+holds "$work/out" "558"
+holds "$work/json" '"pieces"'
+refused 2 "exactly" tokenize
+refused 2 "--temp" tokenize --text x --temp 1
+refused 2 "--device" tokenize --text x --device cpu
+refused 1 "$work/none" tokenize --file "$work/none"
+refused 1 "$work/none" tokenize --text x -m "$work/none"
+
+# info.
+run 0 info
+holds "$work/out" "13763712"
+run 0 info --json --ctx 512 --attention fp16
+holds "$work/out" '"kv_bytes": 4718592'
+refused 2 "2048" info --ctx 4096
+refused 2 "sage9" info --attention sage9
+refused 2 "tpu" info --device tpu
+refused 1 "CUDA" info --device cuda:0
+refused 2 "not available yet" info --kv-cache int8
+refused 2 "threads" info --threads 0
+refused 2 "--seed" info --seed 1
+
+# generate.
+run 0 generate --attention fp16 --temp 0 -n 64 --prompt "$prompt" --json --logprobs
+holds "$work/out" '"text": "was a dark, dark, and deserted street. The rain was falling, and the snow was falling.'
+holds "$work/out" '"prompt_logprobs"'
+holds "$work/out" '"stop_reason": "max-tokens"'
+run 0 generate --temp 0 -n 4 --prompt "$prompt" --attention fp16
+[ "$(cat "$work/out")" = "was a dark," ] || fail "generate: $(cat "$work/out")"
+run 0 generate -n 8 --prompt "$prompt" --seed 5
+cp "$work/out" "$work/first"
+run 0 generate -n 8 --prompt "$prompt" --seed 5
+cmp -s "$work/out" "$work/first" || fail "the same seed gave two texts"
+for flags in "--temp -1" "--temp nan" "--top-p 0" "--top-p 2" "--top-k -1" "--min-p 2" \
+  "--repeat-penalty 0" "--repeat-last-n -2" "-n 0" "-n x" "--seed x" "--threads 2000" "--ctx 0" \
+  "--kv-cache fp8" "--stop"; do
+  # shellcheck disable=SC2086
+  refused 2 "" generate --prompt x $flags
+done
+refused 2 "--json" generate --prompt x --logprobs
+refused 2 "" generate --prompt x --file "$work/text"
+refused 2 "" generate --prompt x --bogus
+refused 2 "" bogus
+refused 1 "context" generate --prompt "$prompt" --ctx 8
+refused 1 "empty" generate --prompt "" --no-bos
+refused 1 "$work/none/x" generate --prompt x --json "$work/none/x"
+"$sagelm" generate --prompt x -n 4 >/dev/full 2>"$work/err" && fail "a full disk was not noticed"
+holds "$work/err" "cannot write to standard output"
+
+# chat.
+run 0 chat --prompt "Who are you?" --temp 0 -n 30 --attention fp16 --show-prompt-tokens
+holds "$work/out" "I am the first to come to you, and I am the first to come to you."
+holds "$work/err" "prompt ids: 1 2336 2396 8145 8141 8189 2677 462 333 8150 2336 50 2396 8145 8141 8189"
+holds "$work/err" "attention  fp16"
+printf 'Who are you?\n\n/stats\n/bogus\n/undo\n/save %s\n/exit\nnever read\n' "$work/saved" |
+  "$sagelm" chat -n 5 >"$work/out" 2>"$work/err" || fail "chat from a pipe failed"
+[ "$(wc -l <"$work/out")" = 1 ] || fail "chat answered more than one line: $(cat "$work/out")"
+holds "$work/err" "1 turns"
+holds "$work/err" "unknown command /bogus"
+holds "$work/err" "took back: Who are you?"
+holds "$work/saved" '"sagelm-chat"'
+printf 'One\nTwo\n/save %s\n' "$work/saved" | "$sagelm" chat --temp 0 -n 9 >"$work/first" 2>/dev/null
+printf '/load %s\n/undo\nTwo\n' "$work/saved" |
+  "$sagelm" chat --temp 0 -n 9 >"$work/out" 2>/dev/null || fail "chat could not load"
+[ "$(tail -n 1 "$work/first")" = "$(cat "$work/out")" ] || fail "a loaded chat goes on differently"
+printf 'a \\\nb\n"""c\nd"""\n' | "$sagelm" chat -n 2 --json >"$work/out" 2>/dev/null
+holds "$work/out" '"user": "a \nb"'
+holds "$work/out" '"user": "c\nd"'
+printf 'One\nTwo\n' | "$sagelm" chat --ctx 24 -n 8 --ignore-eos >/dev/null 2>"$work/err"
+[ $? = 1 ] || fail "a full context is no failure"
+holds "$work/err" "the context is full"
+printf 'One\nTwo\nThree\n' |
+  "$sagelm" chat --ctx 48 -n 16 --ignore-eos --on-full drop-oldest-turns >"$work/out" 2>"$work/err" ||
+  fail "chat did not drop turns"
+holds "$work/err" "dropped the oldest"
+[ "$(wc -l <"$work/out")" = 3 ] || fail "not all turns were answered"
+"$sagelm" chat </dev/null >"$work/out" 2>/dev/null || fail "the end of the input is no failure"
+refused 2 "empty" chat --prompt " "
+refused 2 "llama2" chat --chat-template bogus --prompt x
+
+[ "$failures" = 0 ] && echo "all passed"
+[ "$failures" = 0 ]
