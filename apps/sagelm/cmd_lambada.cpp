@@ -63,8 +63,7 @@ void run(const LambadaFlags& flags) {
   LambadaResult result;
   run_with_progress(model, "passages", static_cast<int64_t>(examples.size()),
                     [&](const Scorer& scorer, const EvalCallback& on_progress) {
-                      result =
-                          run_lambada(examples, flags.eval.batch_tokens, scorer, on_progress);
+                      result = run_lambada(examples, flags.eval.batch_tokens, scorer, on_progress);
                     });
 
   Json json = eval_json(model.info(), adds_bos(tokenizer), file, bytes);

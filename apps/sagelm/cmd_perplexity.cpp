@@ -102,7 +102,8 @@ void add_perplexity(CLI::App& app) {
       "perplexity", "Measure how well the model predicts a text, under a named protocol");
   auto flags = std::make_shared<PerplexityFlags>();
   add_eval_options(*command, flags->eval, "the text, UTF-8; -: standard input", "windows");
-  command->add_option("--protocol", flags->protocol, "which windows are scored: " + protocol_names())
+  command
+      ->add_option("--protocol", flags->protocol, "which windows are scored: " + protocol_names())
       ->option_text("NAME (default: nonoverlap)");
   command->add_option("--ctx", flags->options.ctx, "tokens of a window")
       ->option_text("N (default: the protocol's own)")

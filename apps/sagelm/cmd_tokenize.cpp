@@ -1,4 +1,5 @@
 // sagelm tokenize: the ids and pieces of a text. Reads the tokenizer only, no weights.
+#include <filesystem>
 #include <memory>
 #include <string>
 
@@ -22,6 +23,7 @@ void run_tokenize(const TokenizeFlags& flags, bool has_file) {
   const std::string text = has_file ? read_text_file(flags.file) : flags.text;
   ResultOutput output(flags.common.json);
   std::filesystem::path directory = model_path(flags.common);
+  if (!std::filesystem::exists(directory)) fail("there is no model at {}", directory.string());
   if (!std::filesystem::is_directory(directory)) directory = directory.parent_path();
   const Tokenizer tokenizer = Tokenizer::open(directory);
   const bool bos = !flags.no_bos && tokenizer.add_bos_default();

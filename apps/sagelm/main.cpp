@@ -26,7 +26,6 @@ int run(int argc, char** argv) {
   CLI::App app("SageLM runs Llama-style language models with quantized attention", "sagelm");
   app.set_version_flag("--version", "sagelm " SAGELM_VERSION);
   app.require_subcommand(1);
-  app.set_help_all_flag("--help-all", "Print the help of every command and exit");
   sagelm::cli::add_chat(app);
   sagelm::cli::add_generate(app);
   sagelm::cli::add_perplexity(app);
@@ -48,6 +47,7 @@ int run(int argc, char** argv) {
     if (const auto command = app.get_subcommands(); !command.empty()) {
       message += " (see sagelm " + command.front()->get_name() + " --help)";
     } else {
+      if (argv[1][0] != '-') message = "there is no command '" + std::string(argv[1]) + "'";
       message += " (see sagelm --help)";
     }
     return report(message, kWrongUsage);

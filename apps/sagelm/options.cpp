@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
-#include <functional>
 #include <iostream>
 #include <iterator>
 
@@ -55,6 +54,14 @@ CLI::Option* add_kv_cache(CLI::App& command, CommonOptions& options, const Commo
       ->check(CLI::IsMember({"auto", "fp16", "int8"}));
 }
 
+CLI::Option* add_seed(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
+  // The conversion alone would take -1 for 2^64 - 1.
+  return add_value<&CommonOptions::seed>(command, options, flag)
+      ->check([](const std::string& text) {
+        return text.starts_with('-') ? "a seed is 0 or more, not " + text : std::string();
+      });
+}
+
 CLI::Option* add_json(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
   return command
       .add_option_function<std::vector<std::string>>(
@@ -84,8 +91,7 @@ const std::array kCommonFlags = {
     CommonFlag{kComputeGroup, "--threads", "N", "one per core", "CPU threads", add_threads},
     CommonFlag{kContextGroup, "--ctx", "N", "the model's own", "context length in tokens",
                add_context},
-    CommonFlag{kSeedGroup, "--seed", "N", "0", "seed of the random draws",
-               add_value<&CommonOptions::seed>},
+    CommonFlag{kSeedGroup, "--seed", "N", "0", "seed of the random draws", add_seed},
     CommonFlag{kJsonGroup, "--json", "[FILE]", "",
                "write the result as one JSON object to FILE, or alone to standard output",
                add_json},

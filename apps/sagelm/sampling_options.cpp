@@ -20,7 +20,7 @@ void add_generation_options(CLI::App& command, GenerationFlags& flags, int64_t d
   SamplingOptions& sampling = flags.options.sampling;
   command.add_option("-n,--n-predict", flags.options.max_tokens, "tokens to generate at most")
       ->check(CLI::Range(int64_t{1}, kMaxTokens))
-      ->capture_default_str();
+      ->option_text(fmt::format("N={}", default_tokens));
   command.add_option("--temp", sampling.temperature, "temperature; 0: the most probable token")
       ->capture_default_str();
   command.add_option("--top-k", sampling.top_k, "draw from the K most probable; 0: off")

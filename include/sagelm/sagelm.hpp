@@ -22,14 +22,14 @@
 namespace sagelm {
 
 struct LoadOptions {
-  std::filesystem::path model;      // an HF directory or a .safetensors file in one
+  std::filesystem::path model = {};      // an HF directory or a .safetensors file in one
   std::string attention = "sage";   // fp16, sage, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b]
   bool smooth_k = true;
   std::string device = "auto";      // auto, cpu, cuda or cuda:N
   int threads = 0;                  // 0: one per core
   int64_t context = 0;              // tokens of a session at most; 0: the model's own
   int64_t batch_tokens = 2048;      // tokens per step at most: bounds the memory of activations
-  std::function<void(double fraction)> progress;  // while loading
+  std::function<void(double fraction)> progress = {};  // while loading
 };
 
 struct ModelInfo {
@@ -71,8 +71,8 @@ struct SamplingOptions {
 
 struct GenerateOptions {
   int64_t max_tokens = 128;
-  SamplingOptions sampling;
-  std::vector<std::string> stop;  // ends before the first of these strings
+  SamplingOptions sampling = {};
+  std::vector<std::string> stop = {};  // ends before the first of these strings
   std::vector<int32_t> end_ids;   // tokens that end the answer besides the model's end-of-sequence
   bool prompt_logprobs = false;
   bool ignore_eos = false;  // end-of-sequence is never sampled

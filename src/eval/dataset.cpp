@@ -1,9 +1,8 @@
 #include "eval/dataset.h"
 
 #include <cstddef>
-#include <utility>
-
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "base/error.h"
 #include "text/utf8.h"
@@ -18,8 +17,9 @@ void check_text(std::string_view name, std::string_view bytes) {
     if (character.status != Utf8Status::kValid) {
       fail("{}:{}: byte {} of the file (0x{:02x}) {}", name, line, i,
            static_cast<unsigned>(static_cast<unsigned char>(bytes[i])),
-           character.status == Utf8Status::kIncomplete ? "starts a character that the file's end cuts"
-                                                       : "is not UTF-8");
+           character.status == Utf8Status::kIncomplete
+               ? "starts a character that the file's end cuts"
+               : "is not UTF-8");
     }
     if (bytes[i] == '\n') ++line;
     i += character.length;

@@ -128,7 +128,7 @@ LambadaResult run_lambada(std::span<const LambadaExample> examples, int64_t batc
   result.examples = run.done;
   result.tokens_run = run.tokens;
   result.seconds = run.seconds;
-  result.accuracy = hits.mean();
+  result.accuracy = static_cast<double>(result.correct) / static_cast<double>(result.examples);
   result.accuracy_stderr = hits.standard_error();
   result.perplexity = std::exp(-log_likelihood.mean());
   result.perplexity_stderr = result.perplexity * log_likelihood.standard_error();

@@ -28,7 +28,7 @@ std::string_view describe_lambada_variant(LambadaVariant variant);  // one sente
 
 struct LambadaExample {
   std::vector<int32_t> ids = {};  // of the whole passage
-  int64_t first_scored = 0;  // the target is ids[first_scored …]
+  int64_t first_scored = 0;       // the target is ids[first_scored …]
 };
 
 // Ids of a text, BOS in front if the tokenizer's configuration wants it.

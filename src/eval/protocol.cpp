@@ -13,8 +13,10 @@ struct Entry {
 };
 
 constexpr std::array kProtocols = {
-    Entry{"nonoverlap", nonoverlap_protocol}, Entry{"strided", strided_protocol},
-    Entry{"gptq", gptq_protocol},             Entry{"sage-paper", sage_paper_protocol},
+    Entry{"nonoverlap", nonoverlap_protocol},
+    Entry{"strided", strided_protocol},
+    Entry{"gptq", gptq_protocol},
+    Entry{"sage-paper", sage_paper_protocol},
     Entry{"llamacpp", llamacpp_protocol},
 };
 

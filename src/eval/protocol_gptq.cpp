@@ -1,6 +1,6 @@
 // gptq and sage-paper: the WikiText2 perplexity of the quantization papers (GPTQ's evaluation code,
-// followed by AWQ, OmniQuant, SmoothQuant). exp(mean over chunks of a chunk's mean) is the mean over
-// all tokens, the chunks being equally long.
+// followed by AWQ, OmniQuant, SmoothQuant). exp(mean over chunks of a chunk's mean) is the mean
+// over all tokens, the chunks being equally long.
 #include <algorithm>
 
 #include "base/error.h"
@@ -37,14 +37,15 @@ std::string join_rows(std::string_view text) {
 Protocol gptq_protocol(const ProtocolOptions& options) {
   refuse_stride("gptq", options);
   const int64_t ctx = window_size("gptq", options, kGptqCtx);
-  return {.name = "gptq",
-          .description = fmt::format("GPTQ's WikiText2: lines joined by blank lines, chunks of {} "
-                                     "tokens, all but the first token of each scored",
-                                     ctx),
-          .ctx = ctx,
-          .stride = ctx,
-          .prepare = join_rows,
-          .windows = [ctx](int64_t num_ids) { return cut_windows(num_ids, ctx, 1); }};
+  return {
+      .name = "gptq",
+      .description = fmt::format("as GPTQ on WikiText2: lines joined by blank lines, chunks of {} "
+                                 "tokens, all but the first token of each scored",
+                                 ctx),
+      .ctx = ctx,
+      .stride = ctx,
+      .prepare = join_rows,
+      .windows = [ctx](int64_t num_ids) { return cut_windows(num_ids, ctx, 1); }};
 }
 
 Protocol sage_paper_protocol(const ProtocolOptions& options) {

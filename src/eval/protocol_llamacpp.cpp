@@ -1,6 +1,7 @@
 // llamacpp: what llama.cpp's llama-perplexity prints. The raw text is tokenized once; every chunk's
 // first token is replaced by BOS, and of each chunk the second half is scored, its first token left
-// out (255 of 512). Its ± is our standard error: sqrt((E[nll²] - E[nll]²) / (n - 1)) = sd / sqrt(n).
+// out (255 of 512). Its ± is our standard error: sqrt((E[nll²] - E[nll]²) / (n - 1)) = sd /
+// sqrt(n).
 #include "base/error.h"
 #include "eval/protocol.h"
 
@@ -12,7 +13,7 @@ Protocol llamacpp_protocol(const ProtocolOptions& options) {
   refuse_stride("llamacpp", options);
   const int64_t ctx = window_size("llamacpp", options, kDefaultCtx, kMinCtx);
   return {.name = "llamacpp",
-          .description = fmt::format("llama.cpp's: chunks of {} tokens, each starting with BOS, "
+          .description = fmt::format("as llama.cpp: chunks of {} tokens, each starting with BOS, "
                                      "{} tokens of the second half of each scored",
                                      ctx, ctx - ctx / 2 - 1),
           .ctx = ctx,

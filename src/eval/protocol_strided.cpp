@@ -1,7 +1,7 @@
-// strided: the sliding window of Hugging Face's documentation ("Perplexity of fixed-length models"),
-// on the text as it is. Each window scores the tokens that no earlier one scored, the last, shorter
-// window included; unlike that page's code, every scored token has the same weight (the page
-// subtracts one token from the weight of every window).
+// strided: the sliding window of Hugging Face's documentation ("Perplexity of fixed-length
+// models"), on the text as it is. Each window scores the tokens that no earlier one scored, the
+// last, shorter window included; unlike that page's code, every scored token has the same weight
+// (the page subtracts one token from the weight of every window).
 #include <algorithm>
 
 #include "base/error.h"
@@ -33,15 +33,14 @@ Protocol strided_protocol(const ProtocolOptions& options) {
   if (stride < 1 || stride > ctx) {
     fail_usage("the stride must be 1 to {} (the window), not {}", ctx, stride);
   }
-  return {.name = "strided",
-          .description = fmt::format("windows of {} tokens every {}, each token scored in the "
-                                     "first window that holds it",
-                                     ctx, stride),
-          .ctx = ctx,
-          .stride = stride,
-          .windows = [ctx, stride](int64_t num_ids) {
-            return strided_windows(num_ids, ctx, stride);
-          }};
+  return {
+      .name = "strided",
+      .description = fmt::format("windows of {} tokens every {}, each token scored in the "
+                                 "first window that holds it",
+                                 ctx, stride),
+      .ctx = ctx,
+      .stride = stride,
+      .windows = [ctx, stride](int64_t num_ids) { return strided_windows(num_ids, ctx, stride); }};
 }
 
 }  // namespace sagelm

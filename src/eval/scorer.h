@@ -12,12 +12,11 @@
 namespace sagelm {
 
 // As Model::score.
-using Scorer =
-    std::function<std::vector<std::vector<Scored>>(std::span<const Model::ScoreInput>)>;
+using Scorer = std::function<std::vector<std::vector<Scored>>(std::span<const Model::ScoreInput>)>;
 
 // Where an evaluation stands, told after each batch; false ends it with what it has.
 struct EvalProgress {
-  int64_t done = 0;   // windows or passages
+  int64_t done = 0;  // windows or passages
   int64_t total = 0;
   int64_t tokens = 0;  // run through the model
   double perplexity = 0;
@@ -30,10 +29,10 @@ struct BatchRun {
   double seconds = 0;  // in the scorer
 };
 
-// Scores inputs in the given order, a batch being neighbours of at most batch_tokens tokens together
-// (one input at least). take(index, scores) gets each input's scores in order; after_batch returns
-// false to stop. Throws Error if a log-probability is not finite or the scorer returns another
-// number of them than asked; where names input `index`, e.g. "window 3".
+// Scores inputs in the given order, a batch being neighbours of at most batch_tokens tokens
+// together (one input at least). take(index, scores) gets each input's scores in order; after_batch
+// returns false to stop. Throws Error if a log-probability is not finite or the scorer returns
+// another number of them than asked; where names input `index`, e.g. "window 3".
 BatchRun score_in_batches(
     std::span<const Model::ScoreInput> inputs, int64_t batch_tokens, const Scorer& scorer,
     const std::function<std::string(int64_t index)>& where,

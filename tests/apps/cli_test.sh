@@ -61,7 +61,7 @@ printf 'It' >"$work/text"
 run 0 tokenize --file "$work/text" --json "$work/json"
 holds "$work/out" "558"
 holds "$work/json" '"pieces"'
-refused 2 "exactly" tokenize
+refused 2 "Exactly 1" tokenize
 refused 2 "--temp" tokenize --text x --temp 1
 refused 2 "--device" tokenize --text x --device cpu
 refused 1 "$work/none" tokenize --file "$work/none"
@@ -69,7 +69,7 @@ refused 1 "$work/none" tokenize --text x -m "$work/none"
 
 # info.
 run 0 info
-holds "$work/out" "13763712"
+holds "$work/out" "13767552"
 run 0 info --json --ctx 512 --attention fp16
 holds "$work/out" '"kv_bytes": 4718592'
 refused 2 "2048" info --ctx 4096

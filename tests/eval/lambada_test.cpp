@@ -1,11 +1,11 @@
 #include "eval/lambada.h"
 
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <functional>
 #include <string>
 #include <vector>
-
-#include <gtest/gtest.h>
 
 #include "base/error.h"
 #include "eval/toy_model.h"
@@ -83,8 +83,9 @@ TEST(Lambada, BothVariantsByHand) {
 TEST(Lambada, BatchesDoNotChangeTheResult) {
   std::vector<Passage> passages;
   for (int i = 0; i < 50; ++i) {
-    passages.push_back({.line = i + 1, .text = std::string(static_cast<size_t>(i % 7 + 1), 'a') +
-                                               (i % 3 == 0 ? " bb" : " ab")});
+    passages.push_back(
+        {.line = i + 1,
+         .text = std::string(static_cast<size_t>(i % 7 + 1), 'a') + (i % 3 == 0 ? " bb" : " ab")});
   }
   const auto examples = prepare(passages, LambadaVariant::kWord);
   ToyModel alone;
@@ -99,8 +100,8 @@ TEST(Lambada, BatchesDoNotChangeTheResult) {
 
 TEST(Lambada, AStoppedRunIsPartial) {
   ToyModel model;
-  const auto examples = prepare({{.line = 1, .text = "a a"}, {.line = 2, .text = "a a"}},
-                                LambadaVariant::kWord);
+  const auto examples =
+      prepare({{.line = 1, .text = "a a"}, {.line = 2, .text = "a a"}}, LambadaVariant::kWord);
   const auto result =
       run_lambada(examples, 1, model.scorer(), [](const EvalProgress&) { return false; });
   EXPECT_TRUE(result.partial());

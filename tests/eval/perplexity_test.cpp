@@ -1,11 +1,11 @@
 #include "eval/perplexity.h"
 
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <limits>
 #include <random>
 #include <vector>
-
-#include <gtest/gtest.h>
 
 #include "base/error.h"
 #include "eval/toy_model.h"
@@ -107,8 +107,8 @@ TEST(Perplexity, AStoppedRunIsPartial) {
 
 TEST(Perplexity, WhatIsNotANumberIsAnError) {
   const std::vector<int32_t> ids(8, 0);
-  for (const float bad : {std::numeric_limits<float>::quiet_NaN(),
-                          -std::numeric_limits<float>::infinity()}) {
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
     ToyModel model;
     const Scorer scorer = [&](std::span<const Model::ScoreInput> inputs) {
       auto scores = model.score(inputs);

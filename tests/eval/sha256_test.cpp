@@ -1,8 +1,8 @@
 #include "eval/sha256.h"
 
-#include <string>
-
 #include <gtest/gtest.h>
+
+#include <string>
 
 namespace sagelm {
 namespace {

@@ -25,6 +25,9 @@ constexpr int64_t kAlignFloats = 16;  // 64 bytes
 // share the preparation between threads and query blocks.
 constexpr int64_t kWaveFloats = int64_t{16} << 20;
 
+// Calls whose longest sequence has at most this many query rows run one head to a thread.
+constexpr int64_t kDecodeRows = 16;
+
 // Grows, never shrinks, keeps nothing when it grows.
 class FloatBuffer {
  public:
@@ -182,7 +185,9 @@ void add_query_blocks(const Plan& plan, const AttentionArgs& args, const KvHead&
 struct Unit {  // one key/value head of one sequence
   const AttentionArgs* args;
   int64_t kv_head;
-  int64_t floats;
+  int64_t floats;  // of its prepared operands
+  int64_t first_block;
+  int64_t end_block;
 };
 
 // Kept between calls so that a decode step allocates nothing.
@@ -190,41 +195,73 @@ struct Scratch {
   FloatBuffer operands;
   FloatBuffer workspaces;
   std::vector<Unit> units;
-  std::vector<KvHead> heads;
+  std::vector<KvHead> heads;  // of units
   std::vector<QueryBlock> blocks;
   std::vector<Workspace> threads;
 };
 
-void run_wave(const KernelTable& kernels, const Plan& plan, std::span<const Unit> units,
-              Scratch& scratch) {
-  int64_t floats = 0;
-  for (const Unit& unit : units) floats += unit.floats;
-  Carver carver(scratch.operands.reserve(floats));
-  scratch.heads.clear();
-  for (const Unit& unit : units) {
-    scratch.heads.push_back(carve_kv(carver, kernels, plan, *unit.args, unit.kv_head));
-  }
+// Lists the query blocks of every unit; the operands they point to are carved later.
+void list_blocks(const Plan& plan, Scratch& scratch) {
   scratch.blocks.clear();
-  for (size_t u = 0; u < units.size(); ++u) {
-    const AttentionArgs& args = *units[u].args;
-    const int64_t group = args.num_heads / args.num_kv_heads;
+  scratch.heads.resize(scratch.units.size());
+  for (size_t u = 0; u < scratch.units.size(); ++u) {
+    Unit& unit = scratch.units[u];
+    const int64_t group = unit.args->num_heads / unit.args->num_kv_heads;
+    unit.first_block = static_cast<int64_t>(scratch.blocks.size());
     for (int64_t g = 0; g < group; ++g) {
-      add_query_blocks(plan, args, scratch.heads[u], units[u].kv_head * group + g, scratch.blocks);
+      add_query_blocks(plan, *unit.args, scratch.heads[u], unit.kv_head * group + g,
+                       scratch.blocks);
     }
+    unit.end_block = static_cast<int64_t>(scratch.blocks.size());
   }
-  const auto num_heads = static_cast<int64_t>(scratch.heads.size());
-  const auto num_blocks = static_cast<int64_t>(scratch.blocks.size());
-  const auto threads = static_cast<int>(
-      std::min<int64_t>(static_cast<int64_t>(scratch.threads.size()), num_blocks));
-#pragma omp parallel num_threads(threads)
-  {
-    const Workspace& work = scratch.threads[static_cast<size_t>(omp_get_thread_num())];
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_heads; ++i) {
-      kernels.prepare_kv(plan, scratch.heads[static_cast<size_t>(i)], work);
+}
+
+// Prefill: as many units as kWaveFloats holds are prepared in parallel, then all their query
+// blocks are computed in parallel.
+void run_waves(const KernelTable& kernels, const Plan& plan, Scratch& scratch) {
+  const std::vector<Unit>& units = scratch.units;
+  for (size_t begin = 0; begin < units.size();) {
+    int64_t floats = 0;
+    size_t end = begin;
+    while (end < units.size() && (end == begin || floats + units[end].floats <= kWaveFloats)) {
+      floats += units[end++].floats;
     }
+    Carver carver(scratch.operands.reserve(floats));
+    for (size_t u = begin; u < end; ++u) {
+      scratch.heads[u] = carve_kv(carver, kernels, plan, *units[u].args, units[u].kv_head);
+    }
+    const auto threads = static_cast<int>(scratch.threads.size());
+#pragma omp parallel num_threads(threads)
+    {
+      const Workspace& work = scratch.threads[static_cast<size_t>(omp_get_thread_num())];
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_blocks; ++i) {
+      for (size_t u = begin; u < end; ++u) kernels.prepare_kv(plan, scratch.heads[u], work);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = units[begin].first_block; i < units[end - 1].end_block; ++i) {
+        kernels.attend(plan, scratch.blocks[static_cast<size_t>(i)], work);
+      }
+    }
+    begin = end;
+  }
+}
+
+// Decode: preparing the operands is most of the work, so one thread prepares and uses a unit's
+// operands while its cache holds them, and reuses the memory for its next unit.
+void run_units(const KernelTable& kernels, const Plan& plan, Scratch& scratch) {
+  int64_t floats = 0;
+  for (const Unit& unit : scratch.units) floats = std::max(floats, unit.floats);
+  const size_t count = scratch.units.size();
+  const auto threads = static_cast<int>(std::min(scratch.threads.size(), count));
+  float* operands = scratch.operands.reserve(floats * threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (size_t u = 0; u < count; ++u) {
+    const int thread = omp_get_thread_num();
+    const Workspace& work = scratch.threads[static_cast<size_t>(thread)];
+    const Unit& unit = scratch.units[u];
+    Carver carver(operands + thread * floats);
+    scratch.heads[u] = carve_kv(carver, kernels, plan, *unit.args, unit.kv_head);
+    kernels.prepare_kv(plan, scratch.heads[u], work);
+    for (int64_t i = unit.first_block; i < unit.end_block; ++i) {
       kernels.attend(plan, scratch.blocks[static_cast<size_t>(i)], work);
     }
   }
@@ -282,6 +319,7 @@ void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> s
   thread_local Scratch scratch;
   scratch.units.clear();
   int64_t dim = 0;
+  int64_t longest = 0;
   for (size_t i = 0; i < sequences.size(); ++i) {
     const AttentionArgs& args = sequences[i];
     check(args, i);
@@ -290,8 +328,9 @@ void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> s
     Carver measure(nullptr);
     carve_kv(measure, kernels, plan, args, 0);
     for (int64_t head = 0; head < args.num_kv_heads; ++head) {
-      scratch.units.push_back({&args, head, measure.used()});
+      scratch.units.push_back({&args, head, measure.used(), 0, 0});
     }
+    longest = std::max(longest, args.q_len);
     dim = std::max(dim, padded_dim(args.head_dim));
   }
   if (scratch.units.empty()) return;
@@ -303,15 +342,11 @@ void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> s
   scratch.threads.clear();
   for (int t = 0; t < threads; ++t) scratch.threads.push_back(carve_workspace(carver, dim));
 
-  const std::span<const Unit> units = scratch.units;
-  for (size_t begin = 0; begin < units.size();) {
-    int64_t floats = 0;
-    size_t end = begin;
-    while (end < units.size() && (end == begin || floats + units[end].floats <= kWaveFloats)) {
-      floats += units[end++].floats;
-    }
-    run_wave(kernels, plan, units.subspan(begin, end - begin), scratch);
-    begin = end;
+  list_blocks(plan, scratch);
+  if (longest <= kDecodeRows) {
+    run_units(kernels, plan, scratch);
+  } else {
+    run_waves(kernels, plan, scratch);
   }
 }
 

@@ -77,11 +77,19 @@ double attention_split_bound(const AttentionSpec& spec) {
   switch (spec.variant) {
     case AttentionVariant::kFp16:
       return 0.0;
-    case AttentionVariant::kSage2_4b:
-      return 0.2;
-    default:
+    case AttentionVariant::kSage1T:
+      return 0.03;
+    case AttentionVariant::kSage1VT:
+      return 0.04;
+    case AttentionVariant::kSage1B:
+    case AttentionVariant::kSage1VB:
+      return 0.06;
+    case AttentionVariant::kSage2_8b:
       return 0.08;
+    case AttentionVariant::kSage2_4b:
+      return 0.5;
   }
+  return 0.0;
 }
 
 }  // namespace sagelm::cpu

@@ -26,17 +26,12 @@ inline RowCursor rows_of(const KvHead& kv, const uint16_t* const* pages) {
   return {pages, kv.page_size, kv.head * kv.page_size * kv.head_dim, kv.head_dim};
 }
 
-// FP16 row to float, padded with zeros to a multiple of kDimAlign; reads nothing past the row.
-inline void load_row(const uint16_t* row, int64_t head_dim, float* out) {
-  int64_t c = 0;
-  for (; c + kLanes <= head_dim; c += kLanes) store(out + c, load_half(row + c));
-  if (c < head_dim) {
-    uint16_t tail[kLanes] = {};
-    for (int64_t i = c; i < head_dim; ++i) tail[i - c] = row[i];
-    store(out + c, load_half(tail));
-    c += kLanes;
-  }
-  for (; c % kDimAlign != 0; c += kLanes) store(out + c, VecF{});
+// kLanes channels of an FP16 row from channel c on; zeros past head_dim, where nothing is read.
+inline VecF load_channels(const uint16_t* row, int64_t c, int64_t head_dim) {
+  if (c + kLanes <= head_dim) return load_half(row + c);
+  uint16_t tail[kLanes] = {};
+  for (int64_t i = c; i < head_dim; ++i) tail[i - c] = row[i];
+  return load_half(tail);
 }
 
 inline void zero_row(float* row, int64_t dim) {
@@ -60,80 +55,101 @@ inline Quantizer make_quantizer(int32_t amax_bits, float levels, float floor) {
   return {amax / levels, levels / amax};
 }
 
-// Largest magnitudes of groups of rows of [rows][dim]; row r belongs to group_of[r].
-inline void group_quantizers(const Plan& plan, const float* rows, int64_t count, int64_t dim,
-                             const uint8_t* group_of, int32_t num_groups, Quantizer* out) {
-  VecI amax[kMaxKeyTile];
-  for (int32_t g = 0; g < num_groups; ++g) amax[g] = VecI{};
-  for (int64_t r = 0; r < count; ++r) {
-    VecI row_max = {};
-    for (int64_t c = 0; c < dim; c += kLanes) {
-      row_max = max(row_max, magnitude_bits(load<VecF>(rows + r * dim + c)));
-    }
-    amax[group_of[r]] = max(amax[group_of[r]], row_max);
-  }
+// amax holds the largest magnitudes of each group, still spread over lanes.
+inline void make_quantizers(const Plan& plan, const VecI* amax, int32_t num_groups,
+                            Quantizer* out) {
   for (int32_t g = 0; g < num_groups; ++g) {
     out[g] = make_quantizer(reduce_max(amax[g]), static_cast<float>(plan.qk_levels),
                             plan.amax_floor);
   }
 }
 
-// In place; 0 where the group is not finite.
+// Integers of a row; 0 where the group is not finite.
+inline VecF quantize(const float* row, const Quantizer& quantizer) {
+  if (quantizer.inverse == 0.0f) return VecF{};
+  return round_to_integer(load<VecF>(row) * quantizer.inverse);
+}
+
+// To float in place, or to bytes plus offset.
 inline void quantize_row(float* row, int64_t dim, const Quantizer& quantizer) {
-  if (quantizer.inverse == 0.0f) {
-    zero_row(row, dim);
-    return;
-  }
+  for (int64_t c = 0; c < dim; c += kLanes) store(row + c, quantize(row + c, quantizer));
+}
+
+inline void quantize_row(const float* row, int64_t dim, const Quantizer& quantizer, int32_t offset,
+                         int8_t* bytes) {
+  typedef int8_t VecB __attribute__((vector_size(kLanes)));
   for (int64_t c = 0; c < dim; c += kLanes) {
-    store(row + c, round_to_integer(load<VecF>(row + c) * quantizer.inverse));
+    const VecI integers = to_integer(quantize(row + c, quantizer)) + offset;
+    store(bytes + c, __builtin_convertvector(integers, VecB));
+  }
+}
+
+// Columns of four rows, 4 words of each in every 128-bit lane, V a vector of such lanes.
+template <typename V>
+inline void transpose_four(const char* src, int64_t src_stride, char* dst, int64_t dst_stride,
+                           V ids) {
+  constexpr int kWords = sizeof(V) / 4;
+  const V a = load<V>(src);
+  const V b = load<V>(src + 4 * src_stride);
+  const V c = load<V>(src + 8 * src_stride);
+  const V d = load<V>(src + 12 * src_stride);
+  const V lane = ids & ~3;
+  const V within = ids & 3;
+  // {a0 b0 a1 b1}, {a2 b2 a3 b3} of every lane, then pairs of pairs.
+  const V low = lane + within / 2 + (within & 1) * kWords;
+  const V pair_low = lane + (within & 1) + within / 2 * kWords;
+  const V ab_low = __builtin_shuffle(a, b, low);
+  const V ab_high = __builtin_shuffle(a, b, low + 2);
+  const V cd_low = __builtin_shuffle(c, d, low);
+  const V cd_high = __builtin_shuffle(c, d, low + 2);
+  const V columns[4] = {__builtin_shuffle(ab_low, cd_low, pair_low),
+                        __builtin_shuffle(ab_low, cd_low, pair_low + 2),
+                        __builtin_shuffle(ab_high, cd_high, pair_low),
+                        __builtin_shuffle(ab_high, cd_high, pair_low + 2)};
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+    for (int l = 0; l < kWords / 4; ++l) {
+      const V column = columns[i];
+      const Quad quad = {column[4 * l], column[4 * l + 1], column[4 * l + 2], column[4 * l + 3]};
+      store(dst + 4 * (4 * l + i) * dst_stride, quad);
+    }
   }
 }
 
 // dst[i][r] = src[r][i] for 32-bit words; both extents are multiples of 4.
 inline void transpose(const void* src, int64_t src_stride, void* dst, int64_t dst_stride,
                       int64_t rows, int64_t words) {
-  const auto* from = static_cast<const char*>(src);
-  auto* to = static_cast<char*>(dst);
   for (int64_t r = 0; r < rows; r += 4) {
-    for (int64_t i = 0; i < words; i += 4) {
-      const char* p = from + 4 * (r * src_stride + i);
-      const Quad a = load<Quad>(p);
-      const Quad b = load<Quad>(p + 4 * src_stride);
-      const Quad c = load<Quad>(p + 8 * src_stride);
-      const Quad d = load<Quad>(p + 12 * src_stride);
-      const Quad ab_low = __builtin_shuffle(a, b, Quad{0, 4, 1, 5});
-      const Quad ab_high = __builtin_shuffle(a, b, Quad{2, 6, 3, 7});
-      const Quad cd_low = __builtin_shuffle(c, d, Quad{0, 4, 1, 5});
-      const Quad cd_high = __builtin_shuffle(c, d, Quad{2, 6, 3, 7});
-      char* q = to + 4 * (i * dst_stride + r);
-      store(q, __builtin_shuffle(ab_low, cd_low, Quad{0, 1, 4, 5}));
-      store(q + 4 * dst_stride, __builtin_shuffle(ab_low, cd_low, Quad{2, 3, 6, 7}));
-      store(q + 8 * dst_stride, __builtin_shuffle(ab_high, cd_high, Quad{0, 1, 4, 5}));
-      store(q + 12 * dst_stride, __builtin_shuffle(ab_high, cd_high, Quad{2, 3, 6, 7}));
+    const char* from = static_cast<const char*>(src) + 4 * r * src_stride;
+    char* to = static_cast<char*>(dst) + 4 * r;
+    int64_t i = 0;
+    for (; i + kLanes <= words; i += kLanes) {
+      transpose_four(from + 4 * i, src_stride, to + 4 * i * dst_stride, dst_stride, lane_ids());
     }
-  }
-}
-
-// Integers held as floats to bytes plus offset.
-inline void narrow(const float* src, int64_t count, int32_t offset, int8_t* dst) {
-  typedef int8_t VecB __attribute__((vector_size(kLanes)));
-  for (int64_t c = 0; c < count; c += kLanes) {
-    store(dst + c, __builtin_convertvector(to_integer(load<VecF>(src + c)) + offset, VecB));
+    for (; i < words; i += 4) {
+      transpose_four(from + 4 * i, src_stride, to + 4 * i * dst_stride, dst_stride,
+                     Quad{0, 1, 2, 3});
+    }
   }
 }
 
 // Mean of every channel over all keys. Summed tile by tile, so that a long sequence loses nothing,
 // and in a fixed order. NaN and infinity spread to every key of the head from here.
-inline void mean_of_keys(const KvHead& kv, int64_t tile, float* buffer, float* mean) {
+inline void mean_of_keys(const KvHead& kv, int64_t tile, float* mean) {
   zero_row(mean, kv.dim);
   RowCursor cursor = rows_of(kv, kv.k_pages);
+  const uint16_t* rows[kMaxKeyTile];
   for (int64_t first = 0; first < kv.kv_len; first += tile) {
     const int64_t count = kv.kv_len - first < tile ? kv.kv_len - first : tile;
-    for (int64_t r = 0; r < count; ++r) load_row(cursor.next(), kv.head_dim, buffer + r * kv.dim);
+    for (int64_t r = 0; r < count; ++r) rows[r] = cursor.next();
     for (int64_t c = 0; c < kv.dim; c += kLanes) {
-      VecF sum = {};
-      for (int64_t r = 0; r < count; ++r) sum += load<VecF>(buffer + r * kv.dim + c);
-      store(mean + c, load<VecF>(mean + c) + sum);
+      VecF sums[4] = {};  // four chains of additions, for speed
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < count; ++r) {
+        sums[r % 4] += load_channels(rows[r], c, kv.head_dim);
+      }
+      store(mean + c, load<VecF>(mean + c) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
     }
   }
   const float length = static_cast<float>(kv.kv_len);
@@ -144,39 +160,48 @@ void prepare_keys(const Plan& plan, const KvHead& kv, const Workspace& work) {
   const int64_t tile = plan.key_tile;
   const int64_t dim = kv.dim;
   const bool quantized = plan.qk_levels != 0;
-  const bool smooth = quantized && plan.smooth_k;
-  if (smooth) {
-    mean_of_keys(kv, tile, work.rows, kv.k_mean);
+  const bool to_bytes = quantized && kPacksBytes;
+  if (quantized && plan.smooth_k) {
+    mean_of_keys(kv, tile, kv.k_mean);
   } else {
     zero_row(kv.k_mean, dim);
   }
   RowCursor cursor = rows_of(kv, kv.k_pages);
-  Quantizer quantizers[kMaxKeyTile];
   for (int64_t first = 0; first < kv.kv_len; first += tile) {
     const int64_t count = kv.kv_len - first < tile ? kv.kv_len - first : tile;
-    for (int64_t r = 0; r < tile; ++r) {
+    VecI amax[kMaxKeyTile];
+    for (int32_t g = 0; g < plan.num_k_groups; ++g) amax[g] = VecI{};
+    for (int64_t r = 0; r < count; ++r) {
+      const uint16_t* source = cursor.next();
       float* row = work.rows + r * dim;
-      if (r >= count) {
-        zero_row(row, dim);
-        continue;
-      }
-      load_row(cursor.next(), kv.head_dim, row);
-      if (!smooth) continue;
+      VecI row_max = {};
       for (int64_t c = 0; c < dim; c += kLanes) {
-        store(row + c, load<VecF>(row + c) - load<VecF>(kv.k_mean + c));
+        const VecF x = load_channels(source, c, kv.head_dim) - load<VecF>(kv.k_mean + c);
+        store(row + c, x);
+        row_max = max(row_max, magnitude_bits(x));
       }
+      amax[plan.k_group[r]] = max(amax[plan.k_group[r]], row_max);
     }
+    for (int64_t r = count; r < tile; ++r) zero_row(work.rows + r * dim, dim);
     if (plan.smooth_q) transpose(work.rows, dim, kv.k_exact + first * dim, tile, tile, dim);
+
     float* scale = kv.k_scale + first;
     if (quantized) {
-      group_quantizers(plan, work.rows, count, dim, plan.k_group, plan.num_k_groups, quantizers);
+      Quantizer quantizers[kMaxKeyTile];
+      make_quantizers(plan, amax, plan.num_k_groups, quantizers);
+      for (int64_t r = 0; r < tile; ++r) {
+        const Quantizer& quantizer = quantizers[plan.k_group[r]];
+        scale[r] = quantizer.scale;
+        if (to_bytes) {
+          quantize_row(work.rows + r * dim, dim, quantizer, kByteOffset, work.bytes + r * dim);
+        } else {
+          quantize_row(work.rows + r * dim, dim, quantizer);
+        }
+      }
+    } else {
+      for (int64_t r = 0; r < tile; ++r) scale[r] = 1.0f;
     }
-    for (int64_t r = 0; r < tile; ++r) {
-      scale[r] = quantized ? quantizers[plan.k_group[r]].scale : 1.0f;
-      if (quantized) quantize_row(work.rows + r * dim, dim, quantizers[plan.k_group[r]]);
-    }
-    if (quantized && kPacksBytes) {
-      narrow(work.rows, tile * dim, kByteOffset, work.bytes);
+    if (to_bytes) {
       transpose(work.bytes, dim / 4, static_cast<int8_t*>(kv.k) + first * dim, tile, tile,
                 dim / 4);
     } else {
@@ -185,40 +210,61 @@ void prepare_keys(const Plan& plan, const KvHead& kv, const Workspace& work) {
   }
 }
 
-void prepare_values(const Plan& plan, const KvHead& kv, const Workspace& work) {
-  const int64_t dim = kv.dim;
-  const int64_t padded = (kv.kv_len + plan.key_tile - 1) / plan.key_tile * plan.key_tile;
-  const bool quantized = plan.pv == PvKind::kE4m3 || plan.pv == PvKind::kInt8;
+// Scales of the channels of V from their largest magnitudes over all keys; inverse [dim] gets the
+// factors to multiply by before rounding.
+void scale_values(const Plan& plan, const KvHead& kv, float* amax, float* inverse) {
+  zero_row(amax, kv.dim);
   RowCursor cursor = rows_of(kv, kv.v_pages);
-  for (int64_t j = 0; j < kv.kv_len; ++j) load_row(cursor.next(), kv.head_dim, kv.v + j * dim);
-  for (int64_t j = kv.kv_len; j < padded; ++j) zero_row(kv.v + j * dim, dim);
-  for (int64_t c = 0; c < dim; ++c) kv.v_scale[c] = 1.0f;
-  if (!quantized) return;
-
-  const float levels = plan.pv == PvKind::kE4m3 ? recipe::kE4m3Max : recipe::kInt8Max;
-  float* inverse = work.channel;
-  float* amax = work.channel + dim;
-  zero_row(amax, dim);
   for (int64_t j = 0; j < kv.kv_len; ++j) {
-    for (int64_t c = 0; c < dim; c += kLanes) {
-      store(amax + c, max(load<VecI>(amax + c), magnitude_bits(load<VecF>(kv.v + j * dim + c))));
+    const uint16_t* row = cursor.next();
+    for (int64_t c = 0; c < kv.dim; c += kLanes) {
+      const VecI bits = magnitude_bits(load_channels(row, c, kv.head_dim));
+      store(amax + c, max(load<VecI>(amax + c), bits));
     }
   }
-  for (int64_t c = 0; c < dim; ++c) {
+  const float levels = plan.pv == PvKind::kE4m3 ? recipe::kE4m3Max : recipe::kInt8Max;
+  for (int64_t c = 0; c < kv.dim; ++c) {
     const Quantizer quantizer = make_quantizer(load<int32_t>(amax + c), levels, plan.amax_floor);
     kv.v_scale[c] = quantizer.scale;
     inverse[c] = quantizer.inverse;
   }
+}
+
+template <PvKind kPv>
+inline VecF quantize_values(VecF x, VecF inverse) {
+  if constexpr (kPv == PvKind::kHalf) return x;
+  const VecF scaled = x * inverse;
+  const VecF rounded =
+      kPv == PvKind::kE4m3 ? round_to_e4m3(scaled) : round_to_integer(scaled);
+  return inverse == 0.0f ? VecF{} : rounded;  // the NaN scale of the channel shows it
+}
+
+template <PvKind kPv>
+void convert_values(const KvHead& kv, const float* inverse) {
+  RowCursor cursor = rows_of(kv, kv.v_pages);
   for (int64_t j = 0; j < kv.kv_len; ++j) {
-    float* row = kv.v + j * dim;
-    for (int64_t c = 0; c < dim; c += kLanes) {
-      const VecF factor = load<VecF>(inverse + c);
-      const VecF scaled = load<VecF>(row + c) * factor;
-      const VecF rounded =
-          plan.pv == PvKind::kE4m3 ? round_to_e4m3(scaled) : round_to_integer(scaled);
-      store(row + c, factor == 0.0f ? VecF{} : rounded);
+    const uint16_t* row = cursor.next();
+    for (int64_t c = 0; c < kv.dim; c += kLanes) {
+      const VecF x = load_channels(row, c, kv.head_dim);
+      store(kv.v + j * kv.dim + c, quantize_values<kPv>(x, load<VecF>(inverse + c)));
     }
   }
+}
+
+void prepare_values(const Plan& plan, const KvHead& kv, const Workspace& work) {
+  float* inverse = work.channel;
+  if (plan.pv == PvKind::kE4m3) {
+    scale_values(plan, kv, work.channel + kv.dim, inverse);
+    convert_values<PvKind::kE4m3>(kv, inverse);
+  } else if (plan.pv == PvKind::kInt8) {
+    scale_values(plan, kv, work.channel + kv.dim, inverse);
+    convert_values<PvKind::kInt8>(kv, inverse);
+  } else {
+    for (int64_t c = 0; c < kv.dim; ++c) kv.v_scale[c] = inverse[c] = 1.0f;
+    convert_values<PvKind::kHalf>(kv, inverse);
+  }
+  const int64_t padded = (kv.kv_len + plan.key_tile - 1) / plan.key_tile * plan.key_tile;
+  for (int64_t j = kv.kv_len; j < padded; ++j) zero_row(kv.v + j * kv.dim, kv.dim);
 }
 
 void prepare_kv(const Plan& plan, const KvHead& kv, const Workspace& work) {
@@ -267,20 +313,29 @@ void prepare_queries(const Plan& plan, const QueryBlock& block, const Workspace&
       }
     }
   }
-  Quantizer quantizers[kMaxQueryBlock];
   const uint8_t* group_of = plan.q_group + block.first_in_block;
-  group_quantizers(plan, work.rows, block.rows, dim, group_of, plan.num_q_groups, quantizers);
+  VecI amax[kMaxQueryBlock];
+  for (int32_t g = 0; g < plan.num_q_groups; ++g) amax[g] = VecI{};
+  for (int64_t r = 0; r < block.rows; ++r) {
+    VecI& group = amax[group_of[r]];
+    for (int64_t c = 0; c < dim; c += kLanes) {
+      group = max(group, magnitude_bits(load<VecF>(work.rows + r * dim + c)));
+    }
+  }
+  Quantizer quantizers[kMaxQueryBlock];
+  make_quantizers(plan, amax, plan.num_q_groups, quantizers);
   for (int64_t r = 0; r < block.rows; ++r) {
     const Quantizer& quantizer = quantizers[group_of[r]];
-    quantize_row(work.rows + r * dim, dim, quantizer);
+    float* row = work.rows + r * dim;
     work.q_scale[r] = quantizer.scale * log2_scale;
-    if (!kPacksBytes) continue;
-    // K bytes carry +128: their products with this row are too large by 128 times the row's sum.
-    VecI sum = {};
-    for (int64_t c = 0; c < dim; c += kLanes) {
-      sum += to_integer(load<VecF>(work.rows + r * dim + c));
+    if (!kPacksBytes) {
+      quantize_row(row, dim, quantizer);
+      continue;
     }
-    work.q_offset[r] = -kByteOffset * reduce_sum(sum);
+    quantize_row(row, dim, quantizer, 0, work.bytes + r * dim);
+    // K bytes carry +128: their products with this row are too large by 128 times the row's sum.
+    VecF sum = {};
+    for (int64_t c = 0; c < dim; c += kLanes) sum += quantize(row + c, quantizer);
+    work.q_offset[r] = -kByteOffset * static_cast<int32_t>(reduce_sum(sum));
   }
-  if (kPacksBytes) narrow(work.rows, block.rows * dim, 0, work.bytes);
 }

@@ -33,9 +33,13 @@ inline void store(void* p, T v) {
 }
 
 inline VecI lane_ids() {
-  VecI ids = {};
-  for (int i = 0; i < kLanes; ++i) ids[i] = i;
-  return ids;
+#if defined(__AVX512F__)
+  return VecI{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX2__)
+  return VecI{0, 1, 2, 3, 4, 5, 6, 7};
+#else
+  return VecI{0, 1, 2, 3};
+#endif
 }
 
 // b where a is NaN.
