@@ -93,7 +93,8 @@ double rate(int64_t count, double seconds) {
 
 void Chat::banner() const {
   const ModelInfo info = model_.info();
-  say(fmt::format("model      {} ({}, {:.1f}M parameters)\nattention  {}\ndevice     {}\n"
+  say(
+      fmt::format("model      {} ({}, {:.1f}M parameters)\nattention  {}\ndevice     {}\n"
                   "context    {} tokens of {}\ntemplate   {}\nsampling   {}\nseed       {}",
                   info.name, info.dtype, static_cast<double>(info.num_parameters) / 1e6,
                   info.attention, info.device, info.context, info.max_context, template_.name(),

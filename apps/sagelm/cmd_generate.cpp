@@ -62,12 +62,13 @@ void run_generate(const GenerateFlags& flags, bool has_file) {
   const bool bos = ids != model.tokenize(prompt, false);
   report(model.info(), generation, options, bos, output);
   if (flags.common.verbose) {
-    fmt::print(stderr,
-               "{}; seed {}\nstopped by {} after {} tokens; prompt of {} tokens at {:.1f} tokens/s, "
-               "answer at {:.1f} tokens/s\n",
-               describe_sampling(options.sampling), options.sampling.seed,
-               stop_reason_name(generation.stop_reason), generation.ids.size(), ids.size(),
-               generation.prefill_tokens_per_second(), generation.decode_tokens_per_second());
+    fmt::print(
+        stderr,
+        "{}; seed {}\nstopped by {} after {} tokens; prompt of {} tokens at {:.1f} tokens/s, "
+        "answer at {:.1f} tokens/s\n",
+        describe_sampling(options.sampling), options.sampling.seed,
+        stop_reason_name(generation.stop_reason), generation.ids.size(), ids.size(),
+        generation.prefill_tokens_per_second(), generation.decode_tokens_per_second());
   }
 }
 

@@ -1,8 +1,8 @@
 // sagelm info: what a model is and what it needs, from its checkpoint's headers alone.
+#include <spdlog/fmt/fmt.h>
+
 #include <memory>
 #include <string>
-
-#include <spdlog/fmt/fmt.h>
 
 #include "commands.h"
 #include "json_output.h"
@@ -81,8 +81,7 @@ void add_info(CLI::App& app) {
   CLI::App* command =
       app.add_subcommand("info", "Show a model's architecture and the memory it needs");
   auto options = std::make_shared<CommonOptions>();
-  add_common_options(*command, *options,
-                     kModelGroup | kComputeGroup | kContextGroup | kJsonGroup);
+  add_common_options(*command, *options, kModelGroup | kComputeGroup | kContextGroup | kJsonGroup);
   command->callback([options] { run_info(*options); });
 }
 

@@ -1,9 +1,9 @@
 #include "conversation.h"
 
+#include <spdlog/fmt/fmt.h>
+
 #include <algorithm>
 #include <utility>
-
-#include <spdlog/fmt/fmt.h>
 
 namespace sagelm::cli {
 namespace {
@@ -54,7 +54,8 @@ Generation Conversation::ask(const std::string& user, const GenerateOptions& opt
       make_room(user, reserve, on_notice);
       ids = encode_all(user);
       const std::span<const int32_t> held = session_.ids();
-      const auto [differs, unused] = std::mismatch(ids.begin(), ids.end(), held.begin(), held.end());
+      const auto [differs, unused] =
+          std::mismatch(ids.begin(), ids.end(), held.begin(), held.end());
       const auto common = differs - ids.begin();
       session_.truncate(common);
       ids.erase(ids.begin(), differs);
@@ -106,9 +107,10 @@ void Conversation::make_room(const std::string& user, int64_t reserve,
   if (turns_.size() == all.size()) return;
   for (Turn& turn : turns_) turn.start = -1;
   in_sync_ = false;
-  on_notice(fmt::format("the context of {} tokens is full: dropped the oldest {} of {} turns and "
-                        "read the rest again",
-                        context(), all.size() - turns_.size(), all.size()));
+  on_notice(
+      fmt::format("the context of {} tokens is full: dropped the oldest {} of {} turns and "
+                  "read the rest again",
+                  context(), all.size() - turns_.size(), all.size()));
 }
 
 void Conversation::reset() {

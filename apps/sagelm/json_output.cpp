@@ -8,8 +8,7 @@ namespace sagelm::cli {
 namespace {
 
 void write_to_stdout(std::string_view text) {
-  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() ||
-      std::fflush(stdout) != 0) {
+  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
     throw WriteError(fmt::format("cannot write to standard output: {}", std::strerror(errno)));
   }
 }

@@ -1,14 +1,14 @@
 #include "line_reader.h"
 
+#include <histedit.h>
+#include <unistd.h>
+
 #include <cerrno>
 #include <clocale>
 #include <cstdio>
 #include <cwchar>
 #include <iostream>
 #include <string_view>
-
-#include <histedit.h>
-#include <unistd.h>
 
 #include "base/error.h"
 #include "interrupt.h"
@@ -61,7 +61,8 @@ struct LineReader::Editor {
     // Prompts go to stderr: stdout holds the answers.
     edit = el_init("sagelm", stdin, stderr, stderr);
     history = history_init();
-    if (edit == nullptr || history == nullptr) fail("line editing cannot be set up on this terminal");
+    if (edit == nullptr || history == nullptr)
+      fail("line editing cannot be set up on this terminal");
     HistEvent event;
     ::history(history, &event, H_SETSIZE, kHistorySize);
     ::history(history, &event, H_SETUNIQUE, 1);

@@ -1,13 +1,12 @@
 // The sagelm program: parses the command line, runs one subcommand, and turns errors into one
 // sentence and an exit status (0 done, 1 failed, 2 wrong usage).
+#include <CLI/CLI.hpp>
 #include <csignal>
 #include <cstdio>
 #include <exception>
 #include <iostream>
 #include <new>
 #include <string>
-
-#include <CLI/CLI.hpp>
 
 #include "base/error.h"
 #include "commands.h"

@@ -3,12 +3,11 @@
 // so that no flag is silently ignored.
 #pragma once
 
+#include <CLI/App.hpp>
 #include <cstdint>
 #include <filesystem>
 #include <optional>
 #include <string>
-
-#include <CLI/App.hpp>
 
 #include "sagelm/sagelm.hpp"
 

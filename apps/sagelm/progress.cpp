@@ -1,13 +1,12 @@
 #include "progress.h"
 
-#include <algorithm>
-#include <cstdio>
-#include <utility>
-
+#include <spdlog/fmt/fmt.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-#include <spdlog/fmt/fmt.h>
+#include <algorithm>
+#include <cstdio>
+#include <utility>
 
 namespace sagelm::cli {
 namespace {

@@ -66,8 +66,7 @@ std::string describe_sampling(const SamplingOptions& s) {
                         s.repeat_last_n < 0 ? "all" : fmt::format("{}", s.repeat_last_n));
   if (s.temperature == 0.0) return fmt::format("repeat penalty {}, temp 0 (greedy)", penalty);
   return fmt::format("repeat penalty {}, temp {}, top-k {}, top-p {}, min-p {}", penalty,
-                     s.temperature, or_off(s.top_k, 0), or_off(s.top_p, 1.0),
-                     or_off(s.min_p, 0.0));
+                     s.temperature, or_off(s.top_k, 0), or_off(s.top_p, 1.0), or_off(s.min_p, 0.0));
 }
 
 Json sampling_json(const SamplingOptions& s) {

@@ -1,9 +1,8 @@
 // The flags of generate and chat that say how tokens are drawn, and when to stop.
 #pragma once
 
-#include <string>
-
 #include <CLI/App.hpp>
+#include <string>
 
 #include "json_output.h"
 #include "sagelm/sagelm.hpp"

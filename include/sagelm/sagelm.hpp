@@ -22,22 +22,22 @@
 namespace sagelm {
 
 struct LoadOptions {
-  std::filesystem::path model = {};      // an HF directory or a .safetensors file in one
-  std::string attention = "sage";   // fp16, sage, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b]
+  std::filesystem::path model = {};  // an HF directory or a .safetensors file in one
+  std::string attention = "sage";    // fp16, sage, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b]
   bool smooth_k = true;
-  std::string device = "auto";      // auto, cpu, cuda or cuda:N
-  int threads = 0;                  // 0: one per core
-  int64_t context = 0;              // tokens of a session at most; 0: the model's own
-  int64_t batch_tokens = 2048;      // tokens per step at most: bounds the memory of activations
+  std::string device = "auto";  // auto, cpu, cuda or cuda:N
+  int threads = 0;              // 0: one per core
+  int64_t context = 0;          // tokens of a session at most; 0: the model's own
+  int64_t batch_tokens = 2048;  // tokens per step at most: bounds the memory of activations
   std::function<void(double fraction)> progress = {};  // while loading
 };
 
 struct ModelInfo {
   std::string name;
   std::string architecture;  // e.g. "LlamaForCausalLM"
-  std::string device;     // e.g. "cpu (2 threads, avx512-vnni attention, BF16 products)"
-  std::string attention;  // the kernel that runs, e.g. "sage2-8b (INT8 QK per thread, …)"
-  std::string dtype;      // of the stored weights
+  std::string device;        // e.g. "cpu (2 threads, avx512-vnni attention, BF16 products)"
+  std::string attention;     // the kernel that runs, e.g. "sage2-8b (INT8 QK per thread, …)"
+  std::string dtype;         // of the stored weights
   int64_t num_parameters = 0;
   int64_t vocab_size = 0;
   int64_t hidden_size = 0;
@@ -46,13 +46,13 @@ struct ModelInfo {
   int64_t num_heads = 0;
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
-  int64_t max_context = 0;          // the model's own
-  int64_t context = 0;              // as loaded
+  int64_t max_context = 0;  // the model's own
+  int64_t context = 0;      // as loaded
   int64_t checkpoint_bytes = 0;
-  int64_t weight_bytes = 0;         // held by the backend; 0 if only inspected
+  int64_t weight_bytes = 0;  // held by the backend; 0 if only inspected
   int64_t kv_bytes_per_token = 0;
-  int64_t kv_bytes = 0;             // of a session of `context` tokens, whole pages
-  int64_t activation_bytes = 0;     // of one step at most, estimated
+  int64_t kv_bytes = 0;          // of a session of `context` tokens, whole pages
+  int64_t activation_bytes = 0;  // of one step at most, estimated
   double rope_theta = 0;
   bool tied_embeddings = false;
 };
@@ -73,23 +73,29 @@ struct GenerateOptions {
   int64_t max_tokens = 128;
   SamplingOptions sampling = {};
   std::vector<std::string> stop = {};  // ends before the first of these strings
-  std::vector<int32_t> end_ids;   // tokens that end the answer besides the model's end-of-sequence
+  std::vector<int32_t> end_ids;  // tokens that end the answer besides the model's end-of-sequence
   bool prompt_logprobs = false;
   bool ignore_eos = false;  // end-of-sequence is never sampled
 };
 
-enum class StopReason : uint8_t { kEndOfSequence, kMaxTokens, kStopString, kCallback, kContextFull };
+enum class StopReason : uint8_t {
+  kEndOfSequence,
+  kMaxTokens,
+  kStopString,
+  kCallback,
+  kContextFull
+};
 
 struct Generation {
   std::vector<int32_t> prompt_ids;
-  std::vector<int32_t> ids;  // without the end-of-sequence token
-  std::string text;          // of ids, up to the stop string
+  std::vector<int32_t> ids;            // without the end-of-sequence token
+  std::string text;                    // of ids, up to the stop string
   std::vector<float> prompt_logprobs;  // of each prompt token after the first
   StopReason stop_reason = StopReason::kMaxTokens;
   double prefill_seconds = 0;
   double decode_seconds = 0;  // of decode_steps steps
   int64_t prefill_tokens = 0;
-  int64_t decode_steps = 0;   // tokens run through the model after the prompt
+  int64_t decode_steps = 0;                  // tokens run through the model after the prompt
   double prefill_tokens_per_second() const;  // 0 if nothing was measured
   double decode_tokens_per_second() const;
 };

@@ -8,13 +8,13 @@
 namespace sagelm {
 
 enum class AttentionVariant : uint8_t {
-  kFp16,     // FP16 operands, FP32 softmax and accumulation: the reference
-  kSage1T,   // INT8 QK per token, FP16 PV
-  kSage1B,   // INT8 QK per block, FP16 PV (SageAttention's published default)
-  kSage1VT,  // INT8 QK per token, INT8 PV
-  kSage1VB,  // INT8 QK per block, INT8 PV
-  kSage2_8b, // INT8 QK per thread, FP8 e4m3 PV with two-level accumulation
-  kSage2_4b, // INT4 QK per thread with smoothed Q, FP8 e4m3 PV with two-level accumulation
+  kFp16,      // FP16 operands, FP32 softmax and accumulation: the reference
+  kSage1T,    // INT8 QK per token, FP16 PV
+  kSage1B,    // INT8 QK per block, FP16 PV (SageAttention's published default)
+  kSage1VT,   // INT8 QK per token, INT8 PV
+  kSage1VB,   // INT8 QK per block, INT8 PV
+  kSage2_8b,  // INT8 QK per thread, FP8 e4m3 PV with two-level accumulation
+  kSage2_4b,  // INT4 QK per thread with smoothed Q, FP8 e4m3 PV with two-level accumulation
 };
 
 struct AttentionSpec {

@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "backend/attention_variant.h"
-#include "base/tensor_view.h"
 #include "backend/batch.h"
+#include "base/tensor_view.h"
 
 namespace sagelm {
 
@@ -37,7 +37,7 @@ struct KvLayout {
   int64_t num_layers = 0;
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
-  int64_t num_pages = 0;  // of kPageTokens tokens each, shared by all layers
+  int64_t num_pages = 0;   // of kPageTokens tokens each, shared by all layers
   int64_t bytes() const {  // FP16 keys and values
     return num_layers * num_pages * kPageTokens * num_kv_heads * head_dim * 2 * 2;
   }

@@ -1,11 +1,11 @@
 // Errors that reach the user: one sentence that says what is wrong and where.
 #pragma once
 
+#include <spdlog/fmt/fmt.h>
+
 #include <stdexcept>
 #include <string>
 #include <utility>
-
-#include <spdlog/fmt/fmt.h>
 
 namespace sagelm {
 

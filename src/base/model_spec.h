@@ -59,7 +59,7 @@ struct LayerWeights {
 // Q and K rows are in the half-split (HF "rotate_half") RoPE order; loaders of interleaved formats
 // permute.
 struct ModelWeights {
-  TensorView embedding;   // [vocab_size, hidden_size]
+  TensorView embedding;  // [vocab_size, hidden_size]
   std::vector<LayerWeights> layers;
   TensorView final_norm;  // [hidden_size]
   TensorView lm_head;     // [vocab_size, hidden_size]; the embedding again when tied

@@ -28,7 +28,8 @@ class Fields {
     const bool fits = whole && (!value.is_number_unsigned() ||
                                 value.get<uint64_t>() <= std::numeric_limits<int64_t>::max());
     if (!fits || value.get<int64_t>() < 1 || value.get<int64_t>() > largest) {
-      fail("{}: {} is {}; it must be a whole number from 1 to {}", where_, key, shown(value), largest);
+      fail("{}: {} is {}; it must be a whole number from 1 to {}", where_, key, shown(value),
+           largest);
     }
     return value.get<int64_t>();
   }
@@ -160,8 +161,7 @@ ModelConfig parse_config(std::string_view text, std::string_view where) {
   model.num_layers = config.size("num_hidden_layers", 4096);
   model.num_heads = config.size("num_attention_heads", 65536);
   model.num_kv_heads = config.size_or("num_key_value_heads", model.num_heads, 65536);
-  model.max_position_embeddings =
-      config.size_or("max_position_embeddings", 2048, int64_t{1} << 32);
+  model.max_position_embeddings = config.size_or("max_position_embeddings", 2048, int64_t{1} << 32);
   if (model.num_heads % model.num_kv_heads != 0) {
     fail("{}: num_attention_heads {} is not a multiple of num_key_value_heads {}", where,
          model.num_heads, model.num_kv_heads);

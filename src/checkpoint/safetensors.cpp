@@ -20,8 +20,8 @@ struct Extent {
 };
 
 std::optional<uint64_t> whole(const json& value) {
-  if (!value.is_number_integer() || (value.is_number_integer() && !value.is_number_unsigned() &&
-                                     value.get<int64_t>() < 0)) {
+  if (!value.is_number_integer() ||
+      (value.is_number_integer() && !value.is_number_unsigned() && value.get<int64_t>() < 0)) {
     return {};
   }
   return value.get<uint64_t>();
@@ -30,9 +30,9 @@ std::optional<uint64_t> whole(const json& value) {
 // Bytes per element, or 0 for a type this program does not know.
 uint64_t element_size(const std::string& dtype) {
   static const std::map<std::string, uint64_t> kSizes = {
-      {"F64", 8}, {"I64", 8}, {"U64", 8}, {"F32", 4}, {"I32", 4},     {"U32", 4},    {"F16", 2},
-      {"BF16", 2}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1},
-      {"F8_E5M2", 1}};
+      {"F64", 8}, {"I64", 8}, {"U64", 8},  {"F32", 4},     {"I32", 4},
+      {"U32", 4}, {"F16", 2}, {"BF16", 2}, {"I16", 2},     {"U16", 2},
+      {"I8", 1},  {"U8", 1},  {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
   const auto found = kSizes.find(dtype);
   return found == kSizes.end() ? 0 : found->second;
 }
@@ -71,8 +71,8 @@ SafetensorsFile parse_safetensors(std::span<const std::byte> bytes, std::string_
          where, header_size, bytes.size());
   }
   const auto* header_text = reinterpret_cast<const char*>(bytes.data() + 8);
-  const json header = parse_json_object({header_text, header_size},
-                                        fmt::format("{}: safetensors header", where));
+  const json header =
+      parse_json_object({header_text, header_size}, fmt::format("{}: safetensors header", where));
   const std::span<const std::byte> data = bytes.subspan(8 + header_size);
 
   SafetensorsFile file;

@@ -13,7 +13,7 @@
 namespace sagelm {
 
 struct SafetensorsFile {
-  std::map<std::string, TensorView> tensors;      // F32, F16 and BF16; views into the bytes
+  std::map<std::string, TensorView> tensors;       // F32, F16 and BF16; views into the bytes
   std::map<std::string, std::string> other_types;  // name to dtype of tensors that can't be used
 };
 

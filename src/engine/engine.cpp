@@ -155,7 +155,7 @@ std::vector<std::vector<Scored>> Model::score(std::span<const ScoreInput> inputs
       tokens += next;
       pages += KvCache::pages_for(next);
     }
-    impl_->cache_for_scoring(pages);
+    impl_->cache_for_scoring(std::max<int64_t>(pages, 1));
     impl_->score_batch(inputs.subspan(first, last - first),
                        std::span(scores).subspan(first, last - first));
     first = last;
@@ -199,8 +199,7 @@ void Model::Impl::score_batch(std::span<const ScoreInput> inputs,
     const std::span<const int32_t> ids = steps[i].tokens;
     std::vector<Scored>& result = out[places[i]];
     for (auto j = static_cast<size_t>(first_scored[i]); j < ids.size(); ++j) {
-      result.push_back(
-          {.logprob = scores[i][j].logprob, .is_top = scores[i][j].argmax == ids[j]});
+      result.push_back({.logprob = scores[i][j].logprob, .is_top = scores[i][j].argmax == ids[j]});
     }
   }
 }
@@ -215,12 +214,11 @@ std::vector<Scored> Model::Impl::score_alone(Sequence& sequence, std::span<const
   for (int64_t start = 0; start + 1 < length;) {
     const int64_t end = std::min(start + options.batch_tokens, length);
     sequence.truncate(start);
-    const StepInput input{.sequence = &sequence,
-                          .tokens = tokens.subspan(static_cast<size_t>(start),
-                                                   static_cast<size_t>(end - start))};
+    const StepInput input{
+        .sequence = &sequence,
+        .tokens = tokens.subspan(static_cast<size_t>(start), static_cast<size_t>(end - start))};
     const int64_t skip = std::clamp(first_scored - start, int64_t{1}, end - start);
-    const std::vector<TokenScore> scores =
-        std::move(llama->score({&input, 1}, {&skip, 1}).front());
+    const std::vector<TokenScore> scores = std::move(llama->score({&input, 1}, {&skip, 1}).front());
     for (int64_t j = skip; j < end - start; ++j) {
       const TokenScore& score = scores[static_cast<size_t>(j)];
       result.push_back({.logprob = score.logprob,

@@ -58,8 +58,7 @@ int32_t Sampler::sample(std::span<float> logits, std::span<const int32_t> histor
 // Each distinct token of the last repeat_last_n once (CTRL, arXiv:1909.05858, section 4.1).
 void Sampler::penalize(std::span<float> logits, std::span<const int32_t> history) {
   if (options_.repeat_penalty == 1.0 || options_.repeat_last_n == 0) return;
-  if (options_.repeat_last_n > 0 &&
-      history.size() > static_cast<size_t>(options_.repeat_last_n)) {
+  if (options_.repeat_last_n > 0 && history.size() > static_cast<size_t>(options_.repeat_last_n)) {
     history = history.last(static_cast<size_t>(options_.repeat_last_n));
   }
   seen_.assign(history.begin(), history.end());
@@ -76,8 +75,8 @@ void Sampler::penalize(std::span<float> logits, std::span<const int32_t> history
 // Leaves in candidates_ the tokens that may be drawn.
 void Sampler::collect(std::span<const float> logits) {
   const double largest = logits[static_cast<size_t>(argmax(logits))];
-  // Tokens below (1 - top_p) / vocab of the largest weight together hold less than 1 - top_p of all,
-  // so the nucleus lies among the others: most of the vocabulary is never sorted.
+  // Tokens below (1 - top_p) / vocab of the largest weight together hold less than 1 - top_p of
+  // all, so the nucleus lies among the others: most of the vocabulary is never sorted.
   const double floor = options_.top_p < 1.0 && options_.top_k == 0
                            ? (1.0 - options_.top_p) / static_cast<double>(logits.size())
                            : 0.0;

@@ -125,8 +125,8 @@ std::vector<float> Session::Impl::run_prompt(const GenerateOptions& options,
   const auto start = std::chrono::steady_clock::now();
   const auto length = static_cast<int64_t>(ids.size());
   if (options.prompt_logprobs) {
-    const auto first = std::max<int64_t>(
-        1, length - static_cast<int64_t>(result.prompt_ids.size()) + 1);
+    const auto first =
+        std::max<int64_t>(1, length - static_cast<int64_t>(result.prompt_ids.size()) + 1);
     sequence.truncate(0);
     for (const Scored& scored : model->score_alone(sequence, ids, first)) {
       result.prompt_logprobs.push_back(scored.logprob);
@@ -137,8 +137,7 @@ std::vector<float> Session::Impl::run_prompt(const GenerateOptions& options,
   const auto pending = std::span(ids).subspan(static_cast<size_t>(sequence.length()));
   std::vector<float> logits = model->prefill(
       sequence, pending, [&on_text] { return !on_text || on_text(std::string_view()); });
-  result.prefill_tokens =
-      options.prompt_logprobs ? length : static_cast<int64_t>(pending.size());
+  result.prefill_tokens = options.prompt_logprobs ? length : static_cast<int64_t>(pending.size());
   result.prefill_seconds = seconds_since(start);
   return logits;
 }

@@ -87,7 +87,8 @@ Llama::Llama(const ModelConfig& config, const ModelWeights& weights, Backend& ba
     layer.down = backend.add_linear(std::span(&from.down_proj, 1));
     layers_.push_back(layer);
     if (progress) {
-      progress(static_cast<double>(layers_.size()) / static_cast<double>(weights.layers.size() + 1));
+      progress(static_cast<double>(layers_.size()) /
+               static_cast<double>(weights.layers.size() + 1));
     }
   }
   final_norm_ = backend.add_vector(weights.final_norm);
@@ -205,7 +206,8 @@ std::vector<std::vector<TokenScore>> Llama::score(std::span<const StepInput> inp
       scores[i].resize(length + (input.next_token >= 0 ? 1 : 0));
       const int64_t first = first_scored.empty() ? 1 : std::max<int64_t>(1, first_scored[i]);
       for (auto j = static_cast<size_t>(first); j < scores[i].size(); ++j) {
-        rows.push_back(static_cast<int32_t>(batch.sequences[i].first_row + static_cast<int64_t>(j) - 1));
+        rows.push_back(
+            static_cast<int32_t>(batch.sequences[i].first_row + static_cast<int64_t>(j) - 1));
         targets.push_back(j < length ? input.tokens[j] : input.next_token);
         places.push_back(&scores[i][j]);
       }

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "base/model_spec.h"
 #include "backend/batch.h"
+#include "base/model_spec.h"
 #include "model/kv_cache.h"
 
 namespace sagelm {

@@ -4,6 +4,7 @@
 set -u
 sagelm=$1
 export SAGELM_DEMO_MODEL=$2/models/demo
+export OMP_WAIT_POLICY=passive  # tests run side by side: threads that wait must not spin
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failures=0

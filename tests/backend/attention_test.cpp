@@ -18,8 +18,8 @@ namespace {
 
 using Variant = AttentionVariant;
 
-constexpr Variant kVariants[] = {Variant::kFp16,    Variant::kSage1T,   Variant::kSage1B,
-                                 Variant::kSage1VT, Variant::kSage1VB,  Variant::kSage2_8b,
+constexpr Variant kVariants[] = {Variant::kFp16,    Variant::kSage1T,  Variant::kSage1B,
+                                 Variant::kSage1VT, Variant::kSage1VB, Variant::kSage2_8b,
                                  Variant::kSage2_4b};
 
 std::string name_of(Variant variant) { return std::string(attention_variant_name(variant)); }
@@ -60,11 +60,10 @@ TEST(Attention, ErrorAgainstFloat64IsAtThePublishedLevel) {
       for (const Level& level : kLevels) {
         const AttentionResult actual = run_attention(problem, {level.variant, true});
         const AttentionError error = error_of(actual.out, expected.out);
-        const std::string where = name_of(level.variant) + " " + inputs_name(inputs) + " head size " +
-                                  std::to_string(head_dim) + ": relative L1 " +
+        const std::string where = name_of(level.variant) + " " + inputs_name(inputs) +
+                                  " head size " + std::to_string(head_dim) + ": relative L1 " +
                                   std::to_string(error.relative_l1) + " cosine " +
                                   std::to_string(error.cosine);
-        if (std::getenv("SAGELM_PRINT_ERRORS") != nullptr) std::puts(where.c_str());
         const double limit = 1.5 * level.relative_l1[static_cast<int>(inputs)];
         EXPECT_LT(error.relative_l1, limit) << where;
         EXPECT_LT(1 - error.cosine, 1.5 * limit * limit) << where;
@@ -78,13 +77,10 @@ TEST(Attention, WithoutSmoothingOffsetsHurt) {
   const Float64Result expected = float64_attention(problem);
   for (const Variant variant : kVariants) {
     if (variant == Variant::kFp16) continue;
-    const double smooth = error_of(run_attention(problem, {variant, true}).out, expected.out)
-                              .relative_l1;
-    const double rough = error_of(run_attention(problem, {variant, false}).out, expected.out)
-                             .relative_l1;
-    if (std::getenv("SAGELM_PRINT_ERRORS") != nullptr) {
-      std::printf("%s rough %g smooth %g\n", name_of(variant).c_str(), rough, smooth);
-    }
+    const double smooth =
+        error_of(run_attention(problem, {variant, true}).out, expected.out).relative_l1;
+    const double rough =
+        error_of(run_attention(problem, {variant, false}).out, expected.out).relative_l1;
     EXPECT_GT(rough, 1.1 * smooth) << name_of(variant);
   }
 }
@@ -109,8 +105,10 @@ TEST(Attention, LseMatchesFloat64) {
 // ---- Against the same quantization in exact arithmetic ---------------------------------------
 
 TEST(Attention, KernelsComputeTheirRecipeExactly) {
-  const AttentionShape shapes[] = {{200, 200, 2, 1, 64, true}, {77, 300, 2, 2, 80, true},
-                                   {130, 190, 1, 1, 48, false}, {9, 65, 4, 2, 256, true},
+  const AttentionShape shapes[] = {{200, 200, 2, 1, 64, true},
+                                   {77, 300, 2, 2, 80, true},
+                                   {130, 190, 1, 1, 48, false},
+                                   {9, 65, 4, 2, 256, true},
                                    {1, 129, 2, 1, 100, true}};
   for (const cpu::KernelTable* kernels : cpu::available_attention_kernels()) {
     for (const AttentionShape& shape : shapes) {
@@ -156,8 +154,8 @@ TEST(Attention, EveryLengthFrom1To130EqualsTheOracle) {
   const auto whole = make_problem({130, 130, 2, 1, 48, true}, Inputs::kOffsetK, 31);
   for (int64_t length = 1; length <= 130; ++length) {
     const auto problem = prefix_of(whole, length, length);
-    for (const Variant variant : {Variant::kFp16, Variant::kSage1B, Variant::kSage2_8b,
-                                  Variant::kSage2_4b}) {
+    for (const Variant variant :
+         {Variant::kFp16, Variant::kSage1B, Variant::kSage2_8b, Variant::kSage2_4b}) {
       const Float64Result expected = quantized_float64_attention(problem, {variant, true});
       const AttentionResult actual = run_attention(problem, {variant, true});
       EXPECT_LT(error_of(actual.out, expected.out).relative_l1, 2e-3)

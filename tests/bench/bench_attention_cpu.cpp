@@ -11,10 +11,10 @@
 namespace sagelm::testing {
 namespace {
 
-constexpr AttentionVariant kVariants[] = {
-    AttentionVariant::kFp16,    AttentionVariant::kSage1T,   AttentionVariant::kSage1B,
-    AttentionVariant::kSage1VT, AttentionVariant::kSage1VB,  AttentionVariant::kSage2_8b,
-    AttentionVariant::kSage2_4b};
+constexpr AttentionVariant kVariants[] = {AttentionVariant::kFp16,    AttentionVariant::kSage1T,
+                                          AttentionVariant::kSage1B,  AttentionVariant::kSage1VT,
+                                          AttentionVariant::kSage1VB, AttentionVariant::kSage2_8b,
+                                          AttentionVariant::kSage2_4b};
 
 double median_seconds(const AttentionProblem& problem, const AttentionSpec& spec) {
   using Clock = std::chrono::steady_clock;
@@ -37,17 +37,17 @@ void run(const AttentionShape& shape) {
   const AttentionProblem problem = make_problem(shape, Inputs::kNormal, 1);
   // Visible (query, key) pairs times two products of head_dim multiply-adds.
   const double full = static_cast<double>(shape.q_len) * static_cast<double>(shape.kv_len);
-  const double hidden = shape.causal ? 0.5 * static_cast<double>(shape.q_len) *
-                                           static_cast<double>(shape.q_len - 1)
-                                     : 0.0;
+  const double hidden =
+      shape.causal ? 0.5 * static_cast<double>(shape.q_len) * static_cast<double>(shape.q_len - 1)
+                   : 0.0;
   const double flops = 4.0 * (full - hidden) * static_cast<double>(shape.num_heads) *
                        static_cast<double>(shape.head_dim);
   fmt::print("q {} kv {} heads {}/{} hd {}\n", shape.q_len, shape.kv_len, shape.num_heads,
              shape.num_kv_heads, shape.head_dim);
   for (const AttentionVariant variant : kVariants) {
     const double seconds = median_seconds(problem, {variant, true});
-    fmt::print("  {:9} {:9.1f} us {:8.1f} GFLOPS\n", attention_variant_name(variant),
-               1e6 * seconds, 1e-9 * flops / seconds);
+    fmt::print("  {:9} {:9.1f} us {:8.1f} GFLOPS\n", attention_variant_name(variant), 1e6 * seconds,
+               1e-9 * flops / seconds);
   }
 }
 

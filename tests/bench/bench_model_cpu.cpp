@@ -112,8 +112,8 @@ int main(int argc, char** argv) {
       model.set_attention(variant, true);
       const auto run = [&](bool prefill) {
         auto session = model.start_session();
-        const auto prompt = prefill ? std::span<const int32_t>(ids)
-                                    : std::span<const int32_t>(ids).first(16);
+        const auto prompt =
+            prefill ? std::span<const int32_t>(ids) : std::span<const int32_t>(ids).first(16);
         options.max_tokens = prefill ? 1 : kDecode;
         const auto result = session.generate(prompt, options);
         return prefill ? result.prefill_tokens_per_second() : result.decode_tokens_per_second();

@@ -1,12 +1,12 @@
 // The public API on the demo model: what its reference.json says, and that chunks, sessions and
 // batches do not change an answer.
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
-
-#include <gtest/gtest.h>
-#include <nlohmann/json.hpp>
 
 #include "base/error.h"
 #include "sagelm/sagelm.hpp"
@@ -25,6 +25,7 @@ Model load(int64_t batch_tokens = 2048, const std::string& attention = "fp16") {
   LoadOptions options;
   options.model = kDemo;
   options.attention = attention;
+  options.threads = 1;  // tests run side by side, and OpenMP's threads spin while they wait
   options.batch_tokens = batch_tokens;
   return Model::load(options);
 }

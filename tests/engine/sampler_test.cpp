@@ -1,10 +1,10 @@
 #include "engine/sampler.h"
 
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <limits>
 #include <vector>
-
-#include <gtest/gtest.h>
 
 #include "base/error.h"
 
@@ -125,7 +125,7 @@ TEST(Sampler, RepeatPenaltyDividesPositiveAndMultipliesNegative) {
   SamplingOptions options = kPlain;
   options.temperature = 0;
   options.repeat_penalty = 2;
-  EXPECT_EQ(draw(options, {3, 2}, 1, {0, 0, 0})[1], 1);    // once, not three times: 1.5 < 2
+  EXPECT_EQ(draw(options, {3, 2}, 1, {0, 0, 0})[1], 1);  // once, not three times: 1.5 < 2
   EXPECT_EQ(draw(options, {3.9f, 1}, 1, {0, 0, 0})[0], 1);
   EXPECT_EQ(draw(options, {-1, -1.5f}, 1, {0})[1], 1);
   options.repeat_last_n = 1;

@@ -1,9 +1,9 @@
 #include "engine/text_stream.h"
 
+#include <gtest/gtest.h>
+
 #include <string>
 #include <vector>
-
-#include <gtest/gtest.h>
 
 namespace sagelm {
 namespace {

@@ -22,7 +22,8 @@ TEST(KvCache, PagesAreExclusiveAndComeBack) {
     const size_t i = random() % 4;
     const auto count = static_cast<int64_t>(random() % 300);
     if (random() % 2 == 0) {
-      const int64_t needed = KvCache::pages_for(lengths[i] + count) - KvCache::pages_for(lengths[i]);
+      const int64_t needed =
+          KvCache::pages_for(lengths[i] + count) - KvCache::pages_for(lengths[i]);
       if (needed > cache.free_pages()) {
         EXPECT_THROW(sequences[i].extend(count), Error);
       } else {

@@ -16,7 +16,8 @@ double to_half(double x) { return half_to_float(float_to_half(static_cast<float>
 // Rows of one head in double.
 using Rows = std::vector<std::vector<double>>;
 
-Rows kv_rows(const AttentionProblem& problem, const std::vector<uint16_t>& tensor, int64_t kv_head) {
+Rows kv_rows(const AttentionProblem& problem, const std::vector<uint16_t>& tensor,
+             int64_t kv_head) {
   const AttentionShape& s = problem.shape;
   Rows rows;
   for (int64_t j = 0; j < s.kv_len; ++j) {
@@ -135,7 +136,7 @@ Recipe recipe_of(AttentionVariant variant) {
 struct QuantizedHead {
   Rows q, k, v;
   std::vector<double> q_scale, k_scale, v_scale;
-  Rows q_mean, k_smoothed;      // smoothed Q only: per row
+  Rows q_mean, k_smoothed;       // smoothed Q only: per row
   std::vector<double> lse_bias;  // per row
 };
 
@@ -174,9 +175,8 @@ QuantizedHead quantize_head(const AttentionProblem& problem, const Recipe& recip
         }
       }
     }
-    h.q_scale = quantize_groups(h.q, recipe.levels, [&](int64_t row) {
-      return recipe.q_group(first_position + row);
-    });
+    h.q_scale = quantize_groups(h.q, recipe.levels,
+                                [&](int64_t row) { return recipe.q_group(first_position + row); });
     h.k_scale =
         quantize_groups(h.k, recipe.levels, [&](int64_t key) { return recipe.k_group(key); });
   }
@@ -188,9 +188,8 @@ QuantizedHead quantize_head(const AttentionProblem& problem, const Recipe& recip
       h.v_scale[c] = amax / levels;
       for (auto& row : h.v) {
         const double x = row[c] / h.v_scale[c];
-        row[c] = recipe.pv == Recipe::kE4m3
-                     ? e4m3_to_float(float_to_e4m3(static_cast<float>(x)))
-                     : std::nearbyint(x);
+        row[c] = recipe.pv == Recipe::kE4m3 ? e4m3_to_float(float_to_e4m3(static_cast<float>(x)))
+                                            : std::nearbyint(x);
       }
     }
   }
@@ -299,8 +298,8 @@ Float64Result quantized_float64_attention(const AttentionProblem& problem,
   for (int64_t head = 0; head < s.num_heads; ++head) {
     const QuantizedHead h = quantize_head(problem, recipe, spec.smooth_k, head);
     for (int64_t i = 0; i < s.q_len; ++i) {
-      const Row row = attend_row(h, recipe, problem.softmax_scale, static_cast<size_t>(i),
-                                 visible_keys(s, i));
+      const Row row =
+          attend_row(h, recipe, problem.softmax_scale, static_cast<size_t>(i), visible_keys(s, i));
       std::copy(row.out.begin(), row.out.end(),
                 result.out.begin() + (i * s.num_heads + head) * s.head_dim);
       result.lse[static_cast<size_t>(head * s.q_len + i)] = row.lse;

@@ -28,6 +28,9 @@ constexpr int64_t kWaveFloats = int64_t{16} << 20;
 // Calls whose longest sequence has at most this many query rows run one head to a thread.
 constexpr int64_t kDecodeRows = 16;
 
+// Operations (roughly) that are worth waking one more thread for, some microseconds' worth.
+constexpr double kThreadWork = 32768;
+
 // Grows, never shrinks, keeps nothing when it grows.
 class FloatBuffer {
  public:
@@ -35,8 +38,8 @@ class FloatBuffer {
     if (count > capacity_) {
       data_.reset();
       capacity_ = 0;
-      data_.reset(static_cast<float*>(::operator new[](static_cast<size_t>(count) * sizeof(float),
-                                                       kAlignment)));
+      data_.reset(static_cast<float*>(
+          ::operator new[](static_cast<size_t>(count) * sizeof(float), kAlignment)));
       capacity_ = count;
     }
     return data_.get();
@@ -118,8 +121,8 @@ void check(const AttentionArgs& args, size_t index) {
     refuse(fmt::format("head size {} is not in 1..{}", args.head_dim, kMaxHeadDim));
   }
   if (args.num_heads < 1 || args.num_kv_heads < 1 || args.num_heads % args.num_kv_heads != 0) {
-    refuse(fmt::format("{} heads cannot share {} key/value heads", args.num_heads,
-                       args.num_kv_heads));
+    refuse(
+        fmt::format("{} heads cannot share {} key/value heads", args.num_heads, args.num_kv_heads));
   }
   if (!std::isfinite(args.softmax_scale)) refuse("the softmax scale is not finite");
   if (args.q_len == 0) return;
@@ -171,13 +174,11 @@ void add_query_blocks(const Plan& plan, const AttentionArgs& args, const KvHead&
     const int64_t block_start = last / plan.query_block * plan.query_block;
     const int64_t begin = std::max(masked, block_start - first_position);
     const int64_t position = first_position + begin;
-    blocks.push_back({&kv, args.q + begin * args.q_row_stride + head * args.head_dim,
-                      args.q_row_stride,
-                      args.out + begin * args.out_row_stride + head * args.head_dim,
-                      args.out_row_stride,
-                      args.lse == nullptr ? nullptr : args.lse + head * args.q_len + begin,
-                      end - begin, position - block_start, position, args.softmax_scale,
-                      args.causal});
+    blocks.push_back(
+        {&kv, args.q + begin * args.q_row_stride + head * args.head_dim, args.q_row_stride,
+         args.out + begin * args.out_row_stride + head * args.head_dim, args.out_row_stride,
+         args.lse == nullptr ? nullptr : args.lse + head * args.q_len + begin, end - begin,
+         position - block_start, position, args.softmax_scale, args.causal});
     end = begin;
   }
 }
@@ -320,6 +321,7 @@ void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> s
   scratch.units.clear();
   int64_t dim = 0;
   int64_t longest = 0;
+  double work = 0;
   for (size_t i = 0; i < sequences.size(); ++i) {
     const AttentionArgs& args = sequences[i];
     check(args, i);
@@ -331,13 +333,16 @@ void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> s
       scratch.units.push_back({&args, head, measure.used(), 0, 0});
     }
     longest = std::max(longest, args.q_len);
-    dim = std::max(dim, padded_dim(args.head_dim));
+    work += static_cast<double>(args.num_kv_heads * measure.used()) +
+            static_cast<double>(args.num_heads * padded_dim(args.head_dim) / 16) *
+                static_cast<double>(args.q_len) * static_cast<double>(args.kv_len);
   }
   if (scratch.units.empty()) return;
 
   Carver measure(nullptr);
   carve_workspace(measure, dim);
-  const int threads = omp_get_max_threads();
+  const auto threads =
+      static_cast<int>(std::min<double>(omp_get_max_threads(), 1 + work / kThreadWork));
   Carver carver(scratch.workspaces.reserve(measure.used() * threads));
   scratch.threads.clear();
   for (int t = 0; t < threads; ++t) scratch.threads.push_back(carve_workspace(carver, dim));

@@ -21,12 +21,12 @@ struct PagedKv {
 struct AttentionArgs {
   const float* q = nullptr;  // [q_len, num_heads, head_dim], rows q_row_stride elements apart
   int64_t q_row_stride = 0;
-  float* out = nullptr;      // [q_len, num_heads, head_dim], rows out_row_stride elements apart
+  float* out = nullptr;  // [q_len, num_heads, head_dim], rows out_row_stride elements apart
   int64_t out_row_stride = 0;
-  float* lse = nullptr;      // optional [num_heads, q_len]: natural-log sum of exp of scaled logits
+  float* lse = nullptr;  // optional [num_heads, q_len]: natural-log sum of exp of scaled logits
   PagedKv kv;
   int64_t q_len = 0;
-  int64_t kv_len = 0;        // >= q_len when causal: the last query row sees the last key
+  int64_t kv_len = 0;  // when causal the last query row sees the last key; see below
   int64_t num_heads = 0;
   int64_t num_kv_heads = 0;  // divides num_heads
   int64_t head_dim = 0;      // 1..256
@@ -34,10 +34,28 @@ struct AttentionArgs {
   bool causal = true;
 };
 
-// Runs the sequences of a ragged batch one after the other in parallel over heads and query
-// blocks (OpenMP). A sequence's result never depends on the others, on the number of threads, or
-// on how many of its query rows are computed at once beyond the variant's quantization groups.
-// Throws Error for arguments that cannot be honoured. NaN and Inf in Q, K or V reach the output.
+// Runs the sequences of a ragged batch, in parallel over heads and query blocks (OpenMP). A
+// sequence's result never depends, not by a bit, on the others, on the number of threads or on the
+// page size. K and V are only read. Not to be called from inside a parallel region.
+//
+// Rows that see no key (kv_len 0, or causal rows before the first key) give 0 and lse -inf.
+// Throws Error for arguments that cannot be honoured. NaN and Inf in Q, K or V reach the output: a
+// scale group that holds one makes NaN of everything computed with it (with smoothed K, of all rows
+// of the head; for quantized V, of its channel), which may include rows that do not see the value.
+//
+// Numbers, all variants: Q is rounded to FP16 first; softmax, its sum (of unrounded P) and O are
+// FP32; each tile of 64 keys is summed in a fresh accumulator that is then added to O.
+//   fp16      QK and PV of FP16 values in FP32, P rounded to FP16.
+//   sage1-*   K minus its mean over all kv_len keys; integers rounded half to even; scales per
+//   token
+//             (-t) or per 128 queries and 64 keys (-b); P and V in FP16, the tile's accumulator
+//             rounded to FP16 every 16 keys. With INT8 PV (-vt, -vb) P has the scale 1/127 and V
+//             one per channel.
+//   sage2-*   the same with the scale groups of one thread's mma fragments: rows {g, g+8, g+16,
+//             g+24} of every 32 queries, keys {8i+2c, 8i+2c+1} of every 64; e4m3 P (times 448) and
+//             V (one scale per channel). sage2-4b also subtracts the mean of every 64 queries and
+//             adds its exact product with the smoothed keys.
+// When causal, query groups and blocks are counted from the start of the sequence.
 void attention(std::span<const AttentionArgs> sequences, const AttentionSpec& spec);
 
 // Splitting a sequence into chunks or single tokens gives the same result as one pass within this

@@ -19,6 +19,8 @@
 namespace sagelm::cpu {
 namespace {
 
+#include "backend/cpu/attention_simd.inl"
+
 #if defined(__AVX512VNNI__)
 constexpr bool kPacksBytes = true;
 #else
@@ -27,8 +29,6 @@ constexpr bool kPacksBytes = false;
 constexpr int32_t kByteOffset = 128;  // dpbusd wants one operand unsigned: K
 constexpr float kNoMax = -1e30f;      // finite, so that -inf logits give exp2(-inf), not NaN
 constexpr int64_t kHalfAccKeys = 16;  // keys of one FP16 mma step
-
-#include "backend/cpu/attention_simd.inl"
 
 #include "backend/cpu/attention_prepare.inl"
 
@@ -149,7 +149,8 @@ float softmax_row(const Plan& plan, const QueryBlock& block, const Workspace& wo
     VecF t = load<VecF>(scores + j) * (load<VecF>(k_scale + j) * q_scale);
     if (tile.has_bias) t += load<VecF>(work.bias + j);
     if (j + kLanes > visible_keys) {  // after scaling: a NaN or zero scale must not unmask
-      const VecI masked = lane_ids() + static_cast<int32_t>(j) >= static_cast<int32_t>(visible_keys);
+      const VecI masked =
+          lane_ids() + static_cast<int32_t>(j) >= static_cast<int32_t>(visible_keys);
       t = masked ? VecF{} - __builtin_inff() : t;
     }
     store(scores + j, t);

@@ -76,16 +76,16 @@ struct QueryBlock {
 
 // Scratch of one thread, 64-byte aligned.
 struct Workspace {
-  float* rows;         // [max(kMaxQueryBlock, kMaxKeyTile)][dim] rows before quantization
-  int8_t* bytes;       // the same rows as integers
-  float* out;          // [kMaxQueryBlock][dim] unnormalised output
-  float* scores;       // [kRowBlock][kMaxKeyTile]
-  float* bias;         // [kMaxKeyTile] smoothed-Q correction
-  float* channel;      // [2][dim]
-  float* q_scale;      // [kMaxQueryBlock]
-  float* row_max;      // [kMaxQueryBlock], in units of log2
-  float* row_sum;      // [kMaxQueryBlock]
-  int32_t* q_offset;   // [kMaxQueryBlock]
+  float* rows;        // [max(kMaxQueryBlock, kMaxKeyTile)][dim] rows before quantization
+  int8_t* bytes;      // the same rows as integers
+  float* out;         // [kMaxQueryBlock][dim] unnormalised output
+  float* scores;      // [kRowBlock][kMaxKeyTile]
+  float* bias;        // [kMaxKeyTile] smoothed-Q correction
+  float* channel;     // [2][dim]
+  float* q_scale;     // [kMaxQueryBlock]
+  float* row_max;     // [kMaxQueryBlock], in units of log2
+  float* row_sum;     // [kMaxQueryBlock]
+  int32_t* q_offset;  // [kMaxQueryBlock]
 };
 
 struct KernelTable {

@@ -59,8 +59,8 @@ inline Quantizer make_quantizer(int32_t amax_bits, float levels, float floor) {
 inline void make_quantizers(const Plan& plan, const VecI* amax, int32_t num_groups,
                             Quantizer* out) {
   for (int32_t g = 0; g < num_groups; ++g) {
-    out[g] = make_quantizer(reduce_max(amax[g]), static_cast<float>(plan.qk_levels),
-                            plan.amax_floor);
+    out[g] =
+        make_quantizer(reduce_max(amax[g]), static_cast<float>(plan.qk_levels), plan.amax_floor);
   }
 }
 
@@ -77,10 +77,8 @@ inline void quantize_row(float* row, int64_t dim, const Quantizer& quantizer) {
 
 inline void quantize_row(const float* row, int64_t dim, const Quantizer& quantizer, int32_t offset,
                          int8_t* bytes) {
-  typedef int8_t VecB __attribute__((vector_size(kLanes)));
   for (int64_t c = 0; c < dim; c += kLanes) {
-    const VecI integers = to_integer(quantize(row + c, quantizer)) + offset;
-    store(bytes + c, __builtin_convertvector(integers, VecB));
+    store_bytes(bytes + c, load<VecF>(row + c) * quantizer.inverse, offset);
   }
 }
 
@@ -144,12 +142,15 @@ inline void mean_of_keys(const KvHead& kv, int64_t tile, float* mean) {
     const int64_t count = kv.kv_len - first < tile ? kv.kv_len - first : tile;
     for (int64_t r = 0; r < count; ++r) rows[r] = cursor.next();
     for (int64_t c = 0; c < kv.dim; c += kLanes) {
-      VecF sums[4] = {};  // four chains of additions, for speed
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < count; ++r) {
-        sums[r % 4] += load_channels(rows[r], c, kv.head_dim);
+      VecF even = {};  // two chains of additions, for speed
+      VecF odd = {};
+      int64_t r = 0;
+      for (; r + 2 <= count; r += 2) {
+        even += load_channels(rows[r], c, kv.head_dim);
+        odd += load_channels(rows[r + 1], c, kv.head_dim);
       }
-      store(mean + c, load<VecF>(mean + c) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+      if (r < count) even += load_channels(rows[r], c, kv.head_dim);
+      store(mean + c, load<VecF>(mean + c) + (even + odd));
     }
   }
   const float length = static_cast<float>(kv.kv_len);
@@ -202,8 +203,7 @@ void prepare_keys(const Plan& plan, const KvHead& kv, const Workspace& work) {
       for (int64_t r = 0; r < tile; ++r) scale[r] = 1.0f;
     }
     if (to_bytes) {
-      transpose(work.bytes, dim / 4, static_cast<int8_t*>(kv.k) + first * dim, tile, tile,
-                dim / 4);
+      transpose(work.bytes, dim / 4, static_cast<int8_t*>(kv.k) + first * dim, tile, tile, dim / 4);
     } else {
       transpose(work.rows, dim, static_cast<float*>(kv.k) + first * dim, tile, tile, dim);
     }
@@ -233,10 +233,7 @@ void scale_values(const Plan& plan, const KvHead& kv, float* amax, float* invers
 template <PvKind kPv>
 inline VecF quantize_values(VecF x, VecF inverse) {
   if constexpr (kPv == PvKind::kHalf) return x;
-  const VecF scaled = x * inverse;
-  const VecF rounded =
-      kPv == PvKind::kE4m3 ? round_to_e4m3(scaled) : round_to_integer(scaled);
-  return inverse == 0.0f ? VecF{} : rounded;  // the NaN scale of the channel shows it
+  return kPv == PvKind::kE4m3 ? round_to_e4m3(x * inverse) : round_to_integer(x * inverse);
 }
 
 template <PvKind kPv>

@@ -84,14 +84,14 @@ inline VecF load_half(const uint16_t* p) {
 }
 
 // Rounds to a format with `mantissa` explicit bits and smallest normal 2^min_exponent, to nearest
-// even, subnormals included; no overflow handling, NaN stays NaN. Adding 1.5 * 2^(e + 23 - mantissa)
-// makes the FPU round at the wanted bit.
+// even, subnormals included; no overflow handling, NaN stays NaN. Adding 1.5 * 2^(e + 23 -
+// mantissa) makes the FPU round at the wanted bit.
 template <int kMantissa, int kMinExponent>
 inline VecF round_to(VecF x) {
   constexpr int32_t kSmallest = (127 + kMinExponent) << 23;
   const VecI exponent = as_int(x) & 0x7F800000;
   const VecI clamped = exponent > kSmallest ? exponent : VecI{} + kSmallest;
-  const VecF magic = as_float((clamped + ((23 - kMantissa) << 23)) | 0x400000);
+  const VecF magic = as_float(clamped + (((23 - kMantissa) << 23) | 0x400000));
   return (x + magic) - magic;
 }
 
@@ -120,7 +120,16 @@ inline VecF round_to_integer(VecF x) {
   return (x + kMagic) - kMagic;
 }
 
-inline VecI to_integer(VecF rounded) { return __builtin_convertvector(rounded, VecI); }
+// The same integers plus offset, as bytes: they are the low bits of the sum's mantissa.
+inline void store_bytes(int8_t* p, VecF x, int32_t offset) {
+  const VecI bits = as_int(x + (0x1.8p23f + static_cast<float>(offset)));
+#if defined(__AVX512F__)
+  store(p, _mm512_maskz_cvtepi32_epi8(0xFFFF, reinterpret_cast<__m512i>(bits)));
+#else
+  typedef int8_t VecB __attribute__((vector_size(kLanes)));
+  store(p, __builtin_convertvector(bits, VecB));
+#endif
+}
 
 // 2^x for x <= 127, relative error below 2e-7; 0 below -126; NaN stays NaN.
 inline VecF exp2(VecF x) {

@@ -73,7 +73,8 @@ class CpuBackend : public Backend {
 
   int64_t memory_bytes() const override {
     int64_t bytes = weight_bytes_;
-    for (const auto& buffer : scratch_) bytes += static_cast<int64_t>(buffer.size() * sizeof(float));
+    for (const auto& buffer : scratch_)
+      bytes += static_cast<int64_t>(buffer.size() * sizeof(float));
     return bytes;
   }
 
@@ -90,8 +91,8 @@ class CpuBackend : public Backend {
   }
 
   WeightHandle add_embedding(const TensorView& tensor) override {
-    embeddings_.push_back(
-        {tensor.dtype, tensor.shape.at(0), std::vector<std::byte>(tensor.data, tensor.data + tensor.bytes)});
+    embeddings_.push_back({tensor.dtype, tensor.shape.at(0),
+                           std::vector<std::byte>(tensor.data, tensor.data + tensor.bytes)});
     weight_bytes_ += static_cast<int64_t>(tensor.bytes);
     return {static_cast<int32_t>(embeddings_.size()) - 1};
   }
@@ -150,8 +151,7 @@ class CpuBackend : public Backend {
 
   void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) override {
     for (size_t i = 0; i < rows.size(); ++i) {
-      std::copy_n(x.data + rows[i] * x.cols, x.cols,
-                  out.data + static_cast<int64_t>(i) * x.cols);
+      std::copy_n(x.data + rows[i] * x.cols, x.cols, out.data + static_cast<int64_t>(i) * x.cols);
     }
   }
 
@@ -245,9 +245,7 @@ class CpuBackend : public Backend {
     if (bad_row >= 0) fail("the logits of row {} hold NaN or Inf", bad_row.load());
   }
 
-  bool all_finite(Matrix x) override {
-    return cpu::ops().all_finite(x.data, x.rows * x.cols);
-  }
+  bool all_finite(Matrix x) override { return cpu::ops().all_finite(x.data, x.rows * x.cols); }
 
  private:
   struct Embedding {

@@ -93,8 +93,8 @@ const LinearEngine::Plan& LinearEngine::plan(const LinearWeight& weight, int64_t
   Plan plan;
   const auto type = weight.bf16 ? memory::data_type::bf16 : memory::data_type::f32;
   plan.x = memory::desc({rows, weight.in_features}, type, memory::format_tag::ab);
-  plan.y = memory::desc({rows, weight.out_features}, memory::data_type::f32,
-                        memory::format_tag::ab);
+  plan.y =
+      memory::desc({rows, weight.out_features}, memory::data_type::f32, memory::format_tag::ab);
   dnnl::primitive_attr attributes;
   if (accumulate) {
     dnnl::post_ops sum;
@@ -111,9 +111,8 @@ void LinearEngine::execute(const LinearWeight& weight, int64_t rows, const void*
   const Plan& chosen = plan(weight, rows, accumulate);
   const memory source(chosen.x, engine_, const_cast<void*>(x));
   const memory result(chosen.y, engine_, y);
-  chosen.product.execute(stream_, {{DNNL_ARG_SRC, source},
-                                   {DNNL_ARG_WEIGHTS, weight.packed},
-                                   {DNNL_ARG_DST, result}});
+  chosen.product.execute(
+      stream_, {{DNNL_ARG_SRC, source}, {DNNL_ARG_WEIGHTS, weight.packed}, {DNNL_ARG_DST, result}});
   stream_.wait();
 }
 

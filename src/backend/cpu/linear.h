@@ -7,10 +7,9 @@
 // runs in float32.
 #pragma once
 
-#include <oneapi/dnnl/dnnl.hpp>
-
 #include <cstdint>
 #include <map>
+#include <oneapi/dnnl/dnnl.hpp>
 #include <span>
 #include <tuple>
 #include <vector>
@@ -55,9 +54,9 @@ class LinearEngine {
   dnnl::stream stream_;
   bool uses_bf16_;
   std::map<PlanKey, Plan> plans_;
-  std::vector<uint16_t> split_;   // high halves of all rows, then the low ones
-  std::vector<float> padded_;     // float32 activations when rows are padded
-  std::vector<float> stacked_;    // results of high and low halves in one small product
+  std::vector<uint16_t> split_;  // high halves of all rows, then the low ones
+  std::vector<float> padded_;    // float32 activations when rows are padded
+  std::vector<float> stacked_;   // results of high and low halves in one small product
 };
 
 // Whether the CPU multiplies BF16 natively.

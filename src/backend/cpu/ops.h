@@ -11,8 +11,8 @@ struct Ops {
   // hi + lo = x to 16 significant bits: hi = bf16(x), lo = bf16(x - hi), nearest even.
   void (*split_bf16)(const float* x, int64_t n, uint16_t* hi, uint16_t* lo);
   void (*half_from_float)(const float* x, int64_t n, uint16_t* out);
-  void (*add)(const float* a, const float* b, int64_t n, float* out);          // out = a + b
-  void (*accumulate)(const float* a, const float* b, int64_t n, float* out);   // out += a + b
+  void (*add)(const float* a, const float* b, int64_t n, float* out);         // out = a + b
+  void (*accumulate)(const float* a, const float* b, int64_t n, float* out);  // out += a + b
   void (*rmsnorm)(const float* x, const float* weight, int64_t n, double eps, float* out);
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
   // Rotates one head in half-split order: pairs (x[i], x[i + half]).

@@ -1,6 +1,7 @@
 // Body of the element-wise functions: compiled once per instruction set by ops_<isa>.cpp, which
 // defines SAGELM_OPS_TABLE and SAGELM_OPS_ISA. Plain loops that the compiler vectorises; everything
-// is in an unnamed namespace so that no copy built for a newer CPU can be linked into an older path.
+// is in an unnamed namespace so that no copy built for a newer CPU can be linked into an older
+// path.
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -142,7 +143,8 @@ double log_sum_exp(const float* x, int64_t n, int64_t* argmax) {
 
 }  // namespace
 
-const Ops SAGELM_OPS_TABLE = {SAGELM_OPS_ISA, split_bf16, half_from_float, add,  accumulate,
-                              rmsnorm,        swiglu,     rope,            log_sum_exp, all_finite};
+const Ops SAGELM_OPS_TABLE = {SAGELM_OPS_ISA, split_bf16, half_from_float, add,
+                              accumulate,     rmsnorm,    swiglu,          rope,
+                              log_sum_exp,    all_finite};
 
 }  // namespace sagelm::cpu
