@@ -332,6 +332,7 @@ void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> s
     for (int64_t head = 0; head < args.num_kv_heads; ++head) {
       scratch.units.push_back({&args, head, measure.used(), 0, 0});
     }
+    dim = std::max(dim, padded_dim(args.head_dim));
     longest = std::max(longest, args.q_len);
     work += static_cast<double>(args.num_kv_heads * measure.used()) +
             static_cast<double>(args.num_heads * padded_dim(args.head_dim) / 16) *

@@ -15,9 +15,13 @@ constexpr int kMaxVecs = 2;
 
 typedef float VecF __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Quad __attribute__((vector_size(16)));
 
 inline VecF as_float(VecI v) { return reinterpret_cast<VecF>(v); }
+// For exponent arithmetic, which wraps around for NaN.
+inline VecF as_float(VecU v) { return reinterpret_cast<VecF>(v); }
+inline VecU as_unsigned(VecF v) { return reinterpret_cast<VecU>(v); }
 inline VecI as_int(VecF v) { return reinterpret_cast<VecI>(v); }
 
 template <typename T>
@@ -91,7 +95,8 @@ inline VecF round_to(VecF x) {
   constexpr int32_t kSmallest = (127 + kMinExponent) << 23;
   const VecI exponent = as_int(x) & 0x7F800000;
   const VecI clamped = exponent > kSmallest ? exponent : VecI{} + kSmallest;
-  const VecF magic = as_float(clamped + (((23 - kMantissa) << 23) | 0x400000));
+  const VecU bits = reinterpret_cast<VecU>(clamped);
+  const VecF magic = as_float(bits + (((23 - kMantissa) << 23) | 0x400000u));
   return (x + magic) - magic;
 }
 
@@ -145,6 +150,6 @@ inline VecF exp2(VecF x) {
   p = p * f + 2.4022651e-1f;
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.0f;
-  const VecF power = as_float((as_int(shifted) << 23) + (127 << 23));
+  const VecF power = as_float((as_unsigned(shifted) << 23) + (127u << 23));
   return as_float(as_int(p * power) & ~underflow);
 }
