@@ -22,15 +22,18 @@ std::string_view text_of(const MappedFile& file) {
 class TensorTable {
  public:
   void add(SafetensorsFile file, const std::string& where) {
-    for (auto& [name, view] : file.tensors) {
-      if (!tensors_.emplace(name, std::move(view)).second) {
-        fail("{}: tensor {} stands in two files", where, name);
-      }
-    }
+    const auto check_new = [&](const std::string& name) {
+      if (has(name)) fail("{}: tensor {} stands in two files", where, name);
+    };
+    for (const auto& [name, view] : file.tensors) check_new(name);
+    for (const auto& [name, dtype] : file.other_types) check_new(name);
+    tensors_.merge(file.tensors);
     other_types_.merge(file.other_types);
   }
 
-  bool has(const std::string& name) const { return tensors_.contains(name); }
+  bool has(const std::string& name) const {
+    return tensors_.contains(name) || other_types_.contains(name);
+  }
 
   TensorView take(const std::string& name, const std::vector<int64_t>& shape,
                   const std::string& where) {

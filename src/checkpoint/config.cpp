@@ -111,8 +111,11 @@ void read_rope(const Fields& config, ModelConfig& model) {
 
 void read_token_ids(const Fields& config, ModelConfig& model) {
   const auto id = [&](const char* key, const json& value) {
-    if (!value.is_number_integer() || value.get<int64_t>() < -1 ||
-        value.get<int64_t>() >= model.vocab_size) {
+    // Unsigned numbers above the signed range would turn negative.
+    const bool fits =
+        value.is_number_integer() && (!value.is_number_unsigned() ||
+                                      value.get<uint64_t>() <= std::numeric_limits<int64_t>::max());
+    if (!fits || value.get<int64_t>() < -1 || value.get<int64_t>() >= model.vocab_size) {
       fail("{}: {} is {}, not a token id below vocab_size {}", config.where(), key,
            Fields::shown(value), model.vocab_size);
     }

@@ -166,7 +166,7 @@ TEST(Config, RejectsWrongNumbersAndTokenIds) {
     for (const json& value : wrong_values) expect_wrong(key, value, key);
   }
   expect_wrong("eos_token_id", {2, 24}, "eos_token_id");
-  expect_wrong("eos_token_id", {json::array({2})}, "eos_token_id");
+  expect_wrong("eos_token_id", json::array({json::array({2})}), "eos_token_id");
 }
 
 TEST(Config, RejectsTextThatIsNotOneObject) {
