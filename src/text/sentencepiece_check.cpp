@@ -112,6 +112,10 @@ SentencepiecePiece read_piece(std::string_view bytes, size_t id, const std::stri
     }
   }
   if (piece.text.empty()) fail("{}: piece {} is empty", where, id);
+  // sentencepiece builds its trie from C strings: a NUL inside would end the process.
+  if (piece.text.find('\0') != std::string::npos) {
+    fail("{}: piece {} holds a NUL byte", where, id);
+  }
   if (!is_valid_utf8(piece.text)) fail("{}: piece {} is not UTF-8", where, id);
   return piece;
 }
