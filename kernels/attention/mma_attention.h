@@ -1,0 +1,40 @@
+// Attention with mma.sync, for sm_80 and later (SAGE2: sm_89), any shape of sagelm/attention.h.
+//
+// FP16   follows FlashAttention-2 (arXiv:2307.08691): 128 queries against tiles of 64 keys, P and V
+//        in the inputs' type, FP32 accumulation. Calls with at most 16 query rows per KV head
+//        (max_q_len * num_heads / num_kv_heads, decode) split each sequence into parts of 256 keys
+//        whatever the batch, and combine them in a second launch.
+// SAGE1  (arXiv:2410.02367) INT8 Q K^T, a scale per 128 queries and per 64 keys. FP16 inputs: P and
+//        V in FP16, the 64 keys of a tile summed in FP16 (|V| stays below 1023), then in FP32. BF16
+//        inputs: P and V in BF16 with FP32 sums, since V may exceed FP16's range.
+// SAGE2  (arXiv:2411.10958, the 8-bit variant) INT8 Q K^T, a scale per queries {g, g+8, g+16, g+24}
+//        of every 32 and per keys {8i+2c, 8i+2c+1} of every 64; P * 448 and V (a scale per channel
+//        over the sequence) in e4m3, the 64 keys of a tile summed on their own. Without e4m3
+//        matrix units for mma.sync, as on sm_90, the product is emulated: right, not fast.
+//
+// The quantized variants read K and V twice before they attend, also for a single query: decode is
+// better served by FP16. K is smoothed by the mean of all keys of its sequence and head. NaN or
+// infinity in Q, K or V makes its whole scale group NaN.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "kernels/attention/problem.cuh"
+
+namespace sagelm::kernels {
+
+// Depends on the lengths, heads and sizes of the problem, on no pointer of it.
+size_t mma_attention_workspace_bytes(sagelm_attention_variant variant, const Problem& problem);
+
+// Null, or one sentence on why the call cannot run; compute_capability is 90 for sm_90.
+const char* mma_attention_refusal(sagelm_attention_variant variant, const Problem& problem,
+                                  int compute_capability);
+
+// Enqueues the call, which must not be one that mma_attention_refusal refuses. The workspace is
+// 256-byte aligned.
+cudaError_t mma_attention(sagelm_attention_variant variant, const Problem& problem,
+                          void* workspace, cudaStream_t stream);
+
+}  // namespace sagelm::kernels

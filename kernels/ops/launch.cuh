@@ -1,0 +1,27 @@
+// One way to launch the operations' kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+namespace sagelm::kernels {
+
+// Launches kernel so that on Hopper and later it may start while the kernel before it on the stream
+// is ending: it has to call wait_for_previous_kernel() before it touches what others write.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = overlaps_kernels() ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+}  // namespace sagelm::kernels

@@ -1,0 +1,206 @@
+// Times the attention kernels on the device beside the copy bandwidth of the same run.
+//   bench_attention_gpu [--quick] [--json FILE]
+// Prints for every shape: time and TFLOPS of attention over tiles that are quantized already, of
+// the quantization (with GB/s), and of the whole call from FP16 tensors. TFLOPS count
+// 4 * batch * heads * N^2 * head_dim, half of it where causal. Medians of at least 7 runs.
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "gpu/gpu_attention.h"
+#include "kernels/attention/sage2_sm90.h"
+#include "kernels/attention/sage_quantize_sm90.h"
+
+namespace {
+
+using namespace sagelm::testing;
+using sagelm::kernels::Problem;
+
+// Standard normal values from a hash of the index.
+__global__ void fill_normal(__half* x, int64_t count, uint32_t seed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    uint64_t h =
+        (static_cast<uint64_t>(i) + (static_cast<uint64_t>(seed) << 40)) * 0x9E3779B97F4A7C15u;
+    h ^= h >> 32;
+    h *= 0xD6E8FEB86659FD93u;
+    h ^= h >> 32;
+    const float u = (static_cast<uint32_t>(h) + 1.0f) * 2.3283064e-10f;
+    const float v = static_cast<uint32_t>(h >> 32) * 2.3283064e-10f;
+    x[i] = __float2half(sqrtf(-2.0f * logf(u)) * cospif(2.0f * v));
+  }
+}
+
+double median_ms(const std::function<void()>& run) {
+  cudaEvent_t begin, end;
+  cudaEventCreate(&begin);
+  cudaEventCreate(&end);
+  const auto once = [&] {
+    cudaEventRecord(begin);
+    run();
+    cudaEventRecord(end);
+    check_cuda(cudaEventSynchronize(end), "timed run");
+    float ms = 0;
+    cudaEventElapsedTime(&ms, begin, end);
+    return static_cast<double>(ms);
+  };
+  for (int i = 0; i < 3; ++i) once();
+  const int count = std::clamp(static_cast<int>(60.0 / once()), 7, 50);
+  std::vector<double> times;
+  for (int i = 0; i < count; ++i) times.push_back(once());
+  std::sort(times.begin(), times.end());
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  return times[times.size() / 2];
+}
+
+struct Shape {
+  int batch, heads, kv_heads, dim, n;
+  bool causal;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  bool quick = false, fp16 = false;
+  const char* json = nullptr;
+  for (int i = 1; i < argc; ++i) {
+    if (!std::strcmp(argv[i], "--quick"))
+      quick = true;
+    else if (!std::strcmp(argv[i], "--fp16"))
+      fp16 = true;
+    else if (!std::strcmp(argv[i], "--json") && i + 1 < argc)
+      json = argv[++i];
+    else {
+      std::fprintf(stderr, "bench_attention_gpu: unknown argument %s\n", argv[i]);
+      return 2;
+    }
+  }
+  if (const std::string reason = no_device_reason(); !reason.empty()) {
+    std::fprintf(stderr, "bench_attention_gpu: %s\n", reason.c_str());
+    return 1;
+  }
+  FILE* out = json ? std::fopen(json, "w") : nullptr;
+  DeviceBuffer a(size_t{2} << 30), b(size_t{2} << 30);
+  const double copy_ms =
+      median_ms([&] { cudaMemcpyAsync(b.data(), a.data(), a.bytes(), cudaMemcpyDeviceToDevice); });
+  const double copy_rate = 2e-6 * static_cast<double>(a.bytes()) / copy_ms;
+  std::printf("copy %.0f GB/s (read + written)\n", copy_rate);
+  a = DeviceBuffer();
+  b = DeviceBuffer();
+  std::vector<Shape> shapes;
+  for (int n = 1024; n <= 32768; n *= 2) {
+    if (quick && n != 1024 && n != 4096 && n != 16384) continue;
+    shapes.push_back({4, 32, 32, 128, n, true});
+  }
+  shapes.push_back({4, 32, 32, 128, 8192, false});
+  shapes.push_back({4, 32, 32, 64, 16384, true});
+  if (!quick) {
+    for (int n = 1024; n <= 32768; n *= 2) shapes.push_back({4, 32, 32, 128, n, false});
+    shapes.push_back({4, 32, 32, 64, 32768, true});
+    shapes.push_back({1, 32, 32, 128, 8192, true});
+    shapes.push_back({4, 32, 8, 128, 8192, true});
+    shapes.push_back({4, 32, 32, 96, 8192, true});
+  }
+  if (out) std::fprintf(out, "{\"copy_gb_per_s\": %.1f, \"shapes\": [", copy_rate);
+  std::printf("%5s %5s %3s %4s %6s %6s | %9s %7s | %9s %6s %5s | %9s %7s | %9s %7s\n", "batch",
+              "heads", "kv", "dim", "N", "causal", "kernel", "TFLOPS", "quantize", "GB/s", "%copy",
+              "whole", "TFLOPS", "fp16", "TFLOPS");
+  bool first = true;
+  for (const Shape& s : shapes) {
+    const int64_t q_count = int64_t{s.batch} * s.heads * s.n * s.dim;
+    const int64_t kv_count = int64_t{s.batch} * s.kv_heads * s.n * s.dim;
+    DeviceBuffer q(2 * q_count), k(2 * kv_count), v(2 * kv_count), o(2 * q_count);
+    fill_normal<<<1024, 256>>>(static_cast<__half*>(q.data()), q_count, 1);
+    fill_normal<<<1024, 256>>>(static_cast<__half*>(k.data()), kv_count, 2);
+    fill_normal<<<1024, 256>>>(static_cast<__half*>(v.data()), kv_count, 3);
+    check_cuda(cudaDeviceSynchronize(), "fill");
+    sagelm_attention_args args{};
+    args.struct_size = sizeof args;
+    args.variant = SAGELM_ATTENTION_SAGE2;
+    args.batch = s.batch;
+    args.num_heads = s.heads;
+    args.num_kv_heads = s.kv_heads;
+    args.head_dim = s.dim;
+    args.max_q_len = args.max_kv_len = s.n;
+    args.causal = s.causal;
+    const auto heads_first = [&](const DeviceBuffer& x, int heads) {
+      return sagelm_attention_tensor{x.data(), int64_t{heads} * s.n * s.dim, s.dim,
+                                     int64_t{s.n} * s.dim};
+    };
+    args.q = heads_first(q, s.heads);
+    args.out = heads_first(o, s.heads);
+    args.k = heads_first(k, s.kv_heads);
+    args.v = heads_first(v, s.kv_heads);
+    size_t bytes = 0;
+    const auto must = [](sagelm_attention_status status) {
+      if (status != SAGELM_ATTENTION_OK) {
+        std::fprintf(stderr, "bench_attention_gpu: %s\n", sagelm_attention_last_error());
+        std::exit(1);
+      }
+    };
+    must(sagelm_attention_workspace_bytes(&args, &bytes));
+    DeviceBuffer workspace(bytes);
+    args.workspace = workspace.data();
+    args.workspace_bytes = bytes;
+    const double whole = median_ms([&] { must(sagelm_attention(&args)); });
+    Problem p{};
+    const auto tensor = [](const sagelm_attention_tensor& x) {
+      return sagelm::kernels::Tensor{x.data, x.batch_stride, x.token_stride, x.head_stride};
+    };
+    p.q = tensor(args.q), p.k = tensor(args.k), p.v = tensor(args.v), p.out = tensor(args.out);
+    p.batch = s.batch, p.num_heads = s.heads, p.num_kv_heads = s.kv_heads, p.head_dim = s.dim;
+    p.max_q_len = p.max_kv_len = s.n;
+    p.softmax_scale = 1.0f / std::sqrt(static_cast<float>(s.dim));
+    p.causal = s.causal;
+    p.smooth_k = true;
+    const auto tiles = sagelm::kernels::sage2_sm90_tiles(p, workspace.data());
+    const double kernel = median_ms([&] {
+      check_cuda(sagelm::kernels::sage2_sm90_attend(p, tiles, nullptr), "sage2_sm90_attend");
+    });
+    const int dim = s.dim <= 64 ? 64 : 128;
+    const double quantize = median_ms([&] {
+      check_cuda(sagelm::kernels::quantize_to_sage_tiles(p, dim, tiles, nullptr), "quantize");
+    });
+    double fp16_ms = 0;
+    if (fp16) {
+      args.variant = SAGELM_ATTENTION_FP16;
+      must(sagelm_attention_workspace_bytes(&args, &bytes));
+      if (bytes > workspace.bytes()) workspace = DeviceBuffer(bytes);
+      args.workspace = workspace.data();
+      args.workspace_bytes = workspace.bytes();
+      fp16_ms = median_ms([&] { must(sagelm_attention(&args)); });
+    }
+    const double flop = 4.0 * s.batch * s.heads * double(s.n) * s.n * s.dim * (s.causal ? 0.5 : 1);
+    const auto tflops = [&](double ms) { return ms > 0 ? flop / ms * 1e-9 : 0.0; };
+    const double moved = (2.0 * s.dim + dim) * (double(s.heads) + 2 * s.kv_heads) * s.batch * s.n;
+    const double rate = moved / quantize * 1e-6;
+    std::printf(
+        "%5d %5d %3d %4d %6d %6s | %7.3fms %7.0f | %7.3fms %6.0f %4.0f%% | %7.3fms %7.0f | %7.3fms "
+        "%7.0f\n",
+        s.batch, s.heads, s.kv_heads, s.dim, s.n, s.causal ? "yes" : "no", kernel, tflops(kernel),
+        quantize, rate, 100 * rate / copy_rate, whole, tflops(whole), fp16_ms, tflops(fp16_ms));
+    std::fflush(stdout);
+    if (out) {
+      std::fprintf(
+          out,
+          "%s\n{\"batch\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, \"n\": %d, "
+          "\"causal\": %s, \"kernel_ms\": %.4f, \"kernel_tflops\": %.1f, \"quantize_ms\": "
+          "%.4f, \"quantize_gb_per_s\": %.1f, \"whole_ms\": %.4f, \"whole_tflops\": %.1f, "
+          "\"fp16_ms\": %.4f, \"fp16_tflops\": %.1f}",
+          first ? "" : ",", s.batch, s.heads, s.kv_heads, s.dim, s.n, s.causal ? "true" : "false",
+          kernel, tflops(kernel), quantize, rate, whole, tflops(whole), fp16_ms, tflops(fp16_ms));
+    }
+    first = false;
+  }
+  if (out) {
+    std::fprintf(out, "\n]}\n");
+    std::fclose(out);
+  }
+  return 0;
+}

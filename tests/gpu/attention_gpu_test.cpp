@@ -1,0 +1,217 @@
+// The C interface of the attention kernels against float64. Needs a device; skips without one.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <sstream>
+#include <stdexcept>
+
+#include "gpu/gpu_attention.h"
+
+namespace sagelm::testing {
+namespace {
+
+struct Kernel {
+  const char* name;
+  sagelm_attention_variant variant;
+  sagelm_attention_kernel kernel;
+  // Bounds of the error against float64: the level of the published kernels on normal inputs
+  // (docs/benchmarks.md), times what a few rows of short sequences spread around it.
+  double relative_l1[4];  // by GpuInputs
+};
+
+constexpr Kernel kKernels[] = {
+    {"fp16_mma", SAGELM_ATTENTION_FP16, SAGELM_ATTENTION_KERNEL_MMA, {1e-3, 1e-3, 2e-3, 1e-3}},
+    {"sage1_mma", SAGELM_ATTENTION_SAGE1, SAGELM_ATTENTION_KERNEL_MMA, {.02, .03, .08, .004}},
+    {"sage2_mma", SAGELM_ATTENTION_SAGE2, SAGELM_ATTENTION_KERNEL_MMA, {.045, .05, .08, .012}},
+    {"sage2_wgmma", SAGELM_ATTENTION_SAGE2, SAGELM_ATTENTION_KERNEL_WGMMA, {.045, .05, .08, .012}},
+};
+
+class AttentionGpu : public ::testing::TestWithParam<Kernel> {
+ protected:
+  void SetUp() override {
+    if (const std::string reason = no_device_reason(); !reason.empty()) GTEST_SKIP() << reason;
+  }
+
+  // Skips the test where the library has no such kernel for the shape on this device.
+  static bool run(GpuAttention& call) {
+    call.args.variant = GetParam().variant;
+    call.args.kernel = GetParam().kernel;
+    size_t bytes = 0;
+    if (sagelm_attention_workspace_bytes(&call.args, &bytes) == SAGELM_ATTENTION_UNSUPPORTED) {
+      return false;
+    }
+    call.run();
+    return true;
+  }
+
+  static void expect_close(const GpuShape& shape, int max_rows, double slack = 1.0) {
+    GpuAttention call(shape);
+    if (!run(call)) return;
+    const GpuError error = measure_error(call, max_rows);
+    const double bound =
+        GetParam().relative_l1[static_cast<int>(shape.inputs)] * slack * (shape.bf16 ? 1.1 : 1.0) +
+        (shape.bf16 ? 4e-3 : 0.0);
+    EXPECT_LE(error.relative_l1, bound) << describe(shape);
+    EXPECT_FALSE(std::isnan(error.max_abs)) << describe(shape);
+    EXPECT_LE(error.max_lse, shape.inputs == GpuInputs::kHeavyTailed ? 1.0 : 0.2)
+        << describe(shape);
+    if (shape.inputs == GpuInputs::kBiasedV) {
+      EXPECT_NEAR(error.gain, 1.0, 0.006) << describe(shape);
+    }
+  }
+
+  static std::string describe(const GpuShape& s) {
+    std::ostringstream text;
+    text << "layout " << static_cast<int>(s.layout) << ", dim " << s.head_dim << ", heads "
+         << s.num_heads << "/" << s.num_kv_heads << (s.causal ? ", causal" : ", full")
+         << (s.bf16 ? ", bf16" : "") << ", inputs " << static_cast<int>(s.inputs) << ", lengths";
+    for (size_t b = 0; b < s.q_lens.size(); ++b) text << " " << s.q_lens[b] << "/" << s.kv_lens[b];
+    return text.str();
+  }
+};
+
+TEST_P(AttentionGpu, InputDistributions) {
+  for (const int dim : {64, 128}) {
+    for (const GpuInputs inputs :
+         {GpuInputs::kNormal, GpuInputs::kOffsetK, GpuInputs::kHeavyTailed, GpuInputs::kBiasedV}) {
+      for (const bool causal : {true, false}) {
+        GpuShape shape{.q_lens = {1500},
+                       .kv_lens = {1500},
+                       .num_heads = 2,
+                       .num_kv_heads = 2,
+                       .head_dim = dim,
+                       .causal = causal,
+                       .inputs = inputs};
+        expect_close(shape, 40);
+        shape.bf16 = true;
+        expect_close(shape, 40);
+      }
+    }
+  }
+}
+
+TEST_P(AttentionGpu, EveryLengthTo130) {
+  for (int n = 1; n <= 130; ++n) {
+    expect_close({.q_lens = {n},
+                  .kv_lens = {n},
+                  .num_heads = 2,
+                  .num_kv_heads = 1,
+                  .head_dim = n % 2 ? 64 : 128,
+                  .causal = n % 3 != 0,
+                  .seed = static_cast<uint32_t>(n)},
+                 n, 2.0);
+  }
+}
+
+TEST_P(AttentionGpu, HeadSizes) {
+  for (const int dim : {8, 48, 64, 72, 80, 96, 104, 112, 128, 256}) {
+    expect_close({.q_lens = {200, 200},
+                  .kv_lens = {333, 333},
+                  .num_heads = 4,
+                  .num_kv_heads = 2,
+                  .head_dim = dim},
+                 20, 1.5);
+  }
+}
+
+TEST_P(AttentionGpu, LayoutsAgreeWithOracle) {
+  for (const GpuLayout layout :
+       {GpuLayout::kTokensFirst, GpuLayout::kHeadsFirst, GpuLayout::kRagged, GpuLayout::kPaged}) {
+    for (const int group : {1, 4}) {
+      GpuShape shape{.q_lens = {130, 130, 130},
+                     .kv_lens = {515, 515, 515},
+                     .num_heads = 2 * group,
+                     .num_kv_heads = 2,
+                     .head_dim = 128,
+                     .layout = layout};
+      expect_close(shape, 30, 1.5);
+      if (layout == GpuLayout::kRagged || layout == GpuLayout::kPaged) {
+        shape.q_lens = {1, 7, 64, 65, 200, 0, 129, 3};
+        shape.kv_lens = {1, 700, 64, 129, 200, 5, 1000, 128};
+        expect_close(shape, 30, 2.0);
+        shape.head_dim = 64;
+        shape.causal = false;
+        expect_close(shape, 30, 2.0);
+      }
+    }
+  }
+}
+
+TEST_P(AttentionGpu, DecodeRows) {
+  for (const int rows : {1, 2, 5, 16}) {
+    expect_close({.q_lens = {rows, rows, rows},
+                  .kv_lens = {17, 1025, 4097},
+                  .num_heads = 8,
+                  .num_kv_heads = 2,
+                  .head_dim = 128,
+                  .layout = GpuLayout::kPaged},
+                 rows, 2.0);
+  }
+}
+
+TEST_P(AttentionGpu, SequenceWithoutKeys) {
+  GpuShape shape{.q_lens = {3, 3},
+                 .kv_lens = {0, 40},
+                 .num_heads = 2,
+                 .num_kv_heads = 2,
+                 .head_dim = 64,
+                 .causal = false,
+                 .layout = GpuLayout::kRagged};
+  GpuAttention call(shape);
+  if (!run(call)) GTEST_SKIP() << sagelm_attention_last_error();
+  for (int row = 0; row < 3; ++row) {
+    for (const double x : call.out(0, row, 1)) EXPECT_EQ(x, 0.0);
+    EXPECT_EQ(call.lse(0, row, 1), -INFINITY);
+  }
+  EXPECT_LE(measure_error(call, 3).relative_l1, 0.1);
+}
+
+TEST_P(AttentionGpu, NeighboursAndRepeatsChangeNothing) {
+  const GpuShape shape{.q_lens = {300, 41, 129},
+                       .kv_lens = {300, 400, 1000},
+                       .num_heads = 2,
+                       .num_kv_heads = 2,
+                       .head_dim = 128,
+                       .layout = GpuLayout::kRagged};
+  GpuAttention call(shape);
+  if (!run(call)) GTEST_SKIP() << sagelm_attention_last_error();
+  const std::vector<uint16_t> once = call.raw_out();
+  for (int i = 0; i < 5; ++i) {
+    call.run();
+    ASSERT_EQ(once, call.raw_out());
+  }
+}
+
+TEST_P(AttentionGpu, NanReachesTheOutput) {
+  // Any NaN in a head's keys must show in that head's rows that see it.
+  GpuShape shape{.q_lens = {64},
+                 .kv_lens = {64},
+                 .num_heads = 1,
+                 .num_kv_heads = 1,
+                 .head_dim = 64,
+                 .causal = false};
+  GpuAttention call(shape);
+  const uint16_t nan = 0x7E00;
+  check_cuda(cudaMemcpy(static_cast<uint16_t*>(call.args.k.data) + 5 * 64 + 3, &nan, 2,
+                        cudaMemcpyHostToDevice),
+             "nan");
+  if (!run(call)) GTEST_SKIP() << sagelm_attention_last_error();
+  EXPECT_TRUE(std::isnan(call.out(0, 10, 0)[0]));
+}
+
+TEST_P(AttentionGpu, RefusesWhatItCannotDo) {
+  GpuAttention call({.q_lens = {20}, .kv_lens = {10}, .head_dim = 64, .causal = true});
+  EXPECT_THROW(run(call), std::runtime_error);
+  call.args.causal = 0;
+  call.args.head_dim = 60;
+  EXPECT_THROW(run(call), std::runtime_error);
+  call.args.head_dim = 64;
+  call.args.num_kv_heads = 3;
+  EXPECT_THROW(run(call), std::runtime_error);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, AttentionGpu, ::testing::ValuesIn(kKernels),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+}  // namespace
+}  // namespace sagelm::testing
