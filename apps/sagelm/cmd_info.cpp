@@ -25,7 +25,7 @@ struct Row {
 };
 
 std::vector<Row> make_rows(const ModelInfo& info) {
-  const int64_t total = info.checkpoint_bytes + info.kv_bytes + info.activation_bytes;
+  const int64_t total = info.weight_bytes + info.kv_bytes + info.activation_bytes;
   const auto plain = [](const char* label, const char* key, int64_t value) {
     return Row{label, key, value, std::to_string(value)};
   };
@@ -52,7 +52,8 @@ std::vector<Row> make_rows(const ModelInfo& info) {
        info.tied_embeddings ? "yes" : "no"},
       plain("longest context", "max_context", info.max_context),
       plain("context", "context", info.context),
-      bytes("memory: weights as stored", "weight_bytes", info.checkpoint_bytes),
+      bytes("weights in the checkpoint", "checkpoint_bytes", info.checkpoint_bytes),
+      bytes("memory: weights, about", "weight_bytes", info.weight_bytes),
       {"memory: KV cache per token", "kv_bytes_per_token", info.kv_bytes_per_token,
        fmt::format("{} bytes (FP16)", info.kv_bytes_per_token)},
       bytes("memory: KV cache", "kv_bytes", info.kv_bytes),

@@ -1,5 +1,6 @@
 // sagelm lambada: how often the model finds the last word of a passage.
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "base/error.h"
@@ -18,7 +19,8 @@ struct LambadaFlags {
   std::string variant = "word";
 };
 
-std::string describe(const Json& json, LambadaVariant variant, const LambadaResult& result) {
+std::string describe(const Json& json, const LambadaFlags& flags, LambadaVariant variant,
+                     const LambadaResult& result) {
   std::string text = fmt::format(
       "model          {}\n"
       "device         {}\n"
@@ -32,14 +34,15 @@ std::string describe(const Json& json, LambadaVariant variant, const LambadaResu
       json["file_sha256"].get<std::string>(), lambada_variant_name(variant),
       describe_lambada_variant(variant));
   text += fmt::format(
-      "examples       {}{}\n"
+      "examples       {} of {}{}{}\n"
       "accuracy       {} ± {} ({} correct)\n"
       "perplexity     {} ± {} per target\n"
+      "±              standard error over the {} examples scored\n"
       "speed          {:.0f} tokens/s\n",
-      result.examples, result.partial() ? " (partial: interrupted)" : "",
-      format_figure(result.accuracy, 4), format_figure(result.accuracy_stderr, 4), result.correct,
-      format_figure(result.perplexity, 4), format_figure(result.perplexity_stderr, 4),
-      result.tokens_per_second());
+      result.examples, json["file_passages"].get<size_t>(), limit_note(flags.eval),
+      result.partial() ? " (partial: interrupted)" : "", format_figure(result.accuracy, 4),
+      format_figure(result.accuracy_stderr, 4), result.correct, format_figure(result.perplexity, 4),
+      format_figure(result.perplexity_stderr, 4), result.examples, result.tokens_per_second());
   return text;
 }
 
@@ -48,6 +51,7 @@ void run(const LambadaFlags& flags) {
   const std::string& file = flags.eval.file;
   const std::string bytes = read_text_file(file);
   std::vector<Passage> passages = parse_passages(file, bytes);
+  if (variant == LambadaVariant::kWord) check_last_words(file, passages);
   const size_t file_passages = passages.size();
   if (flags.eval.limit && static_cast<uint64_t>(*flags.eval.limit) < passages.size()) {
     passages.resize(static_cast<size_t>(*flags.eval.limit));
@@ -60,10 +64,14 @@ void run(const LambadaFlags& flags) {
       Model::inspect(load_options(flags.eval.common)).context);
 
   Model model = load_model(flags.eval.common, flags.eval.batch_tokens);
+  std::optional<Journal> journal =
+      open_journal(flags.eval, "lambada", model.info(), bytes,
+                   {{"variant", std::string(lambada_variant_name(variant))}});
   LambadaResult result;
   run_with_progress(model, "passages", static_cast<int64_t>(examples.size()),
                     [&](const Scorer& scorer, const EvalCallback& on_progress) {
-                      result = run_lambada(examples, flags.eval.batch_tokens, scorer, on_progress);
+                      result = run_lambada(examples, flags.eval.batch_tokens, scorer, on_progress,
+                                           journal ? &*journal : nullptr);
                     });
 
   Json json = eval_json(model.info(), adds_bos(tokenizer), file, bytes);
@@ -82,9 +90,9 @@ void run(const LambadaFlags& flags) {
                {"limit", flags.eval.limit ? Json(*flags.eval.limit) : Json()},
                {"batch_tokens", flags.eval.batch_tokens},
                {"partial", result.partial()}});
-  output.text(describe(json, variant, result));
+  output.text(describe(json, flags, variant, result));
   output.json(json);
-  report_interrupt(result.examples, result.examples_planned, "passages");
+  report_interrupt(result.examples, result.examples_planned, "passages", flags.eval.resume);
 }
 
 }  // namespace
@@ -96,6 +104,7 @@ void add_lambada(CLI::App& app) {
   add_eval_options(*command, flags->eval,
                    "passages, one JSON object {\"text\": …} per line; -: standard input",
                    "passages");
+  add_resume_option(*command, flags->eval);
   command
       ->add_option("--variant", flags->variant,
                    "word: the last word, as lm-evaluation-harness's lambada_openai; last-token: "

@@ -1,5 +1,4 @@
 // sagelm perplexity: how well the model predicts a text, under a named protocol.
-#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -22,67 +21,123 @@ struct PerplexityFlags {
   ProtocolOptions options;
 };
 
-std::string describe(const Json& json, const Protocol& protocol, const PerplexityResult& result) {
+std::string describe_figures(const PerplexityResult& result) {
+  if (!result.documents) {
+    return fmt::format(
+        "perplexity     {} ± {}\n"
+        "±              standard error over the {} tokens scored\n",
+        format_figure(result.perplexity, 4), format_figure(result.standard_error, 4),
+        result.tokens_scored);
+  }
+  const DocumentFigures& figures = *result.documents;
+  return fmt::format(
+      "per word       {} ± {} (word_perplexity, {} words)\n"
+      "per byte       {} ± {} (byte_perplexity, {} bytes)\n"
+      "bits per byte  {} ± {}\n"
+      "±              standard error over the {} documents scored; lm-eval prints none\n"
+      "per token      {} ± {} (not one of lm-eval's figures)\n",
+      format_figure(figures.word_perplexity, 4), format_figure(figures.word_perplexity_stderr, 4),
+      figures.words, format_figure(figures.byte_perplexity, 4),
+      format_figure(figures.byte_perplexity_stderr, 4), figures.bytes,
+      format_figure(figures.bits_per_byte, 4), format_figure(figures.bits_per_byte_stderr, 4),
+      figures.documents, format_figure(result.perplexity, 4),
+      format_figure(result.standard_error, 4));
+}
+
+std::string describe(const Json& json, const PerplexityFlags& flags, const Protocol& protocol,
+                     const PerplexityResult& result) {
   std::string text = fmt::format(
       "model          {}\n"
       "device         {}\n"
       "attention      {}\n"
       "file           {} ({} tokens, {} BOS)\n"
       "sha256         {}\n"
-      "protocol       {}: {}\n"
-      "windows        {} of {}\n"
-      "tokens scored  {}\n",
+      "protocol       {}: {}\n",
       json["model"].get<std::string>(), json["device"].get<std::string>(),
       json["attention"].get<std::string>(), json["file"].get<std::string>(),
-      json["file_tokens"].get<size_t>(), json["bos"].get<bool>() ? "with" : "without",
-      json["file_sha256"].get<std::string>(), protocol.name, protocol.description, result.windows,
-      result.windows_of_text, result.tokens_scored);
+      json["file_tokens"].get<int64_t>(), json["bos"].get<bool>() ? "with" : "without",
+      json["file_sha256"].get<std::string>(), protocol.name, protocol.description);
+  if (result.documents) {
+    text += fmt::format("documents      {} of {}\n", result.documents->documents,
+                        result.documents->documents_of_text);
+  }
   text += fmt::format(
-      "nll            {} per token\n"
-      "perplexity     {} ± {}{}\n"
-      "speed          {:.0f} tokens/s\n",
-      format_figure(result.nll_mean, 5), format_figure(result.perplexity, 4),
-      format_figure(result.standard_error, 4), result.partial() ? " (partial: interrupted)" : "",
-      result.tokens_per_second());
-  return text;
+      "windows        {} of {}{}{}\n"
+      "tokens scored  {}\n"
+      "nll            {} per token\n",
+      result.windows, result.windows_of_text, limit_note(flags.eval),
+      result.partial() ? " (partial: interrupted)" : "", result.tokens_scored,
+      format_figure(result.nll_mean, 5));
+  return text + describe_figures(result) +
+         fmt::format("speed          {:.0f} tokens/s\n", result.tokens_per_second());
+}
+
+// What the protocol is known for has the plain names: "perplexity" is per token, and an lm-eval
+// protocol has that of words and bytes in its place.
+Json figures_json(const PerplexityResult& result) {
+  if (!result.documents) {
+    return {{"perplexity", result.perplexity}, {"stderr", result.standard_error}};
+  }
+  const DocumentFigures& figures = *result.documents;
+  return {{"word_perplexity", figures.word_perplexity},
+          {"word_perplexity_stderr", figures.word_perplexity_stderr},
+          {"byte_perplexity", figures.byte_perplexity},
+          {"byte_perplexity_stderr", figures.byte_perplexity_stderr},
+          {"bits_per_byte", figures.bits_per_byte},
+          {"bits_per_byte_stderr", figures.bits_per_byte_stderr},
+          {"token_perplexity", result.perplexity},
+          {"token_perplexity_stderr", result.standard_error},
+          {"documents", figures.documents},
+          {"documents_of_text", figures.documents_of_text},
+          {"words", figures.words},
+          {"bytes", figures.bytes}};
+}
+
+// The protocol of the flags, its window by default as the checkpoint's headers have it.
+Protocol protocol_of(const PerplexityFlags& flags) {
+  ProtocolOptions options = flags.options;
+  if (!options.ctx) {
+    options.model_ctx = Model::inspect(load_options(flags.eval.common)).max_context;
+  }
+  return make_protocol(flags.protocol, options);
 }
 
 void run(const PerplexityFlags& flags) {
-  Protocol protocol = make_protocol(flags.protocol, flags.options);
+  check_protocol_name(flags.protocol);
   const std::string& file = flags.eval.file;
   const std::string bytes = read_text_file(file);
   check_text(file, bytes);
+  const Protocol protocol = protocol_of(flags);
   ResultOutput output(flags.eval.common.json);
-  PerplexityOptions options{.batch_tokens = flags.eval.batch_tokens, .limit = flags.eval.limit};
-  std::vector<int32_t> ids;
-  {
-    const Tokenizer tokenizer = open_tokenizer(flags.eval.common);
-    ids = encode_for_eval(tokenizer, protocol.prepare ? protocol.prepare(bytes) : bytes);
-    if (adds_bos(tokenizer)) options.bos_id = tokenizer.bos_id();
-  }
-  const auto num_ids = static_cast<int64_t>(ids.size());
-  const auto num_windows = static_cast<int64_t>(protocol.windows(num_ids).size());
+  const Tokenizer tokenizer = open_tokenizer(flags.eval.common);
+  const ScoringPlan plan(bytes, protocol, text_encoder(tokenizer), flags.eval.limit);
 
   CommonOptions common = flags.eval.common;
   common.context = protocol.ctx;  // refused if it is beyond the model's
   Model model = load_model(common, flags.eval.batch_tokens);
+  std::optional<Journal> journal = open_journal(flags.eval, "perplexity", model.info(), bytes,
+                                                {{"protocol", protocol.name},
+                                                 {"ctx", fmt::format("{}", protocol.ctx)},
+                                                 {"stride", fmt::format("{}", protocol.stride)}});
   PerplexityResult result;
-  run_with_progress(model, "windows", std::min(num_windows, options.limit.value_or(num_windows)),
+  run_with_progress(model, "windows", static_cast<int64_t>(plan.inputs().size()),
                     [&](const Scorer& scorer, const EvalCallback& on_progress) {
-                      result = run_perplexity(ids, protocol, options, scorer, on_progress);
+                      result = run_perplexity(plan, flags.eval.batch_tokens, scorer, on_progress,
+                                              journal ? &*journal : nullptr);
                     });
 
-  Json json = eval_json(model.info(), options.bos_id.has_value(), file, bytes);
-  json.update({{"file_tokens", ids.size()},
+  Json json =
+      eval_json(model.info(), adds_bos(tokenizer) || protocol.front != FrontTokens::kTokenizerBos,
+                file, bytes);
+  json.update({{"file_tokens", plan.tokens_of_text()},
                {"protocol", protocol.name},
                {"protocol_description", protocol.description},
                {"ctx", protocol.ctx},
                {"stride", protocol.stride},
                {"tokens_scored", result.tokens_scored},
-               {"nll_mean", result.nll_mean},
-               {"perplexity", result.perplexity},
-               {"stderr", result.standard_error},
-               {"tokens_per_second", result.tokens_per_second()},
+               {"nll_mean", result.nll_mean}});
+  json.update(figures_json(result));
+  json.update({{"tokens_per_second", result.tokens_per_second()},
                {"tokens_run", result.tokens_run},
                {"seconds", result.seconds},
                {"windows", result.windows},
@@ -90,9 +145,9 @@ void run(const PerplexityFlags& flags) {
                {"limit", flags.eval.limit ? Json(*flags.eval.limit) : Json()},
                {"batch_tokens", flags.eval.batch_tokens},
                {"partial", result.partial()}});
-  output.text(describe(json, protocol, result));
+  output.text(describe(json, flags, protocol, result));
   output.json(json);
-  report_interrupt(result.windows, result.windows_planned, "windows");
+  report_interrupt(result.windows, result.windows_planned, "windows", flags.eval.resume);
 }
 
 }  // namespace
@@ -101,12 +156,14 @@ void add_perplexity(CLI::App& app) {
   CLI::App* command = app.add_subcommand(
       "perplexity", "Measure how well the model predicts a text, under a named protocol");
   auto flags = std::make_shared<PerplexityFlags>();
-  add_eval_options(*command, flags->eval, "the text, UTF-8; -: standard input", "windows");
+  add_eval_options(*command, flags->eval, "the text, UTF-8; -: standard input",
+                   "windows (lm-eval: documents)");
+  add_resume_option(*command, flags->eval);
   command
       ->add_option("--protocol", flags->protocol, "which windows are scored: " + protocol_names())
       ->option_text("NAME (default: nonoverlap)");
   command->add_option("--ctx", flags->options.ctx, "tokens of a window")
-      ->option_text("N (default: the protocol's own)")
+      ->option_text("N (default: the protocol's own; lm-eval: the model's context)")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
   command
       ->add_option("--stride", flags->options.stride,

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "base/utf8.h"
 #include "commands.h"
 #include "json_output.h"
 #include "options.h"
@@ -32,7 +33,7 @@ void run_tokenize(const TokenizeFlags& flags, bool has_file) {
   Json pieces = Json::array();
   for (const int32_t id : ids) {
     const std::string piece(tokenizer.piece(id));
-    table += fmt::format("{}\t{}\n", id, piece);
+    table += fmt::format("{}\t{}\n", id, printable(piece));
     pieces.push_back(piece);
   }
   output.text(table);

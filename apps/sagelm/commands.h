@@ -11,6 +11,8 @@ void add_chat(CLI::App& app);
 void add_generate(CLI::App& app);
 void add_perplexity(CLI::App& app);
 void add_lambada(CLI::App& app);
+void add_mmlu(CLI::App& app);
+void add_compare(CLI::App& app);
 void add_tokenize(CLI::App& app);
 void add_info(CLI::App& app);
 

@@ -4,6 +4,7 @@
 #include <filesystem>
 
 #include "base/error.h"
+#include "eval/model_hash.h"
 #include "eval/sha256.h"
 #include "interrupt.h"
 #include "progress.h"
@@ -12,11 +13,15 @@ namespace sagelm::cli {
 
 void add_eval_options(CLI::App& command, EvalFlags& flags, const std::string& file_help,
                       const std::string& units) {
-  constexpr int64_t kMaxCount = int64_t{1} << 40;
-  constexpr int64_t kMaxBatchTokens = int64_t{1} << 24;
   add_common_options(command, flags.common,
                      kModelGroup | kComputeGroup | kJsonGroup | kVerboseGroup);
   command.add_option("--file", flags.file, file_help)->option_text("FILE")->required();
+  add_amount_options(command, flags, units);
+}
+
+void add_amount_options(CLI::App& command, EvalFlags& flags, const std::string& units) {
+  constexpr int64_t kMaxCount = int64_t{1} << 40;
+  constexpr int64_t kMaxBatchTokens = int64_t{1} << 24;
   command.add_option("--limit", flags.limit, "only the first N " + units)
       ->option_text("N")
       ->check(CLI::Range(int64_t{1}, kMaxCount));
@@ -25,6 +30,14 @@ void add_eval_options(CLI::App& command, EvalFlags& flags, const std::string& fi
                   "tokens computed together at most; changes speed and memory, not the result")
       ->option_text("N (default: 2048)")
       ->check(CLI::Range(int64_t{2}, kMaxBatchTokens));
+}
+
+void add_resume_option(CLI::App& command, EvalFlags& flags) {
+  command
+      .add_option(
+          "--resume", flags.resume,
+          "journal: written while the run goes on, and if it is there already, gone on from")
+      ->option_text("FILE");
 }
 
 Tokenizer open_tokenizer(const CommonOptions& options) {
@@ -41,12 +54,42 @@ std::vector<int32_t> encode_for_eval(const Tokenizer& tokenizer, std::string_vie
   return tokenizer.encode(text, adds_bos(tokenizer));
 }
 
+TextEncoder text_encoder(const Tokenizer& tokenizer) {
+  TextEncoder encoder;
+  encoder.encode = [&tokenizer](std::string_view text) { return tokenizer.encode(text, false); };
+  if (tokenizer.bos_id() >= 0) encoder.bos_id = tokenizer.bos_id();
+  if (tokenizer.eos_id() >= 0) encoder.eos_id = tokenizer.eos_id();
+  encoder.adds_bos = adds_bos(tokenizer);
+  return encoder;
+}
+
+std::optional<Journal> open_journal(const EvalFlags& flags, std::string_view command,
+                                    const ModelInfo& info, std::string_view data,
+                                    const JournalHeader& own) {
+  if (!flags.resume) return {};
+  JournalHeader header = {
+      {"version", SAGELM_VERSION},
+      {"command", std::string(command)},
+      {"model", info.name},
+      {"model_hash", model_hash(model_path(flags.common))},
+      {"device", info.device},
+      {"attention", info.attention},
+      {"kv_cache", flags.common.kv_cache},
+      {"file_sha256", sha256_hex(data)},
+      {"limit", flags.limit ? fmt::format("{}", *flags.limit) : "none"},
+      {"batch_tokens", fmt::format("{}", flags.batch_tokens)},
+  };
+  header.insert(header.end(), own.begin(), own.end());
+  return Journal::open(*flags.resume, header);
+}
+
 void run_with_progress(Model& model, const std::string& units, int64_t total,
                        const std::function<void(const Scorer&, const EvalCallback&)>& run) {
   const InterruptGuard guard;
   Progress progress("scoring", units, total);
   run([&model](std::span<const Model::ScoreInput> inputs) { return model.score(inputs); },
       [&progress](const EvalProgress& state) {
+        progress.skip(state.resumed);
         progress.update(state.done, "perplexity " + format_figure(state.perplexity, 3));
         return !interrupted();
       });
@@ -62,14 +105,19 @@ Json eval_json(const ModelInfo& info, bool bos, const std::string& file, std::st
           {"file_sha256", sha256_hex(bytes)}};
 }
 
+std::string limit_note(const EvalFlags& flags) {
+  return flags.limit ? fmt::format(" (--limit {})", *flags.limit) : "";
+}
+
 std::string format_figure(double value, int digits) {
   return std::isfinite(value) ? fmt::format("{:.{}f}", value, digits) : "undefined";
 }
 
-void report_interrupt(int64_t done, int64_t planned, std::string_view units) {
-  if (done < planned) {
-    fail("interrupted: the result is partial, of {} of {} {}", done, planned, units);
-  }
+void report_interrupt(int64_t done, int64_t planned, std::string_view units,
+                      const std::optional<std::string>& journal) {
+  if (done >= planned) return;
+  fail("interrupted: the result is partial, of {} of {} {}{}", done, planned, units,
+       journal ? fmt::format("; the same command goes on from the journal {}", *journal) : "");
 }
 
 }  // namespace sagelm::cli

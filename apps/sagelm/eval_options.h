@@ -8,6 +8,8 @@
 #include <string>
 #include <string_view>
 
+#include "eval/journal.h"
+#include "eval/perplexity.h"
 #include "eval/scorer.h"
 #include "json_output.h"
 #include "options.h"
@@ -20,6 +22,7 @@ struct EvalFlags {
   std::string file;
   std::optional<int64_t> limit;
   int64_t batch_tokens = 2048;
+  std::optional<std::string> resume;  // the journal's file
 };
 
 // Adds the common flags of an evaluation, --file (file_help says what it holds), --limit (of
@@ -27,11 +30,26 @@ struct EvalFlags {
 void add_eval_options(CLI::App& command, EvalFlags& flags, const std::string& file_help,
                       const std::string& units);
 
+// Adds --limit (of `units`) and --batch-tokens alone.
+void add_amount_options(CLI::App& command, EvalFlags& flags, const std::string& units);
+
+// Adds --resume, for commands that keep a journal.
+void add_resume_option(CLI::App& command, EvalFlags& flags);
+
 // Data is checked and tokenized before any weights are read.
 Tokenizer open_tokenizer(const CommonOptions& options);
 bool adds_bos(const Tokenizer& tokenizer);  // as its configuration says
 // With BOS in front if adds_bos.
 std::vector<int32_t> encode_for_eval(const Tokenizer& tokenizer, std::string_view text);
+// tokenizer must outlive it.
+TextEncoder text_encoder(const Tokenizer& tokenizer);
+
+// The journal of --resume, or none. What every run depends on is in its header: the version, the
+// command, the model's contents, device and attention, the data, --limit and --batch-tokens; own
+// are the command's own fields. Throws Error if the file is of another run.
+std::optional<Journal> open_journal(const EvalFlags& flags, std::string_view command,
+                                    const ModelInfo& info, std::string_view data,
+                                    const JournalHeader& own);
 
 // Calls run with the model's scorer and a callback that draws the progress bar (with the running
 // perplexity) and ends the run when Ctrl-C was pressed.
@@ -41,10 +59,15 @@ void run_with_progress(Model& model, const std::string& units, int64_t total,
 // "model", "attention", "device", "bos", and of the data "file", "file_bytes", "file_sha256".
 Json eval_json(const ModelInfo& info, bool bos, const std::string& file, std::string_view bytes);
 
+// " (--limit N)", or nothing without that flag.
+std::string limit_note(const EvalFlags& flags);
+
 // With `digits` after the point, or "undefined" where it is infinite or not a number.
 std::string format_figure(double value, int digits);
 
-// To be called when the results are out: throws Error (exit status 1) if the run was interrupted.
-void report_interrupt(int64_t done, int64_t planned, std::string_view units);
+// To be called when the results are out: throws Error (exit status 1) if the run was interrupted,
+// saying how to go on if there is a journal.
+void report_interrupt(int64_t done, int64_t planned, std::string_view units,
+                      const std::optional<std::string>& journal = {});
 
 }  // namespace sagelm::cli

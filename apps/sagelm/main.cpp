@@ -9,6 +9,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "base/utf8.h"
 #include "commands.h"
 
 namespace {
@@ -17,7 +18,7 @@ constexpr int kFailed = 1;
 constexpr int kWrongUsage = 2;
 
 int report(const std::string& message, int status) {
-  std::cerr << "sagelm: error: " << message << '\n';
+  std::cerr << "sagelm: error: " << sagelm::printable(message) << '\n';
   return status;
 }
 
@@ -29,6 +30,8 @@ int run(int argc, char** argv) {
   sagelm::cli::add_generate(app);
   sagelm::cli::add_perplexity(app);
   sagelm::cli::add_lambada(app);
+  sagelm::cli::add_mmlu(app);
+  sagelm::cli::add_compare(app);
   sagelm::cli::add_tokenize(app);
   sagelm::cli::add_info(app);
   if (argc <= 1) {

@@ -61,12 +61,14 @@ void Progress::update(int64_t done, const std::string& note) {
                                  std::string(kBarWidth - filled, '.'), 100 * fraction);
   if (!unit_.empty()) {
     line += fmt::format("  {}/{} {}", done, total_, unit_);
-    if (seconds >= kFirstEstimateSeconds && done > 0) {
-      line += fmt::format("  {:.0f} {}/s", static_cast<double>(done) / seconds, unit_);
+    if (seconds >= kFirstEstimateSeconds && done > skipped_) {
+      line += fmt::format("  {:.0f} {}/s", static_cast<double>(done - skipped_) / seconds, unit_);
     }
   }
-  if (seconds >= kFirstEstimateSeconds && fraction > 0) {
-    line += fmt::format("  {} left", format_duration(seconds / fraction - seconds));
+  if (seconds >= kFirstEstimateSeconds && done > skipped_) {
+    const double per_unit = seconds / static_cast<double>(done - skipped_);
+    line +=
+        fmt::format("  {} left", format_duration(per_unit * static_cast<double>(total_ - done)));
   }
   if (!note.empty()) line += "  " + note;
   // A line that wraps could not be wiped.

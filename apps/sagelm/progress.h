@@ -18,6 +18,8 @@ class Progress {
   // done units of the total are done. Cheap: redraws at most ten times a second. note, if not
   // empty, follows the bar (e.g. the running result).
   void update(int64_t done, const std::string& note = {});
+  // done units were there before the start: they count for the bar, not for the rate.
+  void skip(int64_t done) { skipped_ = done; }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -25,6 +27,7 @@ class Progress {
   std::string label_;
   std::string unit_;
   int64_t total_;
+  int64_t skipped_ = 0;
   bool enabled_;
   bool drawn_ = false;
   Clock::time_point start_;

@@ -81,9 +81,9 @@ typedef struct sagelm_attention_args {
   int32_t max_kv_len; /* of a sequence; all have it unless cu_kv_lens or kv_lens is given */
 
   int32_t causal;
-  int32_t no_smooth_k;  /* 1: quantize K as it is. Smoothing subtracts a mean key per sequence and
-                           head, which leaves softmax unchanged */
-  float softmax_scale;  /* 0: 1 / sqrt(head_dim) */
+  int32_t no_smooth_k; /* 1: quantize K as it is. Smoothing subtracts a mean key per sequence and
+                          head, which leaves softmax unchanged */
+  float softmax_scale; /* 0: 1 / sqrt(head_dim) */
 
   sagelm_attention_tensor q, k, v, out;
   float* lse; /* null, or [batch, num_heads, max_q_len]: natural log of the sum of

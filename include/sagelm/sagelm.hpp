@@ -46,10 +46,10 @@ struct ModelInfo {
   int64_t num_heads = 0;
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
-  int64_t max_context = 0;  // the model's own
-  int64_t context = 0;      // as loaded
-  int64_t checkpoint_bytes = 0;
-  int64_t weight_bytes = 0;  // held by the backend; 0 if only inspected
+  int64_t max_context = 0;       // the model's own
+  int64_t context = 0;           // as loaded
+  int64_t checkpoint_bytes = 0;  // of the weights, as stored
+  int64_t weight_bytes = 0;      // of the weights, as the backend holds them; estimated by inspect
   int64_t kv_bytes_per_token = 0;
   int64_t kv_bytes = 0;          // of a session of `context` tokens, whole pages
   int64_t activation_bytes = 0;  // of one step at most, estimated
@@ -159,12 +159,54 @@ class Model {
                       const TextCallback& on_text = {});
   // Scores ids[first_scored ...] of each sequence given all before them (ids[0] has no score:
   // first_scored >= 1). Packs the sequences into ragged batches of batch_tokens and returns them in
-  // the order given; a sequence's scores do not depend on its neighbours.
+  // the order given; a sequence's scores do not depend on its neighbours. A sequence may be one
+  // token longer than the context: its last token is a target only.
   struct ScoreInput {
     std::span<const int32_t> ids;
     int64_t first_scored = 1;
   };
   std::vector<std::vector<Scored>> score(std::span<const ScoreInput> inputs);
+  // As score, but hands over whole next-token distributions, in blocks and in the order of score's
+  // results. The logits of a block are valid during the call only.
+  struct ScoredToken {
+    size_t input = 0;      // of inputs
+    int64_t position = 0;  // its ids[position] is the token whose distribution this is
+  };
+  struct LogitsBlock {
+    std::span<const ScoredToken> tokens;
+    std::span<const float> logits;  // [tokens.size(), vocab_size], not normalised, all finite
+  };
+  using DistributionCallback = std::function<void(const LogitsBlock& block)>;
+  void score_distributions(std::span<const ScoreInput> inputs,
+                           const DistributionCallback& on_block);
+  // Runs ids (at most batch_tokens and the context) as a sequence of its own and hands over what
+  // attention read and wrote, layer by layer. The spans are valid during the call only.
+  struct AttentionRecord {
+    int64_t layer = 0;
+    int64_t tokens = 0;
+    // [tokens, (num_heads + 2 * num_kv_heads) * head_dim]: queries and keys with their positions
+    // rotated in, then values, before the kernel rounds or quantizes them.
+    std::span<const float> qkv;
+    std::span<const float> out;  // [tokens, num_heads * head_dim]
+  };
+  void probe_attention(std::span<const int32_t> ids,
+                       const std::function<void(const AttentionRecord& record)>& on_layer);
+  // Multiple choice: a context after a common beginning, and texts that may follow it.
+  struct ChoiceInput {
+    std::span<const int32_t> context;               // not empty
+    std::span<const std::vector<int32_t>> choices;  // none of them empty
+  };
+  // Told of each input, in order and as soon as they are known, the natural log-probability of each
+  // choice after prefix and context; false ends the call.
+  using ChoiceCallback =
+      std::function<bool(int64_t input, std::span<const double> choice_logprobs)>;
+  // Scores the choices of every input. The prefix (which may be empty) is run once and its whole
+  // pages of the KV cache are shared by all inputs; choices of one token share one pass over their
+  // context. An input's figures depend on prefix and input alone. fp16: the same, up to rounding,
+  // as score() of all tokens in one; kernels that quantize: as if a prompt is given in two parts.
+  // Returns how many tokens were run through the model.
+  int64_t score_choices(std::span<const int32_t> prefix, std::span<const ChoiceInput> inputs,
+                        const ChoiceCallback& take);
   // Changes the attention kernel for what follows; A/B on one loaded model.
   void set_attention(std::string_view name, bool smooth_k);
 

@@ -34,7 +34,7 @@ const char* mma_attention_refusal(sagelm_attention_variant variant, const Proble
 
 // Enqueues the call, which must not be one that mma_attention_refusal refuses. The workspace is
 // 256-byte aligned.
-cudaError_t mma_attention(sagelm_attention_variant variant, const Problem& problem,
-                          void* workspace, cudaStream_t stream);
+cudaError_t mma_attention(sagelm_attention_variant variant, const Problem& problem, void* workspace,
+                          cudaStream_t stream);
 
 }  // namespace sagelm::kernels

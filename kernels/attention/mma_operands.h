@@ -18,28 +18,30 @@ inline constexpr int kMmaKeyTile = 64;
 inline constexpr int kMmaKeyScales = 4;  // a tile; equal for SAGE1
 
 struct MmaOperands {
-  int8_t* queries;      // [batch][heads][query_tiles][128][dim]
-  float* query_scales;  // [batch][heads][query_tiles * 128]: softmax_scale * log2(e) included
-  float* query_biases;  // as query_scales: softmax_scale * log2(e) * q.mean; null: K not smoothed
-  int8_t* keys;         // [batch][kv_heads][key_tiles][64][dim]
-  float* key_scales;    // [batch][kv_heads][key_tiles][kMmaKeyScales]
-  float* key_means;     // [batch][kv_heads][dim]; null: K not smoothed
-  uint8_t* values;      // e4m3 [batch][kv_heads][key_tiles][dim][64]; in every 16 tokens place p
-                        // holds token 2 (p >> 2) + 8 ((p >> 1) & 1) + (p & 1). Null for SAGE1
-  float* value_scales;  // [batch][kv_heads][dim]; null for SAGE1
-  float* chunk_sums;    // [batch][kv_heads][chunks][dim], of K; null: K not smoothed
-  uint32_t* chunk_tops; // as chunk_sums: bits of the largest |V|; null for SAGE1
+  int8_t* queries;       // [batch][heads][query_tiles][128][dim]
+  float* query_scales;   // [batch][heads][query_tiles * 128]: softmax_scale * log2(e) included
+  float* query_biases;   // as query_scales: softmax_scale * log2(e) * q.mean; null: K not smoothed
+  int8_t* keys;          // [batch][kv_heads][key_tiles][64][dim]
+  float* key_scales;     // [batch][kv_heads][key_tiles][kMmaKeyScales]
+  float* key_means;      // [batch][kv_heads][dim]; null: K not smoothed
+  uint8_t* values;       // e4m3 [batch][kv_heads][key_tiles][dim][64]; in every 16 tokens place p
+                         // holds token 2 (p >> 2) + 8 ((p >> 1) & 1) + (p & 1). Null for SAGE1
+  float* value_scales;   // [batch][kv_heads][dim]; null for SAGE1
+  float* chunk_sums;     // [batch][kv_heads][chunks][dim], of K; null: K not smoothed
+  uint32_t* chunk_tops;  // as chunk_sums: bits of the largest |V|; null for SAGE1
   int query_tiles, key_tiles, chunks;
 };
 
 // The instance that serves a head size: 64, 128 or 256.
-inline int mma_padded_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+inline int mma_padded_dim(int head_dim) {
+  return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+}
 
 // Lays the operands out in a workspace (null: only to learn the size, in *bytes).
 MmaOperands place_mma_operands(const Problem& problem, bool sage2, void* workspace, size_t* bytes);
 
 // Fills them: statistics of K and V where needed (two launches), then one pass over Q, K and V.
-cudaError_t quantize_mma_operands(const Problem& problem, bool sage2, const MmaOperands& operands,
+cudaError_t quantize_mma_operands(const Problem& problem, const MmaOperands& operands,
                                   cudaStream_t stream);
 
 // The attention kernels, one file each.

@@ -7,6 +7,7 @@
 #include "kernels/attention/recipe.h"
 #include "kernels/attention/sage2_sm90.h"
 #include "kernels/attention/sage_quantize_sm90.h"
+#include "kernels/common/ptx.cuh"
 #include "kernels/common/sm90.cuh"
 
 namespace sagelm::kernels {
@@ -104,24 +105,6 @@ struct Schedule {
   }
 };
 
-__device__ inline float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Four values to e4m3, the first in the lowest byte.
-__device__ inline uint32_t to_e4m3(float a, float b, float c, float d) {
-  uint32_t packed;
-  asm("{\n.reg .b16 low, high;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n}\n"
-      : "=r"(packed)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return packed;
-}
-
 __device__ inline float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
@@ -185,7 +168,7 @@ __device__ inline void softmax(int32_t (&logits)[64], uint32_t (&p)[16], RowStat
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (tile_max[r] <= rows.largest[r] + kSlack) tile_max[r] = rows.largest[r];
-      const float factor = exp2_approx(rows.largest[r] - tile_max[r]);
+      const float factor = ptx::exp2_fast(rows.largest[r] - tile_max[r]);
       rows.largest[r] = tile_max[r];
       rows.sum[r] *= factor;
 #pragma unroll
@@ -205,13 +188,13 @@ __device__ inline void softmax(int32_t (&logits)[64], uint32_t (&p)[16], RowStat
       const int32_t slot = logits[16 * i + k];
       const float exponent = kMask ? __int_as_float(slot) - offset[r]
                                    : fmaf(static_cast<float>(slot), scale[r], -offset[r]);
-      x[k] = exp2_approx(exponent);
+      x[k] = ptx::exp2_fast(exponent);
       rows.sum[r] += x[k];
     }
-    p[4 * i] = to_e4m3(x[0], x[1], x[4], x[5]);
-    p[4 * i + 1] = to_e4m3(x[2], x[3], x[6], x[7]);
-    p[4 * i + 2] = to_e4m3(x[8], x[9], x[12], x[13]);
-    p[4 * i + 3] = to_e4m3(x[10], x[11], x[14], x[15]);
+    p[4 * i] = ptx::to_e4m3(x[0], x[1], x[4], x[5]);
+    p[4 * i + 1] = ptx::to_e4m3(x[2], x[3], x[6], x[7]);
+    p[4 * i + 2] = ptx::to_e4m3(x[8], x[9], x[12], x[13]);
+    p[4 * i + 3] = ptx::to_e4m3(x[10], x[11], x[14], x[15]);
   }
 }
 

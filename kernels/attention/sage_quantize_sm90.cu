@@ -4,6 +4,7 @@
 #include "kernels/attention/recipe.h"
 #include "kernels/attention/sage_quantize_sm90.h"
 #include "kernels/common/launch.h"
+#include "kernels/common/ptx.cuh"
 #include "kernels/common/sm90.cuh"
 
 namespace sagelm::kernels {
@@ -281,14 +282,8 @@ __device__ void quantize_values(const Problem& p, const SageTiles& tiles, int ti
     uint32_t words[4];
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      uint16_t low, high;
-      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
-          : "=h"(low)
-          : "f"(odd[2 * w] * inverse), "f"(even[2 * w] * inverse));
-      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
-          : "=h"(high)
-          : "f"(odd[2 * w + 1] * inverse), "f"(even[2 * w + 1] * inverse));
-      words[w] = static_cast<uint32_t>(low) | (static_cast<uint32_t>(high) << 16);
+      words[w] = ptx::to_e4m3(even[2 * w] * inverse, odd[2 * w] * inverse,
+                              even[2 * w + 1] * inverse, odd[2 * w + 1] * inverse);
     }
     *reinterpret_cast<uint4*>(pairs + pair * (2 * kDim) + ((lane ^ spread(pair)) * 16)) =
         make_uint4(words[0], words[1], words[2], words[3]);
@@ -302,16 +297,13 @@ __device__ void quantize_values(const Problem& p, const SageTiles& tiles, int ti
     const int block = unit >> 1, half = unit & 1;
     const int m = l >> 3, r = l & 7;
     const int pair = half * 32 + 8 * (r >> 1) + 2 * m + (r & 1);
-    const uint32_t from =
-        sm90::smem_address(pairs + pair * (2 * kDim) + ((block ^ spread(pair)) * 16));
-    uint4 tokens;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(tokens.x), "=r"(tokens.y), "=r"(tokens.z), "=r"(tokens.w)
-                 : "r"(from)
-                 : "memory");
+    uint32_t tokens[4];
+    ptx::load_matrices_transposed(
+        tokens, ptx::smem_address(pairs + pair * (2 * kDim) + ((block ^ spread(pair)) * 16)));
     const int channel = block * 8 + (l >> 2);
     const int chunk = swizzled_chunk<128>(channel, half * 4 + (l & 3));
-    *reinterpret_cast<uint4*>(to + channel * kTileTokens + chunk * 16) = tokens;
+    *reinterpret_cast<uint4*>(to + channel * kTileTokens + chunk * 16) =
+        make_uint4(tokens[0], tokens[1], tokens[2], tokens[3]);
   }
   if (threadIdx.x == 0) {
     tiles.scales[index * kTileScales + kKeyGroups] = amax * (1.0f / recipe::kE4m3Max);

@@ -4,11 +4,11 @@
 
 #include <cstdint>
 
+#include "kernels/common/ptx.cuh"
+
 namespace sagelm::kernels::sm90 {
 
-__device__ inline uint32_t smem_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+using ptx::smem_address;
 
 // mbarrier
 

@@ -93,18 +93,17 @@ struct Sum {
   }
 };
 
-// Lets the host's launch wait for nothing but the data: a kernel that was launched to overlap the
-// end of the one before it calls this before it touches anything that one writes.
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
-
-// Allows the next kernel to start as soon as the device has room for it.
+// For kernels launched by launch() (launch.cuh), which may start while the kernel before them on
+// the stream is ending. Every one calls wait_for_previous_kernel() before it touches anything that
+// others write, and allow_next_kernel() as early as it likes: the next one waits in turn.
 __device__ inline void allow_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
 #endif
 }
 

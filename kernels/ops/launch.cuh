@@ -7,6 +7,14 @@
 
 namespace sagelm::kernels {
 
+// Whether the current device can start a kernel before the one in front of it has ended.
+inline bool overlaps_kernels() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 9;
+}
+
 // Launches kernel so that on Hopper and later it may start while the kernel before it on the stream
 // is ending: it has to call wait_for_previous_kernel() before it touches what others write.
 template <typename... Parameters, typename... Arguments>

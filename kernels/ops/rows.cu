@@ -10,8 +10,8 @@ constexpr int kThreads = 128;
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads)
     copy_rows_kernel(const T* table, const int32_t* ids, int64_t cols, float* out) {
-  wait_for_previous_kernel();
   allow_next_kernel();
+  wait_for_previous_kernel();
   const int64_t row = blockIdx.x;
   const T* from = table + static_cast<int64_t>(ids[row]) * cols;
   float* to = out + row * cols;

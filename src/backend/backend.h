@@ -1,8 +1,9 @@
 // The small interface between the model and the device that computes it: an operation is here only
 // because the model calls it. Implementations: src/backend/cpu (and src/backend/cuda).
 //
-// Activations are float32 matrices [rows, cols] in memory that the backend owns; a row is one
-// token of the ragged batch. Weights are prepared once and referred to by handle.
+// Activations are matrices [rows, cols] in memory that the backend owns, of a type that it chooses
+// by what they hold; a row is one token of the ragged batch. Weights are prepared once and referred
+// to by handle.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +15,7 @@
 
 #include "backend/attention_variant.h"
 #include "backend/batch.h"
+#include "base/dtype.h"
 #include "base/tensor_view.h"
 
 namespace sagelm {
@@ -21,9 +23,15 @@ namespace sagelm {
 // Tokens per page of the KV cache: two 64-key attention tiles.
 inline constexpr int64_t kPageTokens = 128;
 
-// A dense row-major float32 matrix in the backend's memory, valid until the backend is destroyed.
+// What a matrix holds. The residual stream and logits are float32 everywhere; activations are what
+// the backend's products read: float32 on the CPU, the weights' 16-bit type on a GPU.
+enum class Holds : uint8_t { kResidual, kActivations, kLogits };
+
+// A dense row-major matrix in the backend's memory, valid until its slot grows or the backend is
+// destroyed.
 struct Matrix {
-  float* data = nullptr;
+  void* data = nullptr;
+  DType type = DType::kF32;
   int64_t rows = 0;
   int64_t cols = 0;
 };
@@ -69,16 +77,26 @@ class Backend {
   virtual std::string device_name() const = 0;
   // Bytes of weights and activations held now, the KV cache not counted.
   virtual int64_t memory_bytes() const = 0;
+  // How it would hold a matrix of products that is stored as `stored`.
+  virtual DType product_type(DType stored) const { return stored; }
 
   // Memory.
   virtual WeightHandle add_linear(std::span<const TensorView> stacked) = 0;  // rows concatenated
   virtual WeightHandle add_vector(const TensorView& tensor) = 0;             // a norm's weight
   virtual WeightHandle add_embedding(const TensorView& tensor) = 0;
   virtual std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) = 0;
-  virtual Matrix scratch(int slot, int64_t rows, int64_t cols) = 0;  // one growing buffer per slot
+  // One growing buffer per slot; a slot always holds the same.
+  virtual Matrix scratch(int slot, int64_t rows, int64_t cols, Holds holds) = 0;
+  // Bytes of an element of such a matrix.
+  virtual size_t element_size(Holds holds) const = 0;
+  // Throws UsageError for a variant, Error for a shape, that attention() could not compute.
+  virtual void check_attention(const AttentionShape& shape) const = 0;
+
+  // Starts a step over batch, which must outlive it: operations that take a batch take this one.
+  virtual void begin(const Batch& batch) = 0;
 
   // Operations. x and out never overlap unless said.
-  virtual void embed(WeightHandle table, std::span<const int32_t> tokens, Matrix out) = 0;
+  virtual void embed(WeightHandle table, const Batch& batch, Matrix out) = 0;
   virtual void rmsnorm(Matrix x, WeightHandle weight, double eps, Matrix out) = 0;
   virtual void linear(Matrix x, WeightHandle weight, Matrix out) = 0;      // out = x W^T
   virtual void linear_add(Matrix x, WeightHandle weight, Matrix out) = 0;  // out += x W^T
@@ -95,7 +113,8 @@ class Backend {
   virtual void attention(Matrix qkv, const Batch& batch, const AttentionShape& shape, int64_t layer,
                          KvStorage& kv, Matrix out) = 0;
 
-  // Copies rows of logits to the host; throws Error naming the row if one is NaN or infinite.
+  // Copies rows of logits (or of any matrix) to the host; throws Error naming the row if one is NaN
+  // or infinite.
   virtual void read_logits(Matrix logits, std::span<float> out) = 0;
   // Log-softmax at targets[i] of row i, in double precision; the same check.
   virtual void score(Matrix logits, std::span<const int32_t> targets,

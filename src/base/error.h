@@ -5,14 +5,18 @@
 
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
+
+#include "base/utf8.h"
 
 namespace sagelm {
 
-// Something failed while doing what was asked (bad file, no memory, NaN): exit status 1.
+// Something failed while doing what was asked (bad file, no memory, NaN): exit status 1. Whatever
+// foreign text the sentence quotes, what() is printable.
 class Error : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  explicit Error(std::string_view message) : std::runtime_error(printable(message)) {}
 };
 
 // What was asked cannot be meant (unknown flag value, contradicting options): exit status 2.

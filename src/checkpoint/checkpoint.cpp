@@ -5,8 +5,8 @@
 #include <string_view>
 
 #include "base/error.h"
+#include "base/json_bytes.h"
 #include "checkpoint/config.h"
-#include "checkpoint/json_bytes.h"
 #include "checkpoint/safetensors.h"
 
 namespace sagelm {
@@ -23,7 +23,7 @@ class TensorTable {
  public:
   void add(SafetensorsFile file, const std::string& where) {
     const auto check_new = [&](const std::string& name) {
-      if (has(name)) fail("{}: tensor {} stands in two files", where, name);
+      if (has(name)) fail("{}: tensor {} stands in two files", where, excerpt(name));
     };
     for (const auto& [name, view] : file.tensors) check_new(name);
     for (const auto& [name, dtype] : file.other_types) check_new(name);
@@ -40,7 +40,8 @@ class TensorTable {
     const auto found = tensors_.find(name);
     if (found == tensors_.end()) {
       if (const auto other = other_types_.find(name); other != other_types_.end()) {
-        fail("{}: tensor {} is {}; F32, F16 and BF16 are supported", where, name, other->second);
+        fail("{}: tensor {} is {}; F32, F16 and BF16 are supported", where, name,
+             excerpt(other->second));
       }
       fail("{}: tensor {} is missing", where, name);
     }
@@ -60,7 +61,8 @@ class TensorTable {
           (tied && name == "lm_head.weight")) {
         return;
       }
-      fail("{}: tensor {} has no place in the model that config.json describes", where, name);
+      fail("{}: tensor {} has no place in the model that config.json describes", where,
+           excerpt(name));
     };
     for (const auto& [name, view] : tensors_) check(name);
     for (const auto& [name, dtype] : other_types_) check(name);
@@ -71,6 +73,8 @@ class TensorTable {
   std::map<std::string, std::string> other_types_;
   std::set<std::string> taken_;
 };
+
+constexpr size_t kMaxFileName = 255;  // of every usual file system
 
 // File names of the shards that an index names, each checked to be a plain name.
 std::map<std::string, std::set<std::string>> read_index(const fs::path& path) {
@@ -83,12 +87,14 @@ std::map<std::string, std::set<std::string>> read_index(const fs::path& path) {
   }
   std::map<std::string, std::set<std::string>> shards;
   for (const auto& [tensor, shard] : index["weight_map"].items()) {
-    if (!shard.is_string()) fail("{}: the file of tensor {} is not a name", where, tensor);
+    if (!shard.is_string()) {
+      fail("{}: the file of tensor {} is not a name", where, excerpt(tensor));
+    }
     const auto name = shard.get<std::string>();
-    if (name.empty() || name.front() == '.' || name.find('/') != std::string::npos ||
-        name.find('\0') != std::string::npos) {
-      fail("{}: tensor {} is in \"{}\", which is not the name of a file beside it", where, tensor,
-           name);
+    if (name.empty() || name.size() > kMaxFileName || name.front() == '.' ||
+        name.find('/') != std::string::npos || name.find('\0') != std::string::npos) {
+      fail("{}: tensor {} is in \"{}\", which is not the name of a file beside it", where,
+           excerpt(tensor), excerpt(name));
     }
     shards[name].insert(tensor);
   }
@@ -122,7 +128,7 @@ Location locate(const fs::path& model) {
 
 std::string model_name(const fs::path& model) {
   const fs::path absolute = fs::weakly_canonical(fs::absolute(model));
-  return absolute.filename().string();
+  return printable(absolute.filename().string());  // from an archive, it may be foreign too
 }
 
 ModelWeights collect(TensorTable& table, const ModelConfig& c, const std::string& where) {
@@ -204,7 +210,8 @@ Checkpoint Checkpoint::open(const std::filesystem::path& model) {
     if (expected != nullptr) {
       for (const std::string& name : *expected) {
         if (!file.tensors.contains(name) && !file.other_types.contains(name)) {
-          fail("{}: tensor {} is not in it, though the index says so", path.string(), name);
+          fail("{}: tensor {} is not in it, though the index says so", path.string(),
+               excerpt(name));
         }
       }
     }

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "base/error.h"
-#include "checkpoint/json_bytes.h"
+#include "base/json_bytes.h"
 
 namespace sagelm {
 namespace {
@@ -67,6 +67,13 @@ class Fields {
     return object_.at(key).get<bool>();
   }
 
+  // A setting of which this program knows one value only, the one it has where it is absent.
+  void refuse_other_than(double known, const char* key) const {
+    if (has(key) && !(object_.at(key).is_number() && object_.at(key).get<double>() == known)) {
+      fail("{}: {} is {}; only {} is supported", where_, key, shown(object_.at(key)), known);
+    }
+  }
+
   static std::string shown(const json& value) {
     std::string text = value.dump(-1, ' ', true, json::error_handler_t::replace);
     if (text.size() > 60) text = text.substr(0, 57) + "...";
@@ -82,12 +89,17 @@ void read_rope(const Fields& config, ModelConfig& model) {
   // transformers 5 keeps all of it in rope_parameters; 4 has rope_theta beside rope_scaling.
   const bool modern = config.has("rope_parameters");
   const char* key = modern ? "rope_parameters" : "rope_scaling";
+  if (modern && config.has("rope_scaling") && config.at("rope_scaling") != config.at(key)) {
+    fail("{}: rope_parameters and rope_scaling are both there and differ", config.where());
+  }
   if (config.has("rope_theta")) model.rope_theta = config.positive("rope_theta");
+  config.refuse_other_than(1.0, "partial_rotary_factor");
   if (!config.has(key)) return;
   if (!config.at(key).is_object()) fail("{}: {} is not an object", config.where(), key);
   const std::string where = fmt::format("{}: {}", config.where(), key);
   const Fields rope(config.at(key), where);
   if (rope.has("rope_theta")) model.rope_theta = rope.positive("rope_theta");
+  rope.refuse_other_than(1.0, "partial_rotary_factor");
   const std::string type = rope.text_or("rope_type", rope.text_or("type", "default"));
   if (type == "default") return;
   RopeScaling& scaling = model.rope_scaling;
@@ -105,7 +117,8 @@ void read_rope(const Fields& config, ModelConfig& model) {
       fail("{}: high_freq_factor must be larger than low_freq_factor", where);
     }
   } else {
-    fail("{}: rope type \"{}\" is not supported; default, linear and llama3 are", where, type);
+    fail("{}: rope type \"{}\" is not supported; default, linear and llama3 are", where,
+         excerpt(type));
   }
 }
 
@@ -115,13 +128,13 @@ void read_token_ids(const Fields& config, ModelConfig& model) {
     const bool fits =
         value.is_number_integer() && (!value.is_number_unsigned() ||
                                       value.get<uint64_t>() <= std::numeric_limits<int64_t>::max());
-    if (!fits || value.get<int64_t>() < -1 || value.get<int64_t>() >= model.vocab_size) {
-      fail("{}: {} is {}, not a token id below vocab_size {}", config.where(), key,
+    if (!fits || value.get<int64_t>() < 0 || value.get<int64_t>() >= model.vocab_size) {
+      fail("{}: {} is {}, not a token id from 0 to below vocab_size {}", config.where(), key,
            Fields::shown(value), model.vocab_size);
     }
     return value.get<int32_t>();
   };
-  if (config.has("bos_token_id") && !config.at("bos_token_id").is_array()) {
+  if (config.has("bos_token_id")) {
     model.bos_token_id = id("bos_token_id", config.at("bos_token_id"));
   }
   if (config.has("eos_token_id")) {
@@ -152,7 +165,7 @@ ModelConfig parse_config(std::string_view text, std::string_view where) {
   }
   if (model_type != "llama" || architecture != "LlamaForCausalLM") {
     fail("{}: this is a {} ({}); only Llama models (LlamaForCausalLM) are supported", where,
-         model_type, architecture);
+         excerpt(model_type), excerpt(architecture));
   }
 
   // Generous bounds: they keep every product of two sizes far from overflow.
@@ -186,7 +199,7 @@ ModelConfig parse_config(std::string_view text, std::string_view where) {
     if (config.flag(bias)) fail("{}: {} is true; biases are not supported", where, bias);
   }
   if (const std::string act = config.text_or("hidden_act", "silu"); act != "silu") {
-    fail("{}: hidden_act \"{}\" is not supported; silu is", where, act);
+    fail("{}: hidden_act \"{}\" is not supported; silu is", where, excerpt(act));
   }
   if (config.has("quantization_config")) {
     fail("{}: the weights are quantized (quantization_config); F32, F16 and BF16 are supported",

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "base/error.h"
-#include "checkpoint/json_bytes.h"
+#include "base/json_bytes.h"
 
 namespace sagelm {
 namespace {
@@ -79,7 +79,7 @@ SafetensorsFile parse_safetensors(std::span<const std::byte> bytes, std::string_
   std::vector<Extent> extents;
   for (const auto& [name, entry] : header.items()) {
     if (name == "__metadata__") continue;
-    const std::string tensor = fmt::format("{}: tensor {}", where, name);
+    const std::string tensor = fmt::format("{}: tensor {}", where, excerpt(name));
     if (!entry.is_object() || !entry.contains("dtype") || !entry.contains("shape") ||
         !entry.contains("data_offsets") || !entry["dtype"].is_string()) {
       fail("{}: its entry lacks dtype, shape or data_offsets", tensor);
@@ -131,7 +131,7 @@ SafetensorsFile parse_safetensors(std::span<const std::byte> bytes, std::string_
   for (const Extent& extent : extents) {
     if (extent.begin != at) {
       fail("{}: tensor {} starts at byte {} of the data where {} was expected ({})", where,
-           extent.name, extent.begin, at, extent.begin < at ? "overlap" : "hole");
+           excerpt(extent.name), extent.begin, at, extent.begin < at ? "overlap" : "hole");
     }
     at = extent.end;
   }

@@ -4,6 +4,9 @@
 #include <cctype>
 
 #include "backend/cpu/cpu_backend.h"
+#ifdef SAGELM_WITH_CUDA
+#include "backend/cuda/cuda_backend.h"
+#endif
 #include "base/error.h"
 
 namespace sagelm {
@@ -18,14 +21,32 @@ bool is_cuda_name(std::string_view name) {
                      [](unsigned char c) { return std::isdigit(c) != 0; });
 }
 
+#ifdef SAGELM_WITH_CUDA
+bool has_cuda() { return cuda_problem(0).empty(); }
+
+std::unique_ptr<Backend> make_gpu_backend(std::string_view name) {
+  constexpr size_t kPrefix = std::string_view("cuda:").size();
+  int device = 0;
+  for (const char digit : name.substr(std::min(kPrefix, name.size()))) {
+    device = 10 * device + (digit - '0');
+  }
+  return make_cuda_backend(device);
+}
+#else
+bool has_cuda() { return false; }
+
+std::unique_ptr<Backend> make_gpu_backend(std::string_view name) {
+  fail("device {} cannot be used: this build has no CUDA support (use --device cpu)", name);
+}
+#endif
+
 }  // namespace
 
 std::unique_ptr<Backend> make_backend(std::string_view name, int threads) {
   if (threads < 0 || threads > 1024) fail_usage("threads must be from 1 to 1024, not {}", threads);
-  if (name == "auto" || name == "cpu") return make_cpu_backend(threads);
-  if (is_cuda_name(name)) {
-    fail("device {} cannot be used: this build has no CUDA support (use --device cpu)", name);
-  }
+  if (name == "auto") name = has_cuda() ? "cuda" : "cpu";
+  if (name == "cpu") return make_cpu_backend(threads);
+  if (is_cuda_name(name)) return make_gpu_backend(name);
   fail_usage("unknown device '{}': use auto, cpu, cuda or cuda:N", name);
 }
 

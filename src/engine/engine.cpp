@@ -19,14 +19,50 @@ constexpr int64_t kScorePagesFactor = 4;
 
 // Of one step: hidden states, their normalised copy and the attention's output, queries, keys and
 // values, gate, up and their product, and one row of logits.
-int64_t estimate_activations(const ModelConfig& config, int64_t rows) {
-  const int64_t per_row = 2 * config.hidden_size + 2 * config.q_size() + 2 * config.kv_size() +
-                          3 * config.intermediate_size;
-  return (rows * per_row + config.vocab_size) * static_cast<int64_t>(sizeof(float));
+int64_t estimate_activations(const ModelConfig& config, int64_t rows, const Backend& backend) {
+  const int64_t activations = config.hidden_size + 2 * config.q_size() + 2 * config.kv_size() +
+                              3 * config.intermediate_size;
+  const auto size = [&backend](Holds holds) {
+    return static_cast<int64_t>(backend.element_size(holds));
+  };
+  return rows * (config.hidden_size * size(Holds::kResidual) +
+                 activations * size(Holds::kActivations)) +
+         config.vocab_size * size(Holds::kLogits);
+}
+
+// What the model's weights take on this backend: matrices of products in its own type, norms as
+// float32, the embedding as stored.
+int64_t estimate_weights(const ModelWeights& weights, const Backend& backend) {
+  int64_t bytes = static_cast<int64_t>(weights.embedding.bytes);
+  const auto add_vector = [&bytes](const TensorView& tensor) {
+    bytes += tensor.num_elements() * static_cast<int64_t>(sizeof(float));
+  };
+  const auto add_linear = [&](const TensorView& tensor) {
+    bytes += tensor.num_elements() *
+             static_cast<int64_t>(dtype_size(backend.product_type(tensor.dtype)));
+  };
+  for (const LayerWeights& layer : weights.layers) {
+    for (const TensorView* tensor : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj,
+                                     &layer.gate_proj, &layer.up_proj, &layer.down_proj}) {
+      add_linear(*tensor);
+    }
+    add_vector(layer.input_norm);
+    add_vector(layer.post_norm);
+  }
+  add_vector(weights.final_norm);
+  add_linear(weights.lm_head);
+  return bytes;
 }
 
 AttentionSpec attention_spec(std::string_view name, bool smooth_k) {
   return {.variant = parse_attention_variant(name), .smooth_k = smooth_k};
+}
+
+void check_attention(const AttentionSpec& spec, const ModelConfig& config, const Backend& backend) {
+  backend.check_attention({.num_heads = config.num_heads,
+                           .num_kv_heads = config.num_kv_heads,
+                           .head_dim = config.head_dim,
+                           .spec = spec});
 }
 
 // Checks the options that need the config, and reports the rest.
@@ -41,6 +77,7 @@ ModelInfo describe(const Checkpoint& checkpoint, const LoadOptions& options,
   if (options.batch_tokens < 2) {
     fail_usage("a step must take 2 tokens or more, not {}", options.batch_tokens);
   }
+  check_attention(attention_spec(options.attention, options.smooth_k), config, backend);
   ModelInfo info;
   info.name = config.name;
   info.architecture = "LlamaForCausalLM";
@@ -58,6 +95,7 @@ ModelInfo describe(const Checkpoint& checkpoint, const LoadOptions& options,
   info.max_context = config.max_position_embeddings;
   info.context = options.context > 0 ? options.context : config.max_position_embeddings;
   info.checkpoint_bytes = checkpoint.bytes();
+  info.weight_bytes = estimate_weights(checkpoint.weights(), backend);
   const KvLayout one_page{.num_layers = config.num_layers,
                           .num_kv_heads = config.num_kv_heads,
                           .head_dim = config.head_dim,
@@ -65,10 +103,30 @@ ModelInfo describe(const Checkpoint& checkpoint, const LoadOptions& options,
   info.kv_bytes_per_token = one_page.bytes() / kPageTokens;
   info.kv_bytes = one_page.bytes() * KvCache::pages_for(info.context);
   info.activation_bytes =
-      estimate_activations(config, std::min(options.batch_tokens, info.context));
+      estimate_activations(config, std::min(options.batch_tokens, info.context), backend);
   info.rope_theta = config.rope_theta;
   info.tied_embeddings = config.tie_word_embeddings;
   return info;
+}
+
+// out gets those of step's tokens from `first` on, next_token included; scores as Llama::score
+// returns them.
+void append_scores(const StepInput& step, int64_t first, std::span<const TokenScore> scores,
+                   std::vector<Scored>& out) {
+  for (auto j = static_cast<size_t>(first); j < scores.size(); ++j) {
+    const int32_t token = j < step.tokens.size() ? step.tokens[j] : step.next_token;
+    out.push_back({.logprob = scores[j].logprob, .is_top = scores[j].argmax == token});
+  }
+}
+
+// A step over ids[begin, end) that also scores the token after them if it is the last of ids and
+// finds no place in the context, which is where end is then.
+StepInput scoring_step(Sequence& sequence, std::span<const int32_t> ids, int64_t begin, int64_t end,
+                       int64_t context) {
+  const bool scores_next = end == context && end + 1 == static_cast<int64_t>(ids.size());
+  return {.sequence = &sequence,
+          .tokens = ids.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin)),
+          .next_token = scores_next ? ids.back() : -1};
 }
 
 }  // namespace
@@ -93,6 +151,7 @@ Model Model::load(const LoadOptions& options) {
   impl->llama = std::make_unique<Llama>(config, checkpoint.weights(), *impl->backend, attention,
                                         options.progress);
   impl->info.weight_bytes = impl->backend->memory_bytes();
+  impl->info.device = impl->backend->device_name();  // it knows its types now
   return Model(std::move(impl));
 }
 
@@ -115,6 +174,7 @@ std::string Model::detokenize(std::span<const int32_t> ids) const {
 
 void Model::set_attention(std::string_view name, bool smooth_k) {
   const AttentionSpec spec = attention_spec(name, smooth_k);
+  check_attention(spec, impl_->llama->config(), *impl_->backend);
   impl_->llama->set_attention(spec);
   impl_->info.attention = describe_attention(spec);
 }
@@ -126,41 +186,50 @@ Generation Model::generate(std::string_view prompt, const GenerateOptions& optio
 }
 
 std::vector<std::vector<Scored>> Model::score(std::span<const ScoreInput> inputs) {
-  const int64_t batch_tokens = impl_->options.batch_tokens;
-  for (const ScoreInput& input : inputs) {
-    const auto length = static_cast<int64_t>(input.ids.size());
-    if (input.first_scored < 1) fail("the first token of a sequence cannot be scored");
-    if (length > impl_->info.context) {
-      fail("a sequence of {} tokens does not fit the context of {}", length, impl_->info.context);
-    }
-    impl_->check_ids(input.ids);
-  }
-  const int64_t max_pages = kScorePagesFactor * KvCache::pages_for(batch_tokens);
   std::vector<std::vector<Scored>> scores(inputs.size());
-  for (size_t first = 0; first < inputs.size();) {
-    const auto length = static_cast<int64_t>(inputs[first].ids.size());
-    if (length > batch_tokens) {
-      KvCache& cache = impl_->cache_for_scoring(KvCache::pages_for(length));
-      Sequence sequence(cache);
-      scores[first] = impl_->score_alone(sequence, inputs[first].ids, inputs[first].first_scored);
-      ++first;
-      continue;
+  impl_->for_each_step(inputs, [&](std::span<const StepInput> steps,
+                                   std::span<const int64_t> first_scored,
+                                   std::span<const Impl::StepPlace> places) {
+    const std::vector<std::vector<TokenScore>> of_steps = impl_->llama->score(steps, first_scored);
+    for (size_t i = 0; i < steps.size(); ++i) {
+      append_scores(steps[i], first_scored[i], of_steps[i], scores[places[i].input]);
     }
-    size_t last = first;
-    int64_t tokens = 0;
-    int64_t pages = 0;
-    for (; last < inputs.size(); ++last) {
-      const auto next = static_cast<int64_t>(inputs[last].ids.size());
-      if (tokens + next > batch_tokens || pages + KvCache::pages_for(next) > max_pages) break;
-      tokens += next;
-      pages += KvCache::pages_for(next);
-    }
-    impl_->cache_for_scoring(std::max<int64_t>(pages, 1));
-    impl_->score_batch(inputs.subspan(first, last - first),
-                       std::span(scores).subspan(first, last - first));
-    first = last;
-  }
+  });
   return scores;
+}
+
+void Model::score_distributions(std::span<const ScoreInput> inputs,
+                                const DistributionCallback& on_block) {
+  std::vector<ScoredToken> tokens;
+  impl_->for_each_step(inputs, [&](std::span<const StepInput> steps,
+                                   std::span<const int64_t> first_scored,
+                                   std::span<const Impl::StepPlace> places) {
+    impl_->llama->score_logits(
+        steps, first_scored, [&](std::span<const LogitsRow> rows, std::span<const float> logits) {
+          tokens.clear();
+          for (const LogitsRow& row : rows) {
+            const Impl::StepPlace& place = places[row.input];
+            tokens.push_back({.input = place.input, .position = place.start + row.token});
+          }
+          on_block({.tokens = tokens, .logits = logits});
+        });
+  });
+}
+
+void Model::probe_attention(std::span<const int32_t> ids,
+                            const std::function<void(const AttentionRecord& record)>& on_layer) {
+  const auto length = static_cast<int64_t>(ids.size());
+  const int64_t most = std::min(impl_->options.batch_tokens, impl_->info.context);
+  if (length < 1 || length > most) {
+    fail("a sequence of {} tokens cannot be probed: 1 to {} can", length, most);
+  }
+  impl_->check_ids(ids);
+  Sequence sequence(impl_->cache_for_scoring(KvCache::pages_for(length)));
+  impl_->llama->probe_attention(
+      {.sequence = &sequence, .tokens = ids},
+      [&](int64_t layer, std::span<const float> qkv, std::span<const float> out) {
+        on_layer({.layer = layer, .tokens = length, .qkv = qkv, .out = out});
+      });
 }
 
 void Model::Impl::check_ids(std::span<const int32_t> ids) const {
@@ -179,53 +248,81 @@ KvCache& Model::Impl::cache_for_scoring(int64_t num_pages) {
   return *score_cache;
 }
 
-void Model::Impl::score_batch(std::span<const ScoreInput> inputs,
-                              std::span<std::vector<Scored>> out) {
-  std::vector<Sequence> sequences;
-  std::vector<StepInput> steps;
-  std::vector<int64_t> first_scored;
-  std::vector<size_t> places;
-  sequences.reserve(inputs.size());  // steps point into it
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    if (inputs[i].first_scored >= static_cast<int64_t>(inputs[i].ids.size())) continue;
-    sequences.emplace_back(*score_cache);
-    steps.push_back({.sequence = &sequences.back(), .tokens = inputs[i].ids});
-    first_scored.push_back(inputs[i].first_scored);
-    places.push_back(i);
-  }
-  if (steps.empty()) return;
-  const std::vector<std::vector<TokenScore>> scores = llama->score(steps, first_scored);
-  for (size_t i = 0; i < steps.size(); ++i) {
-    const std::span<const int32_t> ids = steps[i].tokens;
-    std::vector<Scored>& result = out[places[i]];
-    for (auto j = static_cast<size_t>(first_scored[i]); j < ids.size(); ++j) {
-      result.push_back({.logprob = scores[i][j].logprob, .is_top = scores[i][j].argmax == ids[j]});
+void Model::Impl::for_each_step(std::span<const ScoreInput> inputs, const ScoreStep& run_step) {
+  const int64_t batch_tokens = options.batch_tokens;
+  for (const ScoreInput& input : inputs) {
+    const auto length = static_cast<int64_t>(input.ids.size());
+    if (input.first_scored < 1) fail("the first token of a sequence cannot be scored");
+    if (length - 1 > info.context) {  // the last token may be a target only
+      fail("a sequence of {} tokens does not fit the context of {}", length, info.context);
     }
+    check_ids(input.ids);
+  }
+  const int64_t max_pages = kScorePagesFactor * KvCache::pages_for(batch_tokens);
+  for (size_t first = 0; first < inputs.size();) {
+    const auto length = static_cast<int64_t>(inputs[first].ids.size());
+    if (length > batch_tokens) {
+      KvCache& cache = cache_for_scoring(KvCache::pages_for(length));
+      Sequence sequence(cache);
+      for_each_chunk(sequence, inputs[first].ids, inputs[first].first_scored, first, run_step);
+      ++first;
+      continue;
+    }
+    size_t last = first;
+    int64_t tokens = 0;
+    int64_t pages = 0;
+    for (; last < inputs.size(); ++last) {
+      const auto next = static_cast<int64_t>(inputs[last].ids.size());
+      if (tokens + next > batch_tokens || pages + KvCache::pages_for(next) > max_pages) break;
+      tokens += next;
+      pages += KvCache::pages_for(next);
+    }
+    KvCache& cache = cache_for_scoring(std::max<int64_t>(pages, 1));
+    std::vector<Sequence> sequences;
+    std::vector<StepInput> steps;
+    std::vector<int64_t> first_scored;
+    std::vector<StepPlace> places;
+    sequences.reserve(last - first);  // steps point into it
+    for (size_t i = first; i < last; ++i) {
+      if (inputs[i].first_scored >= static_cast<int64_t>(inputs[i].ids.size())) continue;
+      sequences.emplace_back(cache);
+      const auto size = static_cast<int64_t>(inputs[i].ids.size());
+      steps.push_back(scoring_step(sequences.back(), inputs[i].ids, 0, std::min(size, info.context),
+                                   info.context));
+      first_scored.push_back(inputs[i].first_scored);
+      places.push_back({.input = i});
+    }
+    if (!steps.empty()) run_step(steps, first_scored, places);
+    first = last;
+  }
+}
+
+void Model::Impl::for_each_chunk(Sequence& sequence, std::span<const int32_t> tokens,
+                                 int64_t first_scored, size_t input, const ScoreStep& run_step) {
+  const auto length = static_cast<int64_t>(tokens.size());
+  if (first_scored >= length) return;
+  const int64_t to_run = std::min(length, info.context);
+  // A chunk starts with the last token of the one before: the score of its second token needs the
+  // logits after it.
+  for (int64_t start = 0; start < to_run;) {
+    const int64_t end = std::min(start + options.batch_tokens, to_run);
+    sequence.truncate(start);
+    const StepInput step = scoring_step(sequence, tokens, start, end, info.context);
+    const int64_t skip = std::clamp(first_scored - start, int64_t{1}, end - start);
+    const StepPlace place{.input = input, .start = start};
+    run_step({&step, 1}, {&skip, 1}, {&place, 1});
+    start = end == to_run ? to_run : end - 1;
   }
 }
 
 std::vector<Scored> Model::Impl::score_alone(Sequence& sequence, std::span<const int32_t> tokens,
                                              int64_t first_scored) {
-  const auto length = static_cast<int64_t>(tokens.size());
   std::vector<Scored> result;
-  if (first_scored >= length) return result;
-  // A chunk starts with the last token of the one before: the score of its second token needs the
-  // logits after it.
-  for (int64_t start = 0; start + 1 < length;) {
-    const int64_t end = std::min(start + options.batch_tokens, length);
-    sequence.truncate(start);
-    const StepInput input{
-        .sequence = &sequence,
-        .tokens = tokens.subspan(static_cast<size_t>(start), static_cast<size_t>(end - start))};
-    const int64_t skip = std::clamp(first_scored - start, int64_t{1}, end - start);
-    const std::vector<TokenScore> scores = std::move(llama->score({&input, 1}, {&skip, 1}).front());
-    for (int64_t j = skip; j < end - start; ++j) {
-      const TokenScore& score = scores[static_cast<size_t>(j)];
-      result.push_back({.logprob = score.logprob,
-                        .is_top = score.argmax == tokens[static_cast<size_t>(start + j)]});
-    }
-    start = end == length ? length : end - 1;
-  }
+  for_each_chunk(sequence, tokens, first_scored, 0,
+                 [&](std::span<const StepInput> steps, std::span<const int64_t> first,
+                     std::span<const StepPlace> /*places*/) {
+                   append_scores(steps[0], first[0], llama->score(steps, first).front(), result);
+                 });
   return result;
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -35,9 +36,23 @@ struct Model::Impl {
   std::vector<Scored> score_alone(Sequence& sequence, std::span<const int32_t> tokens,
                                   int64_t first_scored);
 
+  // Token j of a step is token start + j of the inputs[input] being scored.
+  struct StepPlace {
+    size_t input = 0;
+    int64_t start = 0;
+  };
+  // Runs a step and takes the scores of each steps[i].tokens[j], j >= first_scored[i] >= 1.
+  using ScoreStep =
+      std::function<void(std::span<const StepInput> steps, std::span<const int64_t> first_scored,
+                         std::span<const StepPlace> places)>;
+  // Cuts what is to be scored into steps of at most batch_tokens: whole sequences packed together,
+  // or one chunk of a longer one. Every token that is scored is so once, in order.
+  void for_each_step(std::span<const ScoreInput> inputs, const ScoreStep& run_step);
+  void for_each_chunk(Sequence& sequence, std::span<const int32_t> tokens, int64_t first_scored,
+                      size_t input, const ScoreStep& run_step);
+
   // A cache of at least num_pages pages that no sequence uses.
   KvCache& cache_for_scoring(int64_t num_pages);
-  void score_batch(std::span<const ScoreInput> inputs, std::span<std::vector<Scored>> out);
   void check_ids(std::span<const int32_t> ids) const;
 };
 

@@ -21,9 +21,13 @@ void check_text(std::string_view name, std::string_view bytes) {
                ? "starts a character that the file's end cuts"
                : "is not UTF-8");
     }
+    if (bytes[i] == '\0') {
+      fail("{}:{}: byte {} of the file is zero: it is not a text file", name, line, i);
+    }
     if (bytes[i] == '\n') ++line;
     i += character.length;
   }
+  if (strip(bytes).empty()) fail("{}: there is nothing but white space in the file", name);
 }
 
 std::vector<Passage> parse_passages(std::string_view name, std::string_view bytes) {
@@ -47,7 +51,6 @@ std::vector<Passage> parse_passages(std::string_view name, std::string_view byte
     if (strip(passage.text).empty()) fail("{}:{}: the text is empty", name, line);
     passages.push_back(std::move(passage));
   }
-  if (passages.empty()) fail("{}: there is no passage in the file", name);
   return passages;
 }
 

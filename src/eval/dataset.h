@@ -9,7 +9,8 @@
 
 namespace sagelm {
 
-// Throws Error unless bytes are UTF-8 text that is not empty. name is the file's, for messages.
+// Throws Error unless bytes are UTF-8 text without zero bytes that is more than white space. name
+// is the file's, for messages.
 void check_text(std::string_view name, std::string_view bytes);
 
 struct Passage {

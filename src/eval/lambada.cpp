@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "eval/statistics.h"
+#include "text/utf8.h"
 
 namespace sagelm {
 namespace {
@@ -34,15 +35,29 @@ const VariantEntry& entry_of(LambadaVariant variant) {
   return kVariants.front();
 }
 
-// Where the target of kWord begins in ids, the ids of the whole text.
-int64_t word_target(const std::string& text, size_t num_ids, const std::string& where,
-                    const Encoder& encode) {
+// What a passage's last word is to be predicted from: all before its last space, without the white
+// space at its end.
+std::string_view context_of(const std::string& text, const std::string& where) {
   const size_t space = text.rfind(' ');
   if (space == std::string::npos || space + 1 == text.size()) {
     fail("{}: the passage has no last word: {}", where,
          space == std::string::npos ? "there is no space in it" : "it ends with a space");
   }
-  const std::vector<int32_t> context = encode(std::string_view(text).substr(0, space));
+  const std::string_view before = std::string_view(text).substr(0, space);
+  const std::string_view words = strip(before);
+  if (words.empty()) fail("{}: the passage has no word before its last one", where);
+  const auto end = static_cast<size_t>(words.data() + words.size() - before.data());
+  return before.substr(0, end);
+}
+
+std::string line_name(std::string_view file, const Passage& passage) {
+  return fmt::format("{}:{}", file, passage.line);
+}
+
+// Where the target of kWord begins in ids, the ids of the whole text.
+int64_t word_target(const std::string& text, size_t num_ids, const std::string& where,
+                    const Encoder& encode) {
+  const std::vector<int32_t> context = encode(context_of(text, where));
   if (context.empty() || context.size() >= num_ids) {
     fail("{}: the passage's last word has no tokens of its own after those of the words before it",
          where);
@@ -68,6 +83,10 @@ std::string_view describe_lambada_variant(LambadaVariant variant) {
   return entry_of(variant).description;
 }
 
+void check_last_words(std::string_view name, std::span<const Passage> passages) {
+  for (const Passage& passage : passages) context_of(passage.text, line_name(name, passage));
+}
+
 std::vector<LambadaExample> prepare_lambada(std::string_view name,
                                             std::span<const Passage> passages,
                                             LambadaVariant variant, const Encoder& encode,
@@ -75,7 +94,7 @@ std::vector<LambadaExample> prepare_lambada(std::string_view name,
   std::vector<LambadaExample> examples;
   examples.reserve(passages.size());
   for (const Passage& passage : passages) {
-    const std::string where = fmt::format("{}:{}", name, passage.line);
+    const std::string where = line_name(name, passage);
     LambadaExample example{.ids = encode(passage.text)};
     const auto length = static_cast<int64_t>(example.ids.size());
     if (length < 2) fail("{}: the passage has no token to predict another from", where);
@@ -95,7 +114,7 @@ double LambadaResult::tokens_per_second() const {
 }
 
 LambadaResult run_lambada(std::span<const LambadaExample> examples, int64_t batch_tokens,
-                          const Scorer& scorer, const EvalCallback& on_progress) {
+                          const Scorer& scorer, const EvalCallback& on_progress, Journal* journal) {
   std::vector<Model::ScoreInput> inputs;
   inputs.reserve(examples.size());
   for (const LambadaExample& example : examples) {
@@ -120,11 +139,13 @@ LambadaResult run_lambada(std::span<const LambadaExample> examples, int64_t batc
     return !on_progress || on_progress({.done = run.done,
                                         .total = result.examples_planned,
                                         .tokens = run.tokens,
-                                        .perplexity = std::exp(-log_likelihood.mean())});
+                                        .perplexity = std::exp(-log_likelihood.mean()),
+                                        .resumed = run.resumed});
   };
   const BatchRun run = score_in_batches(
       inputs, batch_tokens, scorer,
-      [](int64_t index) { return fmt::format("passage {}", index + 1); }, take, after_batch);
+      [](int64_t index) { return fmt::format("passage {}", index + 1); }, take, after_batch,
+      journal);
   result.examples = run.done;
   result.tokens_run = run.tokens;
   result.seconds = run.seconds;

@@ -34,9 +34,14 @@ struct LambadaExample {
 // Ids of a text, BOS in front if the tokenizer's configuration wants it.
 using Encoder = std::function<std::vector<int32_t>(std::string_view text)>;
 
+// Throws Error with file and line for a passage that has no last word after a space, or no word
+// before it. Needs no tokenizer, so that a whole file is checked first. name is the file's.
+void check_last_words(std::string_view name, std::span<const Passage> passages);
+
 // kWord: the target is what the ids of the whole passage have beyond the length of the ids of the
-// text before its last space; the target is never tokenized alone. name is the file's. Throws Error
-// with file and line for a passage without a last word or words before it, or of more than
+// text before its last space (white space before that space is the target's too); the target is
+// never tokenized alone. name is the file's. Throws Error with file and line for a passage that
+// check_last_words refuses (kWord), whose target has no tokens of its own, or of more than
 // max_tokens.
 std::vector<LambadaExample> prepare_lambada(std::string_view name,
                                             std::span<const Passage> passages,
@@ -62,7 +67,9 @@ struct LambadaResult {
 
 // batch_tokens: of passages scored together; no figure depends on it. Throws Error for a
 // log-probability that is not a number. A run that on_progress stops has the figures so far.
+// journal as in run_perplexity.
 LambadaResult run_lambada(std::span<const LambadaExample> examples, int64_t batch_tokens,
-                          const Scorer& scorer, const EvalCallback& on_progress = {});
+                          const Scorer& scorer, const EvalCallback& on_progress = {},
+                          Journal* journal = nullptr);
 
 }  // namespace sagelm

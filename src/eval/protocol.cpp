@@ -18,16 +18,24 @@ constexpr std::array kProtocols = {
     Entry{"gptq", gptq_protocol},
     Entry{"sage-paper", sage_paper_protocol},
     Entry{"llamacpp", llamacpp_protocol},
+    Entry{"lm-eval-0.4.3", lm_eval_0_4_3_protocol},
+    Entry{"lm-eval-0.4.9.2", lm_eval_0_4_9_2_protocol},
 };
+
+const Entry& find_protocol(std::string_view name) {
+  for (const Entry& entry : kProtocols) {
+    if (entry.name == name) return entry;
+  }
+  fail_usage("unknown protocol '{}': use one of {}", name, protocol_names());
+}
 
 }  // namespace
 
 Protocol make_protocol(std::string_view name, const ProtocolOptions& options) {
-  for (const Entry& entry : kProtocols) {
-    if (entry.name == name) return entry.make(options);
-  }
-  fail_usage("unknown protocol '{}': use one of {}", name, protocol_names());
+  return find_protocol(name).make(options);
 }
+
+void check_protocol_name(std::string_view name) { find_protocol(name); }
 
 std::string protocol_names() {
   std::string names;

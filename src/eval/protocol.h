@@ -2,8 +2,9 @@
 // context. Figures of different protocols must not be compared; every result names its own. Each
 // protocol is one file, protocol_<name>.cpp, which says whose it is.
 //
-// All of them average the negative log-probabilities of all scored tokens with equal weight:
-// perplexity = exp(sum of nll / number of tokens).
+// All of them weigh the negative log-probabilities of all scored tokens equally: perplexity =
+// exp(sum of nll / number of tokens). Those that cut the text into documents also divide the same
+// sum by the words and by the bytes of the documents.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,20 @@ struct Window {
   bool operator==(const Window&) const = default;
 };
 
+// A part of the text that is tokenized and scored by itself.
+struct Document {
+  std::string text;   // what is tokenized
+  int64_t words = 0;  // of the original, as the protocol counts them
+  int64_t bytes = 0;  // likewise
+};
+
+// What stands before the ids of a document.
+enum class FrontTokens : uint8_t {
+  kTokenizerBos,           // BOS, where the tokenizer's configuration wants one
+  kPrefix,                 // BOS (EOS where there is none), whatever the configuration says
+  kPrefixAndTokenizerBos,  // kPrefix's token, then kTokenizerBos's
+};
+
 struct Protocol {
   std::string name;
   std::string description;  // one sentence, for reports
@@ -33,9 +48,14 @@ struct Protocol {
   // The first token of every window is replaced by the beginning-of-sequence token, where the
   // tokenizer's configuration wants one.
   bool bos_in_each_window = false;
+  FrontTokens front = FrontTokens::kTokenizerBos;
   // What is tokenized, from the file's text; absent: the text as it is.
   std::function<std::string(std::string_view text)> prepare = {};
-  // The windows over that many tokens. Throws Error if they are too few for one window.
+  // The file's documents, one at least, in place of prepare; absent: the text is one, and figures
+  // are per token only.
+  std::function<std::vector<Document>(std::string_view text)> documents = {};
+  // The windows over that many ids of a document, front tokens included. Throws Error if they are
+  // too few for one window.
   std::function<std::vector<Window>(int64_t num_ids)> windows = {};
 };
 
@@ -43,9 +63,14 @@ struct Protocol {
 struct ProtocolOptions {
   std::optional<int64_t> ctx;
   std::optional<int64_t> stride;
+  // The model's own context: the ctx of protocols that have none of theirs.
+  std::optional<int64_t> model_ctx = {};
 };
 
-// Throws UsageError for an unknown name, or a ctx or stride that the protocol cannot have.
+// Throws UsageError listing the names.
+void check_protocol_name(std::string_view name);
+// Throws UsageError for an unknown name, a ctx or stride that the protocol cannot have, or if
+// neither ctx nor model_ctx is given where the protocol needs one.
 Protocol make_protocol(std::string_view name, const ProtocolOptions& options);
 // "nonoverlap, strided, …".
 std::string protocol_names();
@@ -55,6 +80,8 @@ Protocol strided_protocol(const ProtocolOptions& options);
 Protocol gptq_protocol(const ProtocolOptions& options);
 Protocol sage_paper_protocol(const ProtocolOptions& options);
 Protocol llamacpp_protocol(const ProtocolOptions& options);
+Protocol lm_eval_0_4_3_protocol(const ProtocolOptions& options);
+Protocol lm_eval_0_4_9_2_protocol(const ProtocolOptions& options);
 
 // Shared by the protocols.
 

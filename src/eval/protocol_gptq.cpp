@@ -1,8 +1,6 @@
-// gptq and sage-paper: the WikiText2 perplexity of the quantization papers (GPTQ's evaluation code,
-// followed by AWQ, OmniQuant, SmoothQuant). exp(mean over chunks of a chunk's mean) is the mean
-// over all tokens, the chunks being equally long.
-#include <algorithm>
-
+// gptq: the WikiText2 perplexity of the quantization papers (GPTQ's evaluation code, followed by
+// AWQ, OmniQuant and others), printed for chunks of 2048 and of 4096. exp(mean over chunks of a
+// chunk's mean) is the mean over all tokens, the chunks being equally long.
 #include "base/error.h"
 #include "eval/protocol.h"
 #include "text/utf8.h"
@@ -11,9 +9,6 @@ namespace sagelm {
 namespace {
 
 constexpr int64_t kGptqCtx = 2048;
-// The chunks of SmoothQuant's demonstration, whose FP16 value for Llama-2-7B (5.823) is the one in
-// SageAttention's table.
-constexpr size_t kSagePaperChunks = 40;
 
 // "\n\n".join(dataset["text"]) of the Hugging Face data set made from this file: a row is a line
 // with its newline, or nothing where the line is blank.
@@ -46,26 +41,6 @@ Protocol gptq_protocol(const ProtocolOptions& options) {
       .stride = ctx,
       .prepare = join_rows,
       .windows = [ctx](int64_t num_ids) { return cut_windows(num_ids, ctx, 1); }};
-}
-
-Protocol sage_paper_protocol(const ProtocolOptions& options) {
-  if (options.ctx.value_or(kGptqCtx) != kGptqCtx) {
-    fail_usage("the protocol sage-paper has windows of {} tokens, not {}: use gptq", kGptqCtx,
-               *options.ctx);
-  }
-  refuse_stride("sage-paper", options);
-  Protocol protocol = gptq_protocol(options);
-  protocol.name = "sage-paper";
-  protocol.description = fmt::format(
-      "the first {} chunks of {} of GPTQ's WikiText2, as in SmoothQuant's demonstration and, most "
-      "likely, SageAttention's table",
-      kSagePaperChunks, kGptqCtx);
-  protocol.windows = [](int64_t num_ids) {
-    std::vector<Window> windows = cut_windows(num_ids, kGptqCtx, 1);
-    windows.resize(std::min(windows.size(), kSagePaperChunks));
-    return windows;
-  };
-  return protocol;
 }
 
 }  // namespace sagelm

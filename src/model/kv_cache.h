@@ -14,6 +14,8 @@ namespace sagelm {
 class KvCache;
 
 // One sequence's place in a cache. Gives its pages back when destroyed; must not outlive the cache.
+// Sequences that begin alike can share whole pages of that beginning (share); nobody writes to a
+// page that several own.
 class Sequence {
  public:
   explicit Sequence(KvCache& cache) : cache_(&cache) {}
@@ -27,8 +29,12 @@ class Sequence {
   int64_t length() const { return length_; }
   std::span<const int32_t> pages() const { return pages_; }
   // Takes the pages that count more tokens need and counts them as present. Throws Error with the
-  // counts when the cache is full; the sequence is then unchanged.
+  // counts when the cache is full, or when the first of the tokens belongs on a page that another
+  // sequence shares; the sequence is then unchanged.
   void extend(int64_t count);
+  // A sequence of the first `length` tokens of this one, on the same pages, which go back when
+  // their last owner gives them up. Throws Error unless length is whole pages that are there.
+  Sequence share(int64_t length) const;
   // Forgets all tokens from position length on (rollback).
   void truncate(int64_t length);
 
@@ -57,6 +63,7 @@ class KvCache {
   KvLayout layout_;
   std::unique_ptr<KvStorage> storage_;
   std::vector<int32_t> free_;
+  std::vector<int32_t> owners_;  // of each page: how many sequences hold it
 };
 
 }  // namespace sagelm

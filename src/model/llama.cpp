@@ -35,6 +35,17 @@ void advance(std::span<const StepInput> inputs, const ModelConfig& config) {
   }
 }
 
+// Tokens that score knows of: those of the input and the one after them, if it is given.
+int64_t num_scored(const StepInput& input) {
+  return static_cast<int64_t>(input.tokens.size()) + (input.next_token >= 0 ? 1 : 0);
+}
+
+std::vector<float> copy_to_host(Backend& backend, Matrix matrix) {
+  std::vector<float> values(static_cast<size_t>(matrix.rows * matrix.cols));
+  backend.read_logits(matrix, values);
+  return values;
+}
+
 void roll_back(std::span<const StepInput> inputs) {
   for (const StepInput& input : inputs) {
     input.sequence->truncate(input.sequence->length() - static_cast<int64_t>(input.tokens.size()));
@@ -115,18 +126,23 @@ Batch Llama::begin(std::span<const StepInput> inputs) {
   return batch;
 }
 
-Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, bool check) {
+Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, bool check,
+                         const AttentionProbe& probe) {
   Backend& b = *backend_;
   const int64_t rows = batch.rows();
   const AttentionShape shape{config_.num_heads, config_.num_kv_heads, config_.head_dim, spec_};
-  const Matrix hidden = b.scratch(kHidden, rows, config_.hidden_size);
-  const Matrix normed = b.scratch(kNormed, rows, config_.hidden_size);
-  const Matrix qkv = b.scratch(kQkv, rows, config_.q_size() + 2 * config_.kv_size());
-  const Matrix attended = b.scratch(kAttended, rows, config_.q_size());
-  const Matrix gate_up = b.scratch(kGateUp, rows, 2 * config_.intermediate_size);
-  const Matrix activated = b.scratch(kActivated, rows, config_.intermediate_size);
+  const Matrix hidden = b.scratch(kHidden, rows, config_.hidden_size, Holds::kResidual);
+  const Matrix normed = b.scratch(kNormed, rows, config_.hidden_size, Holds::kActivations);
+  const Matrix qkv =
+      b.scratch(kQkv, rows, config_.q_size() + 2 * config_.kv_size(), Holds::kActivations);
+  const Matrix attended = b.scratch(kAttended, rows, config_.q_size(), Holds::kActivations);
+  const Matrix gate_up =
+      b.scratch(kGateUp, rows, 2 * config_.intermediate_size, Holds::kActivations);
+  const Matrix activated =
+      b.scratch(kActivated, rows, config_.intermediate_size, Holds::kActivations);
 
-  b.embed(embedding_, batch.tokens, hidden);
+  b.begin(batch);
+  b.embed(embedding_, batch, hidden);
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& layer = layers_[i];
     const auto index = static_cast<int64_t>(i);
@@ -137,6 +153,7 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, bool check) {
     if (check && !b.all_finite(attended)) {
       fail("NaN or Inf appears in the attention of layer {} ({})", i, describe_attention(spec_));
     }
+    if (probe) probe(index, copy_to_host(b, qkv), copy_to_host(b, attended));
     b.linear_add(attended, layer.o, hidden);
     b.rmsnorm(hidden, layer.post_norm, config_.rms_norm_eps, normed);
     b.linear(normed, layer.gate_up, gate_up);
@@ -152,9 +169,9 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, bool check) {
 Matrix Llama::head(Matrix hidden, std::span<const int32_t> rows) {
   Backend& b = *backend_;
   const auto count = static_cast<int64_t>(rows.size());
-  const Matrix gathered = b.scratch(kGathered, count, config_.hidden_size);
-  const Matrix normed = b.scratch(kNormed, count, config_.hidden_size);
-  const Matrix logits = b.scratch(kLogits, count, config_.vocab_size);
+  const Matrix gathered = b.scratch(kGathered, count, config_.hidden_size, Holds::kResidual);
+  const Matrix normed = b.scratch(kNormed, count, config_.hidden_size, Holds::kActivations);
+  const Matrix logits = b.scratch(kLogits, count, config_.vocab_size, Holds::kLogits);
   b.gather_rows(hidden, rows, gathered);
   b.rmsnorm(gathered, final_norm_, config_.rms_norm_eps, normed);
   b.linear(normed, lm_head_, logits);
@@ -193,35 +210,68 @@ std::vector<float> Llama::step(std::span<const StepInput> inputs) {
   return logits;
 }
 
-std::vector<std::vector<TokenScore>> Llama::score(std::span<const StepInput> inputs,
-                                                  std::span<const int64_t> first_scored) {
-  std::vector<std::vector<TokenScore>> scores(inputs.size());
+template <typename Function>
+void Llama::run_scored(std::span<const StepInput> inputs, std::span<const int64_t> first_scored,
+                       const Function& read) {
   run(inputs, [&](Matrix hidden, const Batch& batch) {
     // The logits of a row predict the token of the next one.
-    std::vector<int32_t> rows, targets;
-    std::vector<TokenScore*> places;
+    std::vector<int32_t> rows;
+    std::vector<LogitsRow> places;
     for (size_t i = 0; i < inputs.size(); ++i) {
-      const StepInput& input = inputs[i];
-      const size_t length = input.tokens.size();
-      scores[i].resize(length + (input.next_token >= 0 ? 1 : 0));
+      const int64_t end = num_scored(inputs[i]);
       const int64_t first = first_scored.empty() ? 1 : std::max<int64_t>(1, first_scored[i]);
-      for (auto j = static_cast<size_t>(first); j < scores[i].size(); ++j) {
-        rows.push_back(
-            static_cast<int32_t>(batch.sequences[i].first_row + static_cast<int64_t>(j) - 1));
-        targets.push_back(j < length ? input.tokens[j] : input.next_token);
-        places.push_back(&scores[i][j]);
+      for (int64_t j = first; j < end; ++j) {
+        rows.push_back(static_cast<int32_t>(batch.sequences[i].first_row + j - 1));
+        places.push_back({.input = i, .token = j});
       }
     }
-    std::vector<TokenScore> block(kScoreRows);
     for (size_t begin = 0; begin < rows.size(); begin += kScoreRows) {
       const size_t count = std::min<size_t>(kScoreRows, rows.size() - begin);
-      const Matrix logits = head(hidden, std::span(rows).subspan(begin, count));
-      backend_->score(logits, std::span(targets).subspan(begin, count),
-                      std::span(block).first(count));
-      for (size_t k = 0; k < count; ++k) *places[begin + k] = block[k];
+      read(std::span<const LogitsRow>(places).subspan(begin, count),
+           head(hidden, std::span(rows).subspan(begin, count)));
+    }
+  });
+}
+
+std::vector<std::vector<TokenScore>> Llama::score(std::span<const StepInput> inputs,
+                                                  std::span<const int64_t> first_scored) {
+  std::vector<std::vector<TokenScore>> scores;
+  for (const StepInput& input : inputs) scores.emplace_back(static_cast<size_t>(num_scored(input)));
+  std::vector<int32_t> targets;
+  std::vector<TokenScore> block(kScoreRows);
+  run_scored(inputs, first_scored, [&](std::span<const LogitsRow> rows, Matrix logits) {
+    targets.clear();
+    for (const LogitsRow& row : rows) {
+      const StepInput& input = inputs[row.input];
+      const auto j = static_cast<size_t>(row.token);
+      targets.push_back(j < input.tokens.size() ? input.tokens[j] : input.next_token);
+    }
+    backend_->score(logits, targets, std::span(block).first(rows.size()));
+    for (size_t k = 0; k < rows.size(); ++k) {
+      scores[rows[k].input][static_cast<size_t>(rows[k].token)] = block[k];
     }
   });
   return scores;
+}
+
+void Llama::score_logits(std::span<const StepInput> inputs, std::span<const int64_t> first_scored,
+                         const LogitsCallback& on_block) {
+  std::vector<float> block;
+  run_scored(inputs, first_scored, [&](std::span<const LogitsRow> rows, Matrix logits) {
+    block.resize(rows.size() * static_cast<size_t>(config_.vocab_size));
+    backend_->read_logits(logits, block);
+    on_block(rows, block);
+  });
+}
+
+void Llama::probe_attention(const StepInput& input, const AttentionProbe& probe) {
+  const Batch batch = begin({&input, 1});
+  try {
+    run_layers(batch, input.sequence->cache().storage(), true, probe);
+  } catch (...) {
+    roll_back({&input, 1});
+    throw;
+  }
 }
 
 }  // namespace sagelm

@@ -22,6 +22,19 @@ struct StepInput {
   int32_t next_token = -1;  // when scoring: the token after these, scored too though not appended
 };
 
+// Whose logits a row holds: those that predict inputs[input].tokens[token].
+struct LogitsRow {
+  size_t input = 0;
+  int64_t token = 0;  // tokens.size(): the input's next_token
+};
+using LogitsCallback =
+    std::function<void(std::span<const LogitsRow> rows, std::span<const float> logits)>;
+
+// Sees what attention read and wrote in a layer, one row per token of the step: qkv [rows, q + k +
+// v] with queries and keys rotated, out [rows, num_heads * head_dim].
+using AttentionProbe =
+    std::function<void(int64_t layer, std::span<const float> qkv, std::span<const float> out)>;
+
 class Llama {
  public:
   // Hands the weights to the backend; the views are not used after construction. progress, if set,
@@ -48,6 +61,12 @@ class Llama {
   // any size by passing each chunk the first token of the following one.
   std::vector<std::vector<TokenScore>> score(std::span<const StepInput> inputs,
                                              std::span<const int64_t> first_scored = {});
+  // The same with on_block in place of scores: gets the logits [rows.size(), vocab_size] of the
+  // tokens that score would score, block by block in their order.
+  void score_logits(std::span<const StepInput> inputs, std::span<const int64_t> first_scored,
+                    const LogitsCallback& on_block);
+  // Appends input's tokens and shows probe every layer's attention; nothing is scored.
+  void probe_attention(const StepInput& input, const AttentionProbe& probe);
 
  private:
   struct Layer {
@@ -55,12 +74,18 @@ class Llama {
   };
 
   Batch begin(std::span<const StepInput> inputs);
-  // With check, throws Error naming the first layer whose results are not finite.
-  Matrix run_layers(const Batch& batch, KvStorage& kv, bool check);
+  // With check, throws Error naming the first layer whose results are not finite. probe may be
+  // empty.
+  Matrix run_layers(const Batch& batch, KvStorage& kv, bool check,
+                    const AttentionProbe& probe = {});
   Matrix head(Matrix hidden, std::span<const int32_t> rows);
   // Runs the layers over the inputs and hands the hidden states to read.
   template <typename Function>
   void run(std::span<const StepInput> inputs, const Function& read);
+  // Runs the inputs and calls read(rows, logits) for each block of what is to be scored.
+  template <typename Function>
+  void run_scored(std::span<const StepInput> inputs, std::span<const int64_t> first_scored,
+                  const Function& read);
 
   ModelConfig config_;
   AttentionSpec spec_;

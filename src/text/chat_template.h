@@ -52,7 +52,7 @@ class ChatTemplate {
   std::vector<int32_t> encode_next_turn(std::span<const int32_t> answer_ids,
                                         std::string_view user) const;
 
-  // Ids that end an answer, besides those of generation_config.json. May be empty.
+  // Ids that end an answer, besides those of config.json. May be empty.
   std::vector<int32_t> end_ids() const;
 
   // Texts that end an answer and are no part of it, for models that write the next turn themselves.

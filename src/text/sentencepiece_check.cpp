@@ -5,7 +5,7 @@
 #include <unordered_set>
 
 #include "base/error.h"
-#include "text/utf8.h"
+#include "base/utf8.h"
 
 namespace sagelm {
 namespace {
@@ -200,7 +200,7 @@ SentencepieceModelInfo check_sentencepiece_model(std::string_view bytes, const s
   for (const SentencepiecePiece& piece : info.pieces) {
     if (piece.kind == PieceKind::kUnknown) ++unknown_pieces;
     if (!seen.insert(piece.text).second) {
-      fail("{}: the piece '{}' is there twice", where, piece.text);
+      fail("{}: the piece '{}' is there twice", where, excerpt(piece.text));
     }
   }
   if (unknown_pieces != 1) {

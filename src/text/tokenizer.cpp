@@ -3,19 +3,20 @@
 #include <sentencepiece_processor.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
 #include <map>
 #include <mutex>
-#include <nlohmann/json.hpp>
 #include <unordered_map>
 #include <utility>
 
 #include "base/error.h"
+#include "base/json_bytes.h"
+#include "base/utf8.h"
 #include "text/detokenizer.h"
 #include "text/sentencepiece_check.h"
-#include "text/utf8.h"
 
 namespace sagelm {
 namespace {
@@ -66,9 +67,7 @@ class ConfigReader {
   TokenizerConfig read(std::string_view text) const {
     TokenizerConfig config;
     if (text.empty()) return config;
-    const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
-    if (json.is_discarded()) fail("{} is not valid JSON", where_);
-    if (!json.is_object()) fail("{} must hold a JSON object", where_);
+    const Json json = parse_json_object(text, where_);
     config.add_bos = flag(json, "add_bos_token", config.add_bos);
     config.add_eos = flag(json, "add_eos_token", config.add_eos);
     config.bos_token = token(json, "bos_token");
@@ -106,10 +105,12 @@ class ConfigReader {
     if (found == json.end() || found->is_null()) return;
     if (!found->is_object()) fail("{}: added_tokens_decoder must be an object", where_);
     for (const auto& [key, value] : found->items()) {
-      char* end = nullptr;
-      const long long id = std::strtoll(key.c_str(), &end, 10);
-      if (key.empty() || *end != '\0' || id < 0 || id > kMaxAddedId) {
-        fail("{}: added_tokens_decoder has a key that is not a token id", where_);
+      int64_t id = -1;
+      std::from_chars(key.data(), key.data() + key.size(), id);
+      // One spelling per id: else two entries could be the same token.
+      if (id < 0 || id > kMaxAddedId || key != std::to_string(id)) {
+        fail("{}: added_tokens_decoder has the key \"{}\", which is not a token id from 0 to {}",
+             where_, excerpt(key), kMaxAddedId);
       }
       const Json* content = nullptr;
       if (value.is_object() && value.contains("content")) content = &value["content"];
@@ -231,7 +232,7 @@ struct Tokenizer::Impl {
     const auto found = special.find(**spelling);
     if (found == special.end()) {
       fail("tokenizer_config.json names the {} '{}', which the tokenizer does not have", name,
-           **spelling);
+           excerpt(**spelling));
     }
     return found->second;
   }

@@ -197,6 +197,36 @@ TEST_F(WrongCheckpoint, TensorHasNoPlace) {
   }
 }
 
+TEST_F(WrongCheckpoint, QuotesForeignTextInPrintableForm) {
+  const std::string hostile = "\x1B[2J\n\xC2\x9B";
+  const std::string_view shown = R"(\x1b[2J\x0a\u{9b})";
+  for (const char* dtype : {"F32", "I32"}) {
+    CheckpointWriter writer;
+    writer.add(hostile, {1}, DType::kF32);
+    writer.tensor(hostile).dtype = dtype;
+    writer.write(dir_.path());
+    expect_wrong({shown, "no place"});
+  }
+  writer_.tensor("model.norm.weight").dtype = hostile;
+  writer_.write(dir_.path());
+  expect_wrong({"model.norm.weight", shown});
+  fs::remove(at("model.safetensors"));
+  const fs::path index = at("model.safetensors.index.json");
+  for (const json& shard : {json(3), json("../x"), json("../" + hostile), json(hostile)}) {
+    SCOPED_TRACE(shard.dump());
+    write_file(index, json{{"weight_map", {{hostile, shard}}}}.dump());
+    expect_wrong({shown});
+  }
+}
+
+TEST(Checkpoint, ItsNameIsPrintable) {
+  const TempDir dir;
+  const fs::path model = dir.path() / "a\x1B[2J\nb\xFF";
+  fs::create_directory(model);
+  CheckpointWriter().write(model);
+  EXPECT_EQ(Checkpoint::open(model).config().name, R"(a\x1b[2J\x0ab\xff)");
+}
+
 TEST_F(WrongCheckpoint, TensorHasAnotherShapeOrType) {
   const std::string name = "model.layers.1.mlp.up_proj.weight";
   for (const std::vector<int64_t>& shape :
@@ -262,7 +292,7 @@ TEST_F(WrongCheckpoint, IndexIsWrong) {
   }
   for (const std::string& name :
        {std::string("../x"), std::string("/etc/passwd"), std::string(".."), std::string(),
-        std::string("sub/x.safetensors"), std::string("a\0b", 3)}) {
+        std::string("sub/x.safetensors"), std::string("a\0b", 3), std::string(256, 'x')}) {
     SCOPED_TRACE(name);
     write_file(index, json{{"weight_map", {{"some.tensor", name}}}}.dump());
     expect_wrong({"model.safetensors.index.json", "some.tensor"});

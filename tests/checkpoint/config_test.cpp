@@ -114,6 +114,46 @@ TEST(Config, RejectsRopeThatIsNotSupported) {
   expect_error([&] { parse(config); }, {"dir/config.json", "high_freq_factor"});
 }
 
+TEST(Config, RejectsARotationOfPartOfTheHead) {
+  const json wrong_values = {0.5, 0, 2, -1.0, "1", true};
+  for (const json& value : wrong_values) {
+    for (const char* where : {"", "rope_parameters", "rope_scaling"}) {
+      SCOPED_TRACE(value.dump() + " in " + where);
+      json config = right_config(where == std::string_view("rope_scaling"));
+      (*where == '\0' ? config : config[where])["partial_rotary_factor"] = value;
+      expect_error([&] { parse(config); },
+                   {"dir/config.json", where, "partial_rotary_factor is " + value.dump()});
+    }
+  }
+  json config = right_config();
+  config["partial_rotary_factor"] = 1.0;
+  config["rope_parameters"]["partial_rotary_factor"] = 1;
+  EXPECT_NO_THROW(parse(config));
+}
+
+TEST(Config, RejectsTwoDifferentRotations) {
+  json config = right_config();
+  config["rope_scaling"] = {{"rope_type", "linear"}, {"factor", 2.0}};
+  expect_error([&] { parse(config); }, {"dir/config.json", "rope_parameters", "rope_scaling"});
+  config["rope_scaling"] = config["rope_parameters"];
+  EXPECT_NO_THROW(parse(config));
+  config["rope_scaling"] = nullptr;
+  EXPECT_NO_THROW(parse(config));
+}
+
+TEST(Config, QuotesForeignTextInPrintableForm) {
+  const std::string hostile = "\x1B[2J\n\xC2\x9B";
+  expect_wrong("model_type", hostile, R"(\x1b[2J\x0a\u{9b})");
+  expect_wrong("hidden_act", hostile, R"(\x1b[2J\x0a\u{9b})");
+  expect_wrong("architectures", json::array({hostile}), R"(\x1b[2J\x0a\u{9b})");
+  expect_wrong("rope_parameters", {{"rope_type", hostile}}, R"(\x1b[2J\x0a\u{9b})");
+  expect_wrong("vocab_size", hostile, R"("\u001b[2J\n\u009b")");
+  std::string text = right_config().dump();
+  text.insert(1, "\"a\\u001b\":1,\"a\\u001b\":2,");
+  expect_error([&] { parse_config(text, "dir/config.json"); }, {R"("a\x1b" stands twice)"});
+  expect_error([&] { parse_config("{\"a\":\"\xFF\"}", "dir/config.json"); }, {"UTF-8"});
+}
+
 TEST(Config, RejectsSizesThatAreMissingAbsurdOrNoNumbers) {
   for (const char* key : {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                           "num_attention_heads"}) {
@@ -162,9 +202,12 @@ TEST(Config, RejectsWrongNumbersAndTokenIds) {
     for (const json& value : wrong_values) expect_wrong(key, value, key);
   }
   for (const char* key : {"bos_token_id", "eos_token_id"}) {
-    const json wrong_values = {24, -2, 1.0, "1", UINT64_MAX, UINT64_MAX - 1, INT64_MAX};
+    const json wrong_values = {
+        24, -1, -2, 1.0, "1", UINT64_MAX, INT64_MAX, INT64_MIN, UINT64_MAX - 1, json::object()};
     for (const json& value : wrong_values) expect_wrong(key, value, key);
   }
+  expect_wrong("bos_token_id", json::array({1}), "bos_token_id");
+  expect_wrong("eos_token_id", {2, -1}, "eos_token_id");
   expect_wrong("eos_token_id", {2, 24}, "eos_token_id");
   expect_wrong("eos_token_id", json::array({json::array({2})}), "eos_token_id");
 }

@@ -146,6 +146,22 @@ TEST(Safetensors, RejectsEntriesThatAreNoTensors) {
   expect_wrong(json::array({1, 2}), 0, {"header", "not a JSON object"});
 }
 
+TEST(Safetensors, QuotesForeignTextInPrintableForm) {
+  const std::string name = "t\x1B[2J\n\xC2\x9B";
+  const char* shown = R"(tensor t\x1b[2J\x0a\u{9b})";
+  expect_wrong({{name, 3}}, 0, {shown});
+  expect_wrong({{name, entry("F32", {5}, 0, 16)}}, 16, {shown});
+  expect_wrong({{name, entry("F32", {4}, 4, 20)}}, 20, {shown, "hole"});
+  const json header = {{std::string(50000, 'x'), 3}};
+  const std::string bytes = safetensors_bytes(header, "");
+  try {
+    parse(bytes);
+    ADD_FAILURE() << "no error";
+  } catch (const Error& error) {
+    EXPECT_LT(std::string_view(error.what()).size(), 300U);
+  }
+}
+
 TEST(Safetensors, RejectsKeysThatStandTwice) {
   const std::string text =
       "{\"t\":" + entry("F32", {1}, 0, 4).dump() + ",\"t\":" + entry("F32", {1}, 4, 8).dump() + "}";

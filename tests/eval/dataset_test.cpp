@@ -39,6 +39,14 @@ TEST(CheckText, NamesFileLineAndByte) {
             "f.txt:1: byte 1 of the file (0xe4) starts a character that the file's end cuts");
 }
 
+TEST(CheckText, RefusesWhatIsNoText) {
+  EXPECT_EQ(text_error(" \n\t\r\n"), "f.txt: there is nothing but white space in the file");
+  EXPECT_EQ(text_error(std::string_view("ab\n\0", 4)),
+            "f.txt:2: byte 3 of the file is zero: it is not a text file");
+  EXPECT_EQ(text_error("\x93NUMPY"), "f.txt:1: byte 0 of the file (0x93) is not UTF-8");
+  EXPECT_EQ(text_error("a\n\xed\xa0\x80"), "f.txt:2: byte 2 of the file (0xed) is not UTF-8");
+}
+
 TEST(ParsePassages, LinesKeepTheirNumbers) {
   const auto passages = parse_passages(
       "f.jsonl", "{\"text\": \"one\", \"id\": 3}\n\n  {\"text\":\"t\\u00e9\\n\"}\r\n");
@@ -51,7 +59,7 @@ TEST(ParsePassages, LinesKeepTheirNumbers) {
 
 TEST(ParsePassages, SaysWhichLineIsWrongAndWhy) {
   EXPECT_EQ(passage_error(""), "f.jsonl: the file is empty");
-  EXPECT_EQ(passage_error("\n \n"), "f.jsonl: there is no passage in the file");
+  EXPECT_EQ(passage_error("\n \n"), "f.jsonl: there is nothing but white space in the file");
   EXPECT_EQ(passage_error("{\"text\": \"a\"}\nnot json\n"),
             "f.jsonl:2: not a JSON object like {\"text\": \"…\"}");
   EXPECT_EQ(passage_error("[\"text\"]"), "f.jsonl:1: not a JSON object like {\"text\": \"…\"}");

@@ -11,10 +11,10 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/utf8.h"
 #include "text/chat_template.h"
 #include "text/detokenizer.h"
 #include "text/tokenizer.h"
-#include "text/utf8.h"
 
 namespace {
 

@@ -4,7 +4,7 @@
 #include <sentencepiece_processor.h>
 
 #include "base/error.h"
-#include "text/utf8.h"
+#include "base/utf8.h"
 #include "text_test_data.h"
 
 namespace sagelm {

@@ -118,14 +118,41 @@ TEST(Tokenizer, ReadsItsConfiguration) {
 
 TEST(Tokenizer, RefusesBrokenConfigurations) {
   for (const char* config :
-       {"{", "[]", "\xFF", R"({"add_bos_token": 1})", R"({"bos_token": 5})",
-        R"({"bos_token": "<no such>"})", R"({"chat_template": 5})", R"({"chat_template": [5]})",
-        R"({"added_tokens_decoder": []})", R"({"added_tokens_decoder": {"x": {}}})",
+       {"{",
+        "[]",
+        "\xFF",
+        R"({"add_bos_token": 1})",
+        R"({"bos_token": 5})",
+        R"({"bos_token": "<no such>"})",
+        R"({"chat_template": 5})",
+        R"({"chat_template": [5]})",
+        R"({"added_tokens_decoder": []})",
+        R"({"added_tokens_decoder": {"x": {}}})",
         R"({"added_tokens_decoder": {"-1": {"content": "a"}}})",
+        R"({"added_tokens_decoder": {"-0": {"content": "a"}}})",
+        R"({"added_tokens_decoder": {"08": {"content": "a"}}})",
+        R"({"added_tokens_decoder": {" 8": {"content": "a"}}})",
+        R"({"added_tokens_decoder": {"8 ": {"content": "a"}}})",
+        R"({"added_tokens_decoder": {"8\u0000": {"content": "a"}}})",
+        R"({"added_tokens_decoder": {"": {"content": "a"}}})",
+        R"({"added_tokens_decoder": {"10000001": {"content": "a"}}})",
+        R"({"added_tokens_decoder": {}, "added_tokens_decoder": {}})",
         R"({"added_tokens_decoder": {"99999999999999999999": {"content": "a"}}})",
         R"({"added_tokens_decoder": {"9000": {"content": ""}}})"}) {
     EXPECT_NE(config_message(config).find("tokenizer_config.json"), std::string::npos) << config;
   }
+}
+
+TEST(Tokenizer, NamesWhatIsWrongInPrintableText) {
+  EXPECT_NE(
+      config_message(R"({"added_tokens_decoder": {"-1": {"content": "a"}}})").find("key \"-1\""),
+      std::string::npos);
+  EXPECT_NE(
+      config_message(R"({"eos_token": "\u001b[31m\n\u009b"})").find(R"('\x1b[31m\x0a\u{9b}')"),
+      std::string::npos);
+  EXPECT_LT(config_message(R"({"eos_token": ")" + std::string(100000, 'x') + "\"}").size(), 400U);
+  EXPECT_NE(config_message(R"({"a\u001b": 1, "a\u001b": 2})").find(R"("a\x1b")"),
+            std::string::npos);
 }
 
 TEST(Tokenizer, RefusesBrokenModels) {
@@ -153,6 +180,9 @@ TEST(Tokenizer, RefusesBrokenModels) {
   EXPECT_NE(load(piece("a", zero, 1)).find("unknown pieces"), std::string::npos);
   EXPECT_NE(load(unknown + piece("a", zero, 1) + piece("a", zero, 1)).find("twice"),
             std::string::npos);
+  EXPECT_NE(
+      load(unknown + piece("\x1B\n", zero, 1) + piece("\x1B\n", zero, 1)).find(R"('\x1b\x0a')"),
+      std::string::npos);
   EXPECT_NE(load(unknown + piece("a", "\x7F\x7F\xC0\x7F", 1)).find("NaN"), std::string::npos);
   EXPECT_NE(load(unknown + piece("a", zero, 9)).find("type"), std::string::npos);
   EXPECT_NE(load(unknown + piece("\xFF", zero, 1)).find("UTF-8"), std::string::npos);
@@ -182,14 +212,6 @@ TEST(Utf8, StripsWhatPythonStrips) {
   EXPECT_EQ(strip("\xE2\x80\x8B"), "\xE2\x80\x8B");
   EXPECT_EQ(strip(" \n"), "");
   EXPECT_EQ(strip("\x85"), "\x85");
-}
-
-TEST(Utf8, KnowsCharactersFromFragments) {
-  EXPECT_TRUE(is_valid_utf8("a\xC3\xA9\xE2\x82\xAC\xF4\x8F\xBF\xBF"));
-  for (const char* text : {"\xC3", "\x80", "\xC0\x80", "\xE0\x80\x80", "\xED\xA0\x80",
-                           "\xF4\x90\x80\x80", "\xF8\x80", "\xE2\x82"}) {
-    EXPECT_FALSE(is_valid_utf8(text));
-  }
 }
 
 }  // namespace

@@ -1,6 +1,9 @@
 #include "backend/cpu/attention.h"
 
 #include <omp.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -270,8 +273,10 @@ void run_units(const KernelTable& kernels, const Plan& plan, Scratch& scratch) {
 
 bool cpu_has_avx2() {
 #if defined(__x86_64__)
+  // F16C from its CPUID bit: clang's __builtin_cpu_supports does not know the name.
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 &&
-         __builtin_cpu_supports("f16c") != 0;
+         __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 #else
   return false;
 #endif

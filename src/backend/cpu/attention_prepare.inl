@@ -96,14 +96,13 @@ inline void transpose_four(const char* src, int64_t src_stride, char* dst, int64
   // {a0 b0 a1 b1}, {a2 b2 a3 b3} of every lane, then pairs of pairs.
   const V low = lane + within / 2 + (within & 1) * kWords;
   const V pair_low = lane + (within & 1) + within / 2 * kWords;
-  const V ab_low = __builtin_shuffle(a, b, low);
-  const V ab_high = __builtin_shuffle(a, b, low + 2);
-  const V cd_low = __builtin_shuffle(c, d, low);
-  const V cd_high = __builtin_shuffle(c, d, low + 2);
-  const V columns[4] = {__builtin_shuffle(ab_low, cd_low, pair_low),
-                        __builtin_shuffle(ab_low, cd_low, pair_low + 2),
-                        __builtin_shuffle(ab_high, cd_high, pair_low),
-                        __builtin_shuffle(ab_high, cd_high, pair_low + 2)};
+  const V ab_low = shuffle(a, b, low);
+  const V ab_high = shuffle(a, b, low + 2);
+  const V cd_low = shuffle(c, d, low);
+  const V cd_high = shuffle(c, d, low + 2);
+  const V columns[4] = {shuffle(ab_low, cd_low, pair_low), shuffle(ab_low, cd_low, pair_low + 2),
+                        shuffle(ab_high, cd_high, pair_low),
+                        shuffle(ab_high, cd_high, pair_low + 2)};
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
 #pragma GCC unroll 4

@@ -50,9 +50,24 @@ inline VecI lane_ids() {
 inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
 inline VecI max(VecI a, VecI b) { return a > b ? a : b; }
 
+// Lane i is lane mask[i] of a and b side by side.
+template <typename V, typename M>
+[[gnu::always_inline]] inline V shuffle(V a, V b, M mask) {
+#if defined(__clang__)  // has no shuffle by a vector
+  constexpr int kCount = sizeof(M) / sizeof(mask[0]);
+  V result;
+  for (int i = 0; i < kCount; ++i) {
+    result[i] = mask[i] < kCount ? a[mask[i]] : b[mask[i] - kCount];
+  }
+  return result;
+#else
+  return __builtin_shuffle(a, b, mask);
+#endif
+}
+
 template <typename V>
 inline V swap_halves(V v, int distance) {
-  return __builtin_shuffle(v, lane_ids() ^ distance);
+  return shuffle(v, v, lane_ids() ^ distance);
 }
 
 template <typename V>

@@ -59,6 +59,8 @@ std::vector<float> to_floats(const TensorView& tensor) {
   return out;
 }
 
+float* floats(const Matrix& matrix) { return static_cast<float*>(matrix.data); }
+
 class CpuBackend : public Backend {
  public:
   explicit CpuBackend(int threads) {
@@ -76,6 +78,10 @@ class CpuBackend : public Backend {
     for (const auto& buffer : scratch_)
       bytes += static_cast<int64_t>(buffer.size() * sizeof(float));
     return bytes;
+  }
+
+  DType product_type(DType stored) const override {
+    return stored == DType::kBF16 && linear_.uses_bf16() ? DType::kBF16 : DType::kF32;
   }
 
   WeightHandle add_linear(std::span<const TensorView> stacked) override {
@@ -101,19 +107,23 @@ class CpuBackend : public Backend {
     return std::make_unique<CpuKv>(layout);
   }
 
-  Matrix scratch(int slot, int64_t rows, int64_t cols) override {
+  Matrix scratch(int slot, int64_t rows, int64_t cols, Holds /*holds*/) override {
     const auto index = static_cast<size_t>(slot);
     if (index >= scratch_.size()) scratch_.resize(index + 1);
     const auto needed = static_cast<size_t>((rows + cpu::kRowPadding) * cols);
     if (scratch_[index].size() < needed) scratch_[index].resize(needed);
-    return {scratch_[index].data(), rows, cols};
+    return {scratch_[index].data(), DType::kF32, rows, cols};
   }
 
-  void embed(WeightHandle table, std::span<const int32_t> tokens, Matrix out) override {
+  size_t element_size(Holds /*holds*/) const override { return sizeof(float); }
+  void check_attention(const AttentionShape& /*shape*/) const override {}  // every variant is here
+  void begin(const Batch& /*batch*/) override {}
+
+  void embed(WeightHandle table, const Batch& batch, Matrix out) override {
     const Embedding& embedding = embeddings_[static_cast<size_t>(table.index)];
     const size_t row_bytes = dtype_size(embedding.dtype) * static_cast<size_t>(out.cols);
     for (int64_t row = 0; row < out.rows; ++row) {
-      const int32_t token = tokens[static_cast<size_t>(row)];
+      const int32_t token = batch.tokens[static_cast<size_t>(row)];
       if (token < 0 || token >= embedding.rows) {
         fail("token id {} is outside the model's vocabulary of {}", token, embedding.rows);
       }
@@ -123,35 +133,36 @@ class CpuBackend : public Backend {
       view.data = embedding.bytes.data() + static_cast<size_t>(token) * row_bytes;
       view.bytes = row_bytes;
       const std::vector<float> values = to_floats(view);
-      std::copy(values.begin(), values.end(), out.data + row * out.cols);
+      std::copy(values.begin(), values.end(), floats(out) + row * out.cols);
     }
   }
 
   void rmsnorm(Matrix x, WeightHandle weight, double eps, Matrix out) override {
     const float* scale = vectors_[static_cast<size_t>(weight.index)].data();
     for_rows(x.rows, [&](int64_t row) {
-      cpu::ops().rmsnorm(x.data + row * x.cols, scale, x.cols, eps, out.data + row * x.cols);
+      cpu::ops().rmsnorm(floats(x) + row * x.cols, scale, x.cols, eps, floats(out) + row * x.cols);
     });
   }
 
   void linear(Matrix x, WeightHandle weight, Matrix out) override {
-    linear_.run(x.data, x.rows, linears_[static_cast<size_t>(weight.index)], out.data, false);
+    linear_.run(floats(x), x.rows, linears_[static_cast<size_t>(weight.index)], floats(out), false);
   }
 
   void linear_add(Matrix x, WeightHandle weight, Matrix out) override {
-    linear_.run(x.data, x.rows, linears_[static_cast<size_t>(weight.index)], out.data, true);
+    linear_.run(floats(x), x.rows, linears_[static_cast<size_t>(weight.index)], floats(out), true);
   }
 
   void swiglu(Matrix gate_up, Matrix out) override {
     for_rows(out.rows, [&](int64_t row) {
-      const float* gate = gate_up.data + row * gate_up.cols;
-      cpu::ops().swiglu(gate, gate + out.cols, out.cols, out.data + row * out.cols);
+      const float* gate = floats(gate_up) + row * gate_up.cols;
+      cpu::ops().swiglu(gate, gate + out.cols, out.cols, floats(out) + row * out.cols);
     });
   }
 
   void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) override {
     for (size_t i = 0; i < rows.size(); ++i) {
-      std::copy_n(x.data + rows[i] * x.cols, x.cols, out.data + static_cast<int64_t>(i) * x.cols);
+      std::copy_n(floats(x) + rows[i] * x.cols, x.cols,
+                  floats(out) + static_cast<int64_t>(i) * x.cols);
     }
   }
 
@@ -167,7 +178,7 @@ class CpuBackend : public Backend {
       for_rows(sequence.q_len, [&](int64_t i) {
         const int64_t position = sequence.q_start() + i;
         const float* cosine = rotations_.data() + position * dim;
-        float* row = qkv.data + (sequence.first_row + i) * qkv.cols;
+        float* row = floats(qkv) + (sequence.first_row + i) * qkv.cols;
         for (int64_t head = 0; head < num_rotated; ++head) {
           cpu::ops().rope(row + head * dim, cosine, cosine + half, half);
         }
@@ -203,9 +214,9 @@ class CpuBackend : public Backend {
         value_pages.push_back(cache.values.get() + at);
       }
       cpu::AttentionArgs args;
-      args.q = qkv.data + sequence.first_row * qkv.cols;
+      args.q = floats(qkv) + sequence.first_row * qkv.cols;
       args.q_row_stride = qkv.cols;
-      args.out = out.data + sequence.first_row * out.cols;
+      args.out = floats(out) + sequence.first_row * out.cols;
       args.out_row_stride = out.cols;
       args.kv.k_pages = std::span(key_pages).subspan(first);
       args.kv.v_pages = std::span(value_pages).subspan(first);
@@ -224,17 +235,17 @@ class CpuBackend : public Backend {
 
   void read_logits(Matrix logits, std::span<float> out) override {
     for (int64_t row = 0; row < logits.rows; ++row) {
-      if (!cpu::ops().all_finite(logits.data + row * logits.cols, logits.cols)) {
+      if (!cpu::ops().all_finite(floats(logits) + row * logits.cols, logits.cols)) {
         fail("the logits of row {} hold NaN or Inf", row);
       }
     }
-    std::copy_n(logits.data, logits.rows * logits.cols, out.begin());
+    std::copy_n(floats(logits), logits.rows * logits.cols, out.begin());
   }
 
   void score(Matrix logits, std::span<const int32_t> targets, std::span<TokenScore> out) override {
     std::atomic<int64_t> bad_row = -1;
     for_rows(logits.rows, [&](int64_t row) {
-      const float* x = logits.data + row * logits.cols;
+      const float* x = floats(logits) + row * logits.cols;
       int64_t argmax = 0;
       const double total = cpu::ops().log_sum_exp(x, logits.cols, &argmax);
       if (std::isnan(total)) bad_row = row;
@@ -245,7 +256,7 @@ class CpuBackend : public Backend {
     if (bad_row >= 0) fail("the logits of row {} hold NaN or Inf", bad_row.load());
   }
 
-  bool all_finite(Matrix x) override { return cpu::ops().all_finite(x.data, x.rows * x.cols); }
+  bool all_finite(Matrix x) override { return cpu::ops().all_finite(floats(x), x.rows * x.cols); }
 
  private:
   struct Embedding {

@@ -1,5 +1,5 @@
-// The instructions behind the sm_80 kernels, one thin function each (PTX ISA: ldmatrix, mma,
-// cp.async), and where a 16-byte chunk of a tile lies in shared memory.
+// The instructions that every kernel shares, sm_80 and later, one thin function each (PTX ISA:
+// ldmatrix, mma, cp.async), and where a 16-byte chunk of a tile lies in shared memory.
 //
 // With lane = 4g + c, a 16 x 8 accumulator d holds d[0], d[1] = row g, columns 2c, 2c + 1 and
 // d[2], d[3] = row g + 8, same columns. Every product consumes 32 bytes of a row of A and of a
@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-namespace sagelm::kernels::mma {
+namespace sagelm::kernels::ptx {
 
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -72,8 +72,8 @@ __device__ __forceinline__ void multiply_half(float (&d)[4], const uint32_t (&a)
 }
 
 // The same with an FP16 accumulator: d[0] row g, d[1] row g + 8, two columns each.
-__device__ __forceinline__ void multiply_half(uint32_t (&d)[2], const uint32_t (&a)[4],
-                                              uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void multiply_half(uint32_t (&d)[2], const uint32_t (&a)[4], uint32_t b0,
+                                              uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 "
       "{%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%0, %1};"
       : "+r"(d[0]), "+r"(d[1])
@@ -120,6 +120,9 @@ __device__ __forceinline__ uint32_t to_e4m3(float low, float high) {
   return 0;
 #endif
 }
+__device__ __forceinline__ uint32_t to_e4m3(float a, float b, float c, float d) {
+  return to_e4m3(a, b) | (to_e4m3(c, d) << 16);
+}
 
 template <bool kBf16>
 __device__ __forceinline__ uint32_t to_halves(float low, float high) {
@@ -137,6 +140,13 @@ __device__ __forceinline__ float2 from_halves(uint32_t pair, bool bf16) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
+// threadIdx.x, such that nothing computed from it is kept in registers through the loop over tiles.
+__device__ __forceinline__ int thread_not_kept() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // 2^x; denormals are zero.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -144,4 +154,4 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-}  // namespace sagelm::kernels::mma
+}  // namespace sagelm::kernels::ptx

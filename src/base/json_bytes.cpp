@@ -1,4 +1,4 @@
-#include "checkpoint/json_bytes.h"
+#include "base/json_bytes.h"
 
 #include <set>
 #include <string>
@@ -18,7 +18,7 @@ nlohmann::json parse_json_object(std::string_view text, std::string_view where) 
     if (event == json::parse_event_t::object_end) keys.pop_back();
     if (event == json::parse_event_t::key &&
         !keys.back().insert(parsed.get_ref<const std::string&>()).second) {
-      fail("{}: key \"{}\" stands twice", where, parsed.get_ref<const std::string&>());
+      fail("{}: key \"{}\" stands twice", where, excerpt(parsed.get_ref<const std::string&>()));
     }
     return true;
   };
@@ -27,7 +27,7 @@ nlohmann::json parse_json_object(std::string_view text, std::string_view where) 
     if (!parsed.is_object()) fail("{}: not a JSON object", where);
     return parsed;
   } catch (const json::exception& error) {
-    fail("{}: not valid JSON ({})", where, error.what());
+    fail("{}: not valid JSON ({})", where, excerpt(error.what(), 300));
   }
 }
 

@@ -1,0 +1,38 @@
+// Products of a weight matrix with a few rows of activations (decode): bound by reading the
+// weights once.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/ops/element.h"
+
+namespace sagelm::kernels {
+
+// The most rows that one pass over the weights serves.
+inline constexpr int64_t kGemvRows = 8;
+
+enum class GemvOutput : uint8_t {
+  kHalf,    // out [rows, n] of the weights' type = x W^T
+  kFloat,   // out [rows, n] float32 = x W^T
+  kAdd,     // out [rows, n] float32 += x W^T
+  kSwiglu,  // out [rows, n] of the weights' type = silu(x G^T) * (x U^T), W = [G; U] [2n, k]
+};
+
+struct Gemv {
+  Element type = Element::kF16;  // of x and the weights (16 bits)
+  const void* x = nullptr;       // [rows, k]
+  const void* weight = nullptr;  // [n, k] (kSwiglu: [2n, k])
+  void* out = nullptr;
+  int64_t rows = 0;  // 1 to kGemvRows
+  int64_t n = 0;
+  int64_t k = 0;
+  GemvOutput output = GemvOutput::kHalf;
+};
+
+// Products in float32, summed in an order that depends on n and k alone: a row's result is the same
+// whatever rows are beside it. All starts on 16-byte boundaries; fast if k is a multiple of 8.
+cudaError_t gemv(const Gemv& args, cudaStream_t stream);
+
+}  // namespace sagelm::kernels

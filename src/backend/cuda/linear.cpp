@@ -1,0 +1,214 @@
+#include "backend/cuda/linear.h"
+
+#include <algorithm>
+#include <array>
+#include <span>
+
+#include "backend/cuda/check.h"
+#include "backend/cuda/element.h"
+#include "kernels/ops/gemv.h"
+#include "kernels/ops/score.h"
+
+namespace sagelm::cuda {
+namespace {
+
+// What NVIDIA recommends for Hopper.
+constexpr size_t kWorkspaceBytes = size_t{32} << 20;
+constexpr int kCandidates = 8;
+constexpr int kTimedRuns = 3;
+
+cudaDataType_t data_type(DType type) {
+  switch (type) {
+    case DType::kF32:
+      return CUDA_R_32F;
+    case DType::kF16:
+      return CUDA_R_16F;
+    case DType::kBF16:
+      return CUDA_R_16BF;
+  }
+  return CUDA_R_32F;
+}
+
+// Row counts that share an algorithm, by the largest of them.
+int64_t rounded_rows(int64_t rows) {
+  const int64_t step = rows <= 64 ? 16 : rows <= 256 ? 64 : rows <= 1024 ? 256 : 1024;
+  return (rows + step - 1) / step * step;
+}
+
+}  // namespace
+
+LinearEngine::LinearEngine(cudaStream_t stream)
+    : stream_(stream), workspace_(kWorkspaceBytes, "the workspace of matrix products") {
+  cublasLtHandle_t handle = nullptr;
+  check(cublasLtCreate(&handle), "starting");
+  handle_ = Owner<cublasLtHandle_t, cublasLtDestroy>(handle);
+  cublasLtMatmulPreference_t preference = nullptr;
+  check(cublasLtMatmulPreferenceCreate(&preference), "starting");
+  preference_ = Owner<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy>(preference);
+  check(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                             &kWorkspaceBytes, sizeof kWorkspaceBytes),
+        "starting");
+  // cuBLAS counts columns first: its result is out^T = W x^T, [out_features, rows].
+  const cublasOperation_t transposed = CUBLAS_OP_T;
+  check(cublasLtMatmulDescInit(&operation_, CUBLAS_COMPUTE_32F, CUDA_R_32F), "starting");
+  check(cublasLtMatmulDescSetAttribute(&operation_, CUBLASLT_MATMUL_DESC_TRANSA, &transposed,
+                                       sizeof transposed),
+        "starting");
+}
+
+void LinearEngine::run(const Product& product) {
+  if (product.rows == 0) return;
+  if (product.rows <= kernels::kGemvRows) {
+    run_few_rows(product);
+    return;
+  }
+  const Plan& chosen = plan(product);
+  if (!chosen.usable) {
+    run_few_rows(product);
+    return;
+  }
+  check(execute(product, chosen.shape, chosen.algorithm, product.out), "a matrix product");
+}
+
+// Passes over the weights, each for as many rows as the kernel takes.
+void LinearEngine::run_few_rows(const Product& product) {
+  kernels::Gemv args;
+  args.type = element(product.type);
+  args.weight = product.weight;
+  args.n = product.out_features;
+  args.k = product.in_features;
+  args.output = product.accumulate                ? kernels::GemvOutput::kAdd
+                : product.out_type == DType::kF32 ? kernels::GemvOutput::kFloat
+                                                  : kernels::GemvOutput::kHalf;
+  const auto x_bytes = static_cast<int64_t>(dtype_size(product.type)) * product.in_features;
+  const auto out_bytes = static_cast<int64_t>(dtype_size(product.out_type)) * product.out_features;
+  for (int64_t row = 0; row < product.rows; row += kernels::kGemvRows) {
+    args.rows = std::min(kernels::kGemvRows, product.rows - row);
+    args.x = static_cast<const std::byte*>(product.x) + row * x_bytes;
+    args.out = static_cast<std::byte*>(product.out) + row * out_bytes;
+    check(kernels::gemv(args, stream_), "a matrix-vector product");
+  }
+}
+
+LinearEngine::Shape LinearEngine::layouts(const Product& product) {
+  const auto in = static_cast<uint64_t>(product.in_features);
+  const auto out = static_cast<uint64_t>(product.out_features);
+  const auto rows = static_cast<uint64_t>(product.rows);
+  Shape shape;
+  check(cublasLtMatrixLayoutInit(&shape.weight, data_type(product.type), in, out,
+                                 product.in_features),
+        "a matrix product");
+  check(cublasLtMatrixLayoutInit(&shape.x, data_type(product.type), in, rows, product.in_features),
+        "a matrix product");
+  check(cublasLtMatrixLayoutInit(&shape.out, data_type(product.out_type), out, rows,
+                                 product.out_features),
+        "a matrix product");
+  return shape;
+}
+
+cublasStatus_t LinearEngine::execute(const Product& product, const Shape& shape,
+                                     const cublasLtMatmulAlgo_t& algorithm, void* out) {
+  const float one = 1, before = product.accumulate ? 1 : 0;
+  auto operation = operation_;
+  auto layout = shape;
+  return cublasLtMatmul(handle_.get(), &operation, &one, product.weight, &layout.weight, product.x,
+                        &layout.x, &before, product.out, &layout.out, out, &layout.out, &algorithm,
+                        workspace_.get(), workspace_.bytes(), stream_);
+}
+
+const LinearEngine::Plan& LinearEngine::plan(const Product& product) {
+  const auto key = [&product](int64_t rows) {
+    return Key{rows,         product.in_features, product.out_features,
+               product.type, product.out_type,    product.accumulate};
+  };
+  if (const auto found = plans_.find(key(product.rows)); found != plans_.end()) {
+    return found->second;
+  }
+  const Key rounded = key(rounded_rows(product.rows));
+  auto chosen = chosen_.find(rounded);
+  if (chosen == chosen_.end()) chosen = chosen_.emplace(rounded, choose(product)).first;
+  Plan plan = chosen->second;
+  plan.shape = layouts(product);
+  cublasLtMatmulHeuristicResult_t result = {};
+  if (plan.usable &&
+      cublasLtMatmulAlgoCheck(handle_.get(), &operation_, &plan.shape.weight, &plan.shape.x,
+                              &plan.shape.out, &plan.shape.out, &plan.algorithm,
+                              &result) == CUBLAS_STATUS_SUCCESS &&
+      result.workspaceSize <= workspace_.bytes()) {
+    return plans_.emplace(key(product.rows), plan).first->second;
+  }
+  // What suits its neighbours does not take this very count.
+  int found = 0;
+  plan.usable =
+      cublasLtMatmulAlgoGetHeuristic(handle_.get(), &operation_, &plan.shape.weight, &plan.shape.x,
+                                     &plan.shape.out, &plan.shape.out, preference_.get(), 1,
+                                     &result, &found) == CUBLAS_STATUS_SUCCESS &&
+      found > 0 && result.state == CUBLAS_STATUS_SUCCESS;
+  plan.algorithm = result.algo;
+  return plans_.emplace(key(product.rows), plan).first->second;
+}
+
+LinearEngine::Plan LinearEngine::choose(const Product& product) {
+  // cuBLASLt is asked about the rounded count, so that its answer doesn't depend on which count of
+  // those that share it came first.
+  Product typical = product;
+  typical.rows = rounded_rows(product.rows);
+  Shape shape = layouts(typical);
+  std::array<cublasLtMatmulHeuristicResult_t, kCandidates> results = {};
+  int found = 0;
+  Plan plan = {};
+  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+      handle_.get(), &operation_, &shape.weight, &shape.x, &shape.out, &shape.out,
+      preference_.get(), kCandidates, results.data(), &found);
+  if (status != CUBLAS_STATUS_SUCCESS) return plan;
+
+  // The results go elsewhere; without room for them the recommended algorithm has to do.
+  const auto bytes =
+      static_cast<size_t>(product.rows * product.out_features) * dtype_size(product.out_type);
+  const DeviceBuffer expected = DeviceBuffer::if_room(bytes);
+  const DeviceBuffer actual = DeviceBuffer::if_room(bytes);
+  const DeviceBuffer flag = DeviceBuffer::if_room(sizeof(int32_t));
+  const bool has_room = expected.bytes() != 0 && actual.bytes() != 0 && flag.bytes() != 0;
+  const Event begin = make_timing_event(), end = make_timing_event();
+  shape = layouts(product);
+  float best = 0;
+  for (const auto& candidate : std::span(results).first(static_cast<size_t>(found))) {
+    if (candidate.state != CUBLAS_STATUS_SUCCESS) continue;
+    if (!has_room) {
+      plan.algorithm = candidate.algo;
+      plan.usable = true;
+      return plan;
+    }
+    void* out = plan.usable ? actual.get() : expected.get();
+    if (execute(product, shape, candidate.algo, out) != CUBLAS_STATUS_SUCCESS) continue;
+    if (plan.usable && differ(expected, actual, flag)) continue;
+    // The first run keeps the GPU busy while the timed ones are enqueued.
+    check(execute(product, shape, candidate.algo, out), "measuring a product");
+    check(cudaEventRecord(begin.get(), stream_), "measuring a product");
+    for (int run = 0; run < kTimedRuns; ++run) {
+      check(execute(product, shape, candidate.algo, out), "measuring a product");
+    }
+    check(cudaEventRecord(end.get(), stream_), "measuring a product");
+    const float time = milliseconds(begin.get(), end.get());
+    if (!plan.usable || time < best) {
+      best = time;
+      plan.algorithm = candidate.algo;
+    }
+    plan.usable = true;
+  }
+  return plan;
+}
+
+bool LinearEngine::differ(const DeviceBuffer& a, const DeviceBuffer& b, const DeviceBuffer& flag) {
+  int32_t result = 0;
+  check(kernels::find_difference(a.get<uint32_t>(), b.get<uint32_t>(),
+                                 static_cast<int64_t>(a.bytes() / sizeof(uint32_t)),
+                                 flag.get<int32_t>(), stream_),
+        "comparing products");
+  check(cudaMemcpyAsync(&result, flag.get(), sizeof result, cudaMemcpyDeviceToHost, stream_),
+        "comparing products");
+  check(cudaStreamSynchronize(stream_), "comparing products");
+  return result != 0;
+}
+
+}  // namespace sagelm::cuda

@@ -1,0 +1,66 @@
+// Matrix products of the CUDA backend: cuBLASLt for many rows, our own kernel for few
+// (kernels/ops/gemv.h), which reads weights faster.
+#pragma once
+
+#include <cublasLt.h>
+
+#include <cstdint>
+#include <map>
+#include <tuple>
+
+#include "backend/cuda/memory.h"
+#include "base/dtype.h"
+
+namespace sagelm::cuda {
+
+struct Product {
+  const void* x = nullptr;       // [rows, in_features] of `type`
+  const void* weight = nullptr;  // [out_features, in_features] of `type`
+  void* out = nullptr;           // [rows, out_features] of out_type
+  int64_t rows = 0;
+  int64_t in_features = 0;
+  int64_t out_features = 0;
+  DType type = DType::kF16;      // F16 or BF16
+  DType out_type = DType::kF16;  // the same or F32
+  bool accumulate = false;       // out += x W^T instead of out = x W^T; F32 only
+};
+
+class LinearEngine {
+ public:
+  explicit LinearEngine(cudaStream_t stream);
+
+  // Accumulates in float32. The first product of a shape measures which of cuBLASLt's algorithms is
+  // fastest among those whose result equals, bit by bit, that of the one it recommends, so that
+  // results don't depend on timing.
+  void run(const Product& product);
+
+  int64_t memory_bytes() const { return static_cast<int64_t>(workspace_.bytes()); }
+
+ private:
+  using Key = std::tuple<int64_t, int64_t, int64_t, DType, DType, bool>;
+  struct Shape {
+    cublasLtMatrixLayoutOpaque_t weight, x, out;
+  };
+  struct Plan {
+    bool usable = false;  // false: cuBLASLt has nothing for this shape
+    Shape shape;
+    cublasLtMatmulAlgo_t algorithm;
+  };
+  static Shape layouts(const Product& product);
+  const Plan& plan(const Product& product);
+  Plan choose(const Product& product);
+  cublasStatus_t execute(const Product& product, const Shape& shape,
+                         const cublasLtMatmulAlgo_t& algorithm, void* out);
+  bool differ(const DeviceBuffer& a, const DeviceBuffer& b, const DeviceBuffer& flag);
+  void run_few_rows(const Product& product);
+
+  cudaStream_t stream_;
+  Owner<cublasLtHandle_t, cublasLtDestroy> handle_;
+  Owner<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy> preference_;
+  cublasLtMatmulDescOpaque_t operation_;
+  DeviceBuffer workspace_;
+  std::map<Key, Plan> chosen_;  // by rows rounded up
+  std::map<Key, Plan> plans_;   // by rows
+};
+
+}  // namespace sagelm::cuda

@@ -1,0 +1,78 @@
+#include "backend/cuda/step_inputs.h"
+
+#include <algorithm>
+
+#include "backend/backend.h"
+#include "base/error.h"
+
+namespace sagelm::cuda {
+
+StepInputs send_step_inputs(const Batch& batch, DeviceIntegers& buffer, cudaStream_t stream) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  StepInputs inputs;
+  int64_t rows = 0, max_q_len = 0, max_kv_len = 0, stride = 1;
+  for (const SequenceChunk& sequence : batch.sequences) {
+    const int64_t pages = (sequence.kv_len + kPageTokens - 1) / kPageTokens;
+    if (sequence.first_row != rows || sequence.q_len < 0 || sequence.q_start() < 0 ||
+        pages > static_cast<int64_t>(sequence.pages.size()) || sequence.kv_len > kMost) {
+      fail("the batch's sequences do not fit its rows");
+    }
+    rows += sequence.q_len;
+    max_q_len = std::max(max_q_len, sequence.q_len);
+    max_kv_len = std::max(max_kv_len, sequence.kv_len);
+    stride = std::max(stride, pages);
+  }
+  const auto count = static_cast<int64_t>(batch.sequences.size());
+  if (rows != batch.rows() || rows > kMost || count * stride > kMost) {
+    fail("the batch's sequences do not fit its rows");
+  }
+  inputs.rows = static_cast<int32_t>(rows);
+  inputs.num_sequences = static_cast<int32_t>(count);
+  inputs.max_q_len = static_cast<int32_t>(max_q_len);
+  inputs.max_kv_len = static_cast<int32_t>(max_kv_len);
+  inputs.page_table_stride = static_cast<int32_t>(stride);
+
+  const auto total = static_cast<size_t>(3 * rows + 2 * count + 1 + count * stride);
+  const std::span<int32_t> host = buffer.prepare(total);
+  size_t used = 0;
+  const auto take = [&](int64_t size) {
+    const std::span<int32_t> part = host.subspan(used, static_cast<size_t>(size));
+    used += part.size();
+    return part;
+  };
+  const std::span<int32_t> tokens = take(rows), positions = take(rows), slots = take(rows),
+                           cu_q_lens = take(count + 1), kv_lens = take(count),
+                           page_table = take(count * stride);
+  std::copy(batch.tokens.begin(), batch.tokens.end(), tokens.begin());
+  std::fill(page_table.begin(), page_table.end(), 0);
+  for (size_t i = 0; i < batch.sequences.size(); ++i) {
+    const SequenceChunk& sequence = batch.sequences[i];
+    const auto pages = static_cast<size_t>((sequence.kv_len + kPageTokens - 1) / kPageTokens);
+    cu_q_lens[i] = static_cast<int32_t>(sequence.first_row);
+    kv_lens[i] = static_cast<int32_t>(sequence.kv_len);
+    std::copy_n(sequence.pages.begin(), pages,
+                page_table.begin() + static_cast<int64_t>(i) * stride);
+    for (int64_t j = 0; j < sequence.q_len; ++j) {
+      const auto row = static_cast<size_t>(sequence.first_row + j);
+      const int64_t position = sequence.q_start() + j;
+      const int64_t page = sequence.pages[static_cast<size_t>(position / kPageTokens)];
+      positions[row] = static_cast<int32_t>(position);
+      slots[row] = static_cast<int32_t>(page * kPageTokens + position % kPageTokens);
+    }
+  }
+  cu_q_lens.back() = static_cast<int32_t>(rows);
+
+  const int32_t* device = buffer.send(stream);
+  const auto on_device = [&](std::span<int32_t> part) {
+    return device + (part.data() - host.data());
+  };
+  inputs.tokens = on_device(tokens);
+  inputs.positions = on_device(positions);
+  inputs.slots = on_device(slots);
+  inputs.cu_q_lens = on_device(cu_q_lens);
+  inputs.kv_lens = on_device(kv_lens);
+  inputs.page_table = on_device(page_table);
+  return inputs;
+}
+
+}  // namespace sagelm::cuda

@@ -1,0 +1,32 @@
+// What kernels need to know of a batch, on the GPU: sent once per step.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "backend/batch.h"
+#include "backend/cuda/memory.h"
+
+namespace sagelm::cuda {
+
+struct StepInputs {
+  int32_t rows = 0;
+  int32_t num_sequences = 0;
+  int32_t max_q_len = 0;
+  int32_t max_kv_len = 0;
+  int32_t page_table_stride = 0;
+  // Device arrays.
+  const int32_t* tokens = nullptr;      // [rows]
+  const int32_t* positions = nullptr;   // [rows], in the row's sequence
+  const int32_t* slots = nullptr;       // [rows], page * kPageTokens + place in the page
+  const int32_t* cu_q_lens = nullptr;   // [num_sequences + 1], first row of each sequence
+  const int32_t* kv_lens = nullptr;     // [num_sequences]
+  const int32_t* page_table = nullptr;  // [num_sequences, page_table_stride]
+};
+
+// buffer holds the arrays. Throws Error if the batch's rows are not those of its sequences in
+// order.
+StepInputs send_step_inputs(const Batch& batch, DeviceIntegers& buffer, cudaStream_t stream);
+
+}  // namespace sagelm::cuda

@@ -1,0 +1,183 @@
+// Model::score_choices: contexts that begin alike share the pages of that beginning.
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "base/error.h"
+#include "engine/engine_impl.h"
+#include "sagelm/sagelm.hpp"
+
+namespace sagelm {
+namespace {
+
+// Pages of a batch: as many as its tokens would need if each sequence left 3/4 of a page unused.
+constexpr int64_t kPagesFactor = 4;
+
+// One sequence to run after the shared pages, and the choices that it scores: all of an input's
+// that have one token, or one longer choice.
+struct Run {
+  size_t input = 0;
+  std::vector<size_t> choices = {};
+  std::vector<int32_t> tokens = {};  // a choice's last token is predicted, never run
+  int64_t first_scored = 0;          // tokens of the context
+  int32_t next_token = 0;            // the last token of a choice: asks for the last row's logits
+  bool ends_input = false;           // no later run is about this input
+};
+
+int64_t size_of(const Run& run) { return static_cast<int64_t>(run.tokens.size()); }
+
+// The runs of one input; suffix is what of the prefix is not on shared pages.
+void append_runs(std::span<const int32_t> suffix, size_t index, const Model::ChoiceInput& input,
+                 std::vector<Run>& runs) {
+  std::vector<int32_t> context(suffix.begin(), suffix.end());
+  context.insert(context.end(), input.context.begin(), input.context.end());
+  const auto length = static_cast<int64_t>(context.size());
+  Run last_row{.input = index, .tokens = context, .first_scored = length};
+  for (size_t c = 0; c < input.choices.size(); ++c) {
+    const std::vector<int32_t>& choice = input.choices[c];
+    if (choice.size() == 1) {
+      last_row.choices.push_back(c);
+      last_row.next_token = choice.back();
+      continue;
+    }
+    Run run{.input = index,
+            .choices = {c},
+            .tokens = context,
+            .first_scored = length,
+            .next_token = choice.back()};
+    run.tokens.insert(run.tokens.end(), choice.begin(), choice.end() - 1);
+    runs.push_back(std::move(run));
+  }
+  if (!last_row.choices.empty()) runs.push_back(std::move(last_row));
+  runs.back().ends_input = true;
+}
+
+// Log of the sum of exp of a row of finite logits.
+double log_sum_exp(std::span<const float> row) {
+  const double largest = *std::max_element(row.begin(), row.end());
+  double sum = 0;
+  for (const float logit : row) sum += std::exp(static_cast<double>(logit) - largest);
+  return largest + std::log(sum);
+}
+
+// Neighbouring runs that are computed together, and the pages they need.
+struct RunBatch {
+  size_t first = 0;
+  size_t last = 0;
+  int64_t pages = 0;
+};
+
+std::vector<RunBatch> pack(std::span<const Run> runs, int64_t batch_tokens) {
+  const int64_t max_pages = kPagesFactor * KvCache::pages_for(batch_tokens);
+  std::vector<RunBatch> batches;
+  int64_t tokens = 0;
+  for (size_t i = 0; i < runs.size(); ++i) {
+    const int64_t pages = KvCache::pages_for(size_of(runs[i]));
+    if (batches.empty() || tokens + size_of(runs[i]) > batch_tokens ||
+        batches.back().pages + pages > max_pages) {
+      batches.push_back({.first = i, .last = i});
+      tokens = 0;
+    }
+    batches.back().last = i + 1;
+    batches.back().pages += pages;
+    tokens += size_of(runs[i]);
+  }
+  return batches;
+}
+
+// Runs steps, which are those of runs, and returns the log-probability of each of their choices.
+// first_scored counts from the first token of a step.
+std::vector<std::vector<double>> score_steps(Llama& llama, std::span<const StepInput> steps,
+                                             std::span<const int64_t> first_scored,
+                                             std::span<const Run> runs,
+                                             std::span<const Model::ChoiceInput> inputs) {
+  std::vector<std::vector<double>> scores;
+  for (const Run& run : runs) scores.emplace_back(run.choices.size());
+  const auto read = [&](std::span<const LogitsRow> rows, std::span<const float> logits) {
+    const size_t width = logits.size() / rows.size();
+    for (size_t k = 0; k < rows.size(); ++k) {
+      const size_t step = rows[k].input;
+      const Run& run = runs[step];
+      const std::span<const float> row = logits.subspan(k * width, width);
+      const double total = log_sum_exp(row);
+      for (size_t c = 0; c < run.choices.size(); ++c) {
+        const std::vector<int32_t>& choice = inputs[run.input].choices[run.choices[c]];
+        const int32_t token = choice[static_cast<size_t>(rows[k].token - first_scored[step])];
+        scores[step][c] += static_cast<double>(row[static_cast<size_t>(token)]) - total;
+      }
+    }
+  };
+  llama.score_logits(steps, first_scored, read);
+  return scores;
+}
+
+}  // namespace
+
+int64_t Model::score_choices(std::span<const int32_t> prefix, std::span<const ChoiceInput> inputs,
+                             const ChoiceCallback& take) {
+  Impl& impl = *impl_;
+  const int64_t batch_tokens = impl.options.batch_tokens;
+  const auto shared = static_cast<int64_t>(prefix.size()) / kPageTokens * kPageTokens;
+  impl.check_ids(prefix);
+  std::vector<Run> runs;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const ChoiceInput& input = inputs[i];
+    if (input.context.empty()) fail("input {} has no context after the prefix", i);
+    if (input.choices.empty()) fail("input {} has no choices", i);
+    impl.check_ids(input.context);
+    for (const std::vector<int32_t>& choice : input.choices) {
+      if (choice.empty()) fail("a choice of input {} has no tokens", i);
+      impl.check_ids(choice);
+      const size_t needed = prefix.size() + input.context.size() + choice.size() - 1;
+      if (static_cast<int64_t>(needed) > impl.info.context ||
+          static_cast<int64_t>(choice.size()) > batch_tokens) {
+        fail("{} tokens, {} of them a choice's, do not fit the context of {} and steps of {}",
+             needed, choice.size() - 1, impl.info.context, batch_tokens);
+      }
+    }
+    append_runs(prefix.subspan(static_cast<size_t>(shared)), i, input, runs);
+  }
+
+  const std::vector<RunBatch> batches = pack(runs, batch_tokens);
+  int64_t most_pages = 0;
+  for (const RunBatch& batch : batches) most_pages = std::max(most_pages, batch.pages);
+  KvCache& cache = impl.cache_for_scoring(KvCache::pages_for(shared) + most_pages);
+  Sequence beginning(cache);
+  const auto always = [] { return true; };
+  if (!runs.empty()) {
+    impl.prefill(beginning, prefix.first(static_cast<size_t>(shared)), always);
+  }
+  int64_t tokens_run = beginning.length();
+
+  std::vector<double> logprobs;  // of the choices of the input under way
+  for (const RunBatch& batch : batches) {
+    const std::span<const Run> batch_runs =
+        std::span<const Run>(runs).subspan(batch.first, batch.last - batch.first);
+    std::vector<Sequence> sequences;
+    std::vector<StepInput> steps;
+    std::vector<int64_t> first_scored;
+    sequences.reserve(batch_runs.size());  // steps point into it
+    for (const Run& run : batch_runs) {
+      sequences.push_back(beginning.share(beginning.length()));
+      // A run longer than a step is alone in its batch; its scored tokens are in its last step.
+      const int64_t before = std::max<int64_t>(0, size_of(run) - batch_tokens);
+      const auto split = static_cast<size_t>(before);
+      impl.prefill(sequences.back(), std::span(run.tokens).first(split), always);
+      steps.push_back({.sequence = &sequences.back(),
+                       .tokens = std::span(run.tokens).subspan(split),
+                       .next_token = run.next_token});
+      first_scored.push_back(run.first_scored - before);
+      tokens_run += size_of(run);
+    }
+    const auto scores = score_steps(*impl.llama, steps, first_scored, batch_runs, inputs);
+    for (size_t i = 0; i < batch_runs.size(); ++i) {
+      const Run& run = batch_runs[i];
+      logprobs.resize(inputs[run.input].choices.size());
+      for (size_t c = 0; c < run.choices.size(); ++c) logprobs[run.choices[c]] = scores[i][c];
+      if (run.ends_input && !take(static_cast<int64_t>(run.input), logprobs)) return tokens_run;
+    }
+  }
+  return tokens_run;
+}
+
+}  // namespace sagelm

@@ -1,0 +1,314 @@
+#include "eval/compare.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+
+namespace sagelm {
+namespace {
+
+constexpr double kTolerance = 1e-6;  // the toys' logits are float
+
+// Every token is drawn from one distribution, whatever came before.
+struct Toy {
+  std::vector<double> probabilities;
+  double added = 0;    // to all logits: changes no distribution
+  size_t block = 256;  // rows at once
+  std::vector<size_t> batches = {};
+
+  void score(std::span<const Model::ScoreInput> inputs,
+             const Model::DistributionCallback& on_block) {
+    batches.push_back(inputs.size());
+    std::vector<Model::ScoredToken> tokens;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      for (auto j = inputs[i].first_scored; j < static_cast<int64_t>(inputs[i].ids.size()); ++j) {
+        tokens.push_back({.input = i, .position = j});
+      }
+    }
+    for (size_t begin = 0; begin < tokens.size(); begin += block) {
+      const size_t count = std::min(block, tokens.size() - begin);
+      std::vector<float> logits;
+      for (size_t r = 0; r < count; ++r) {
+        for (const double p : probabilities) {
+          logits.push_back(static_cast<float>(std::log(p) + added));
+        }
+      }
+      on_block({.tokens = std::span(tokens).subspan(begin, count), .logits = logits});
+    }
+  }
+
+  CompareSetting setting(std::string name) {
+    return {
+        .name = std::move(name),
+        .scorer = [this](std::span<const Model::ScoreInput> inputs,
+                         const Model::DistributionCallback& on_block) { score(inputs, on_block); }};
+  }
+};
+
+std::string where(int64_t index) { return "window " + std::to_string(index + 1); }
+
+CompareOptions options_of(int64_t batch_tokens = 2048) {
+  return {.vocab_size = 3, .batch_tokens = batch_tokens};
+}
+
+// KL((1/2, 1/4, 1/4) || (1/4, 1/4, 1/2)) = 1/2 ln 2 - 1/4 ln 2.
+TEST(Compare, TwoDistributionsKnownByHand) {
+  Toy first{.probabilities = {0.5, 0.25, 0.25}};
+  Toy second{.probabilities = {0.25, 0.25, 0.5}, .added = 7};
+  const std::vector<int32_t> ids = {2, 0, 1, 2, 0};
+  const Model::ScoreInput input{.ids = ids, .first_scored = 1};
+  const std::vector<CompareSetting> settings = {first.setting("a"), second.setting("b")};
+  const Comparison result = run_comparison({&input, 1}, settings, options_of(), where);
+  ASSERT_EQ(result.inputs(), 1);
+  EXPECT_FALSE(result.partial());
+  ASSERT_EQ(result.settings[1].tokens.size(), 4u);
+  EXPECT_EQ(result.held_bytes, 4 * 3 * 4);
+  EXPECT_EQ(result.tokens_run, 5);
+  const auto& a = result.settings[0].tokens;
+  const auto& b = result.settings[1].tokens;
+  EXPECT_NEAR(a[0].logprob, std::log(0.5), kTolerance);
+  EXPECT_NEAR(b[0].logprob, std::log(0.25), kTolerance);
+  EXPECT_TRUE(a[0].is_top);
+  EXPECT_FALSE(b[0].is_top);
+  EXPECT_TRUE(b[2].is_top);
+  EXPECT_TRUE(a[0].same_top);
+  EXPECT_FALSE(b[0].same_top);
+  EXPECT_EQ(a[1].kl, 0);
+  for (const ComparedToken& token : b) EXPECT_NEAR(token.kl, 0.25 * std::log(2.0), kTolerance);
+
+  // Losses: a has ln 2, ln 4, ln 4, ln 2; b has ln 4, ln 4, ln 2, ln 4. In units of ln 2 the
+  // differences are 1, 0, -1, 1: mean 1/4, sample variance 11/12.
+  const ComparedMetric nll = paired_metric("nll", token_losses(result));
+  EXPECT_EQ(nll.name, "nll");
+  const double unit = std::log(2.0);
+  EXPECT_NEAR(nll.figures[0].value, 1.5 * unit, kTolerance);
+  EXPECT_NEAR(nll.figures[1].value, 1.75 * unit, kTolerance);
+  EXPECT_NEAR(nll.figures[0].standard_error, unit * std::sqrt(1.0 / 3 / 4), kTolerance);
+  EXPECT_EQ(nll.figures[0].difference, 0);
+  EXPECT_EQ(nll.figures[0].difference_error, 0);
+  EXPECT_FALSE(nll.figures[0].excludes_zero());
+  EXPECT_NEAR(nll.figures[1].difference, 0.25 * unit, kTolerance);
+  EXPECT_NEAR(nll.figures[1].difference_error, unit * std::sqrt(11.0 / 12 / 4), kTolerance);
+  EXPECT_FALSE(nll.figures[1].excludes_zero());
+
+  const ComparedMetric perplexity =
+      paired_metric("perplexity", token_losses(result), {.exponential = true});
+  EXPECT_NEAR(perplexity.figures[0].value, std::pow(2, 1.5), 1e-5);
+  EXPECT_NEAR(perplexity.figures[1].value, std::pow(2, 1.75), 1e-5);
+  EXPECT_NEAR(perplexity.figures[1].difference, std::pow(2, 1.75) - std::pow(2, 1.5), 1e-5);
+  EXPECT_NEAR(perplexity.figures[1].standard_error,
+              std::pow(2, 1.75) * nll.figures[1].standard_error, 1e-5);
+  // Weights of 2 halve what is averaged: the square root.
+  const std::vector<double> weights(4, 2);
+  const ComparedMetric root =
+      paired_metric("x", token_losses(result), {.weights = weights, .exponential = true});
+  EXPECT_NEAR(root.figures[1].value, std::pow(2, 0.875), 1e-5);
+  EXPECT_NEAR(root.figures[1].standard_error,
+              std::pow(2, 0.875) * nll.figures[1].standard_error / 2, 1e-5);
+
+  const DistributionDistance same = distance(result.settings[0], result.settings[0]);
+  EXPECT_EQ(same.kl_mean, 0);
+  EXPECT_EQ(same.same_top, 1);
+  EXPECT_EQ(same.same_top_error, 0);
+  EXPECT_EQ(same.rms_change, 0);
+  EXPECT_EQ(same.rms_change_error, 0);
+  const DistributionDistance other = distance(result.settings[0], result.settings[1]);
+  EXPECT_NEAR(other.kl_mean, 0.25 * unit, kTolerance);
+  EXPECT_NEAR(other.kl_max, 0.25 * unit, kTolerance);
+  EXPECT_EQ(other.same_top, 0);
+  // The probability changes by -1/4, 0, 1/4, -1/4: squares 1/16 three times, 0 once.
+  EXPECT_NEAR(other.rms_change, std::sqrt(3.0 / 64), kTolerance);
+  EXPECT_NEAR(other.rms_change_error, 1.0 / 64 / (2 * std::sqrt(3.0 / 64)), kTolerance);
+}
+
+// Documents of 1 and 3 words with losses 2 and 2, then 3 and 3: ratios 1 and 1.5. Residuals of the
+// difference (1, 1) - 0.5 × (1, 3) = ±0.5.
+TEST(Compare, FiguresPerWordAreRatiosOfSums) {
+  const std::vector<std::vector<double>> losses = {{2, 2}, {3, 3}};
+  const std::vector<double> words = {1, 3};
+  const auto nll = paired_metric("nll", losses, {.weights = words}).figures;
+  EXPECT_NEAR(nll[0].value, 1, 1e-12);
+  EXPECT_NEAR(nll[0].standard_error, std::sqrt(2 * 2.0) / 4, 1e-12);  // residuals ±1
+  EXPECT_NEAR(nll[1].difference, 0.5, 1e-12);
+  EXPECT_NEAR(nll[1].difference_error, std::sqrt(2 * 0.5) / 4, 1e-12);
+  const auto exponential =
+      paired_metric("ppl", losses, {.weights = words, .exponential = true}).figures;
+  EXPECT_NEAR(exponential[1].value, std::exp(1.5), 1e-12);
+  EXPECT_NEAR(exponential[1].difference, std::exp(1.5) - std::exp(1), 1e-12);
+  // The samples e^1.5 × (3, 3) - e × (2, 2) = (x, x) have residuals ±x / 2.
+  const double x = 3 * std::exp(1.5) - 2 * std::exp(1);
+  EXPECT_NEAR(exponential[1].difference_error, std::sqrt(2 * 2 * x * x / 4) / 4, 1e-12);
+}
+
+TEST(Compare, PercentileAndAgreement) {
+  SettingScores baseline;
+  SettingScores setting;
+  for (int i = 1; i <= 200; ++i) {
+    baseline.tokens.push_back({.logprob = -1, .same_top = true});
+    setting.tokens.push_back(
+        {.logprob = -1, .kl = static_cast<double>(201 - i), .same_top = i > 50});
+  }
+  const DistributionDistance far = distance(baseline, setting);
+  EXPECT_EQ(far.kl_p99, 198);
+  EXPECT_EQ(far.kl_max, 200);
+  EXPECT_NEAR(far.kl_mean, 100.5, 1e-9);
+  EXPECT_EQ(far.same_top, 0.75);
+  EXPECT_NEAR(far.same_top_error, std::sqrt(0.75 * 0.25 / 200), 1e-12);
+  setting.tokens.resize(1);
+  baseline.tokens.resize(1);
+  EXPECT_EQ(distance(baseline, setting).kl_p99, 200);
+  EXPECT_TRUE(std::isnan(distance({}, {}).kl_mean));
+}
+
+// A tiny change must not drown in rounding: KL = sum p ln(p / q) is about d^2 / 2.
+TEST(Compare, SmallDivergencesAreExact) {
+  const float shift = 0x1p-12F;
+  const std::vector<float> p = {0, 0};
+  const std::vector<float> q = {shift, -shift};
+  int calls = 0;
+  const auto scorer = [&](std::span<const Model::ScoreInput>,
+                          const Model::DistributionCallback& on_block) {
+    const Model::ScoredToken token{.input = 0, .position = 1};
+    on_block({.tokens = {&token, 1}, .logits = calls++ == 0 ? p : q});
+  };
+  const std::vector<int32_t> ids = {0, 1};
+  const Model::ScoreInput input{.ids = ids};
+  const std::vector<CompareSetting> settings = {{"a", scorer}, {"b", scorer}};
+  const Comparison result = run_comparison({&input, 1}, settings, {.vocab_size = 2}, where);
+  const double expected = std::log(std::cosh(static_cast<double>(shift)));
+  EXPECT_NEAR(result.settings[1].tokens[0].kl / expected, 1, 1e-7);
+}
+
+TEST(Compare, NoFigureDependsOnTheBatchOrTheBlocks) {
+  std::mt19937 random(3);
+  std::vector<std::vector<int32_t>> texts(9);
+  std::vector<Model::ScoreInput> inputs;
+  for (auto& text : texts) {
+    text.resize(2 + random() % 7);
+    for (int32_t& id : text) id = static_cast<int32_t>(random() % 3);
+    inputs.push_back(
+        {.ids = text,
+         .first_scored = 1 + static_cast<int64_t>(random() % 2)});  // some have nothing scored
+  }
+  const auto run = [&](size_t block, CompareOptions options, size_t batches) {
+    Toy first{.probabilities = {0.6, 0.3, 0.1}, .block = block};
+    Toy second{.probabilities = {0.59, 0.3, 0.11}, .block = block};
+    const std::vector<CompareSetting> settings = {first.setting("a"), second.setting("b")};
+    const Comparison result = run_comparison(inputs, settings, options, where);
+    EXPECT_EQ(first.batches.size(), batches);
+    EXPECT_EQ(first.batches, second.batches);
+    EXPECT_EQ(result.input_ends.size(), inputs.size());
+    EXPECT_EQ(result.input_ends.back(), result.settings[1].tokens.size());
+    return paired_metric("perplexity", input_losses(result), {.exponential = true}).figures[1];
+  };
+  const PairedFigure together = run(256, options_of(1000), 1);
+  const PairedFigure apart = run(1, options_of(1), inputs.size());
+  CompareOptions little = options_of(1000);
+  little.baseline_bytes = 1;
+  const PairedFigure held_little = run(2, little, inputs.size());
+  for (const PairedFigure& other : {apart, held_little}) {
+    EXPECT_EQ(together.value, other.value);  // bit for bit
+    EXPECT_EQ(together.difference, other.difference);
+    EXPECT_EQ(together.difference_error, other.difference_error);
+  }
+}
+
+TEST(Compare, InputsAreHitsOnlyIfAllTheirTokensAre) {
+  Toy first{.probabilities = {0.5, 0.25, 0.25}};
+  Toy second{.probabilities = {0.25, 0.5, 0.25}};
+  const std::vector<std::vector<int32_t>> texts = {{0, 0, 0}, {0, 0, 1}, {0, 1, 1}};
+  std::vector<Model::ScoreInput> inputs;
+  for (const auto& text : texts) inputs.push_back({.ids = text, .first_scored = 1});
+  const std::vector<CompareSetting> settings = {first.setting("a"), second.setting("b")};
+  const Comparison result = run_comparison(inputs, settings, options_of(), where);
+  const auto hits = input_hits(result);
+  EXPECT_EQ(hits[0], (std::vector<double>{1, 0, 0}));
+  EXPECT_EQ(hits[1], (std::vector<double>{0, 0, 1}));
+  const auto losses = input_losses(result);
+  EXPECT_NEAR(losses[0][1], std::log(2.0) + std::log(4.0), kTolerance);
+  const ComparedMetric accuracy = paired_metric("accuracy", hits);
+  EXPECT_NEAR(accuracy.figures[1].value, 1.0 / 3, kTolerance);
+  EXPECT_NEAR(accuracy.figures[1].difference, 0, kTolerance);
+  EXPECT_NEAR(accuracy.figures[1].difference_error, std::sqrt(1.0 / 3), kTolerance);
+}
+
+TEST(Compare, AConstantDifferenceExcludesZero) {
+  Toy first{.probabilities = {0.5, 0.25, 0.25}};
+  Toy second{.probabilities = {0.4, 0.3, 0.3}};
+  const std::vector<int32_t> ids(50, 0);
+  const Model::ScoreInput input{.ids = ids};
+  const std::vector<CompareSetting> settings = {first.setting("a"), second.setting("b")};
+  const Comparison result = run_comparison({&input, 1}, settings, options_of(), where);
+  EXPECT_TRUE(paired_metric("perplexity", token_losses(result), {.exponential = true})
+                  .figures[1]
+                  .excludes_zero());
+}
+
+TEST(Compare, AStoppedRunKeepsWholeBatchesOnly) {
+  Toy first{.probabilities = {0.5, 0.25, 0.25}};
+  Toy second{.probabilities = {0.4, 0.3, 0.3}};
+  const std::vector<int32_t> ids(4, 1);
+  const std::vector<Model::ScoreInput> inputs(10, {.ids = ids, .first_scored = 1});
+  const std::vector<CompareSetting> settings = {first.setting("a"), second.setting("b")};
+  for (const int64_t stop_at : {2, 6, 8, 10}) {
+    std::vector<int64_t> seen;
+    const Comparison result =
+        run_comparison(inputs, settings, options_of(8), where, [&](const EvalProgress& progress) {
+          seen.push_back(progress.done);
+          EXPECT_EQ(progress.total, 20);
+          return progress.done < stop_at;
+        });
+    EXPECT_EQ(seen.back(), stop_at);
+    EXPECT_EQ(result.inputs(), stop_at / 4 * 2);
+    EXPECT_TRUE(result.partial());
+    EXPECT_EQ(result.settings[0].tokens.size(), result.settings[1].tokens.size());
+    EXPECT_EQ(result.settings[1].tokens.size(), static_cast<size_t>(result.inputs()) * 3);
+  }
+}
+
+TEST(Compare, WhatTheModelDoesWrongIsAnError) {
+  const std::vector<int32_t> ids = {0, 1, 2};
+  const std::vector<Model::ScoreInput> inputs(2, {.ids = ids, .first_scored = 1});
+  const auto message = [&](const DistributionScorer& wrong, int64_t vocab_size = 3) {
+    Toy first{.probabilities = {0.5, 0.25, 0.25}};
+    const std::vector<CompareSetting> settings = {first.setting("a"), {"wrong", wrong}};
+    CompareOptions options = options_of();
+    options.vocab_size = vocab_size;
+    try {
+      run_comparison(inputs, settings, options, where);
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string("no error");
+  };
+  const std::vector<Model::ScoredToken> tokens = {{0, 1}, {0, 2}, {1, 1}, {1, 2}};
+  const auto hand_over = [](std::vector<Model::ScoredToken> rows, std::vector<float> logits) {
+    return [rows = std::move(rows), logits = std::move(logits)](
+               std::span<const Model::ScoreInput>, const Model::DistributionCallback& on_block) {
+      on_block({.tokens = rows, .logits = logits});
+    };
+  };
+  const std::vector<float> good(12, 0.5F);
+  EXPECT_EQ(message(hand_over(tokens, good)), "no error");
+  EXPECT_NE(message(hand_over({{0, 1}}, {0, 0, 0})).find("1 of 4 tokens"), std::string::npos);
+  EXPECT_NE(message(hand_over({{0, 2}}, {0, 0, 0})).find("other tokens"), std::string::npos);
+  EXPECT_NE(message(hand_over({{0, 1}}, {0, 0})).find("not over 3 tokens"), std::string::npos);
+  std::vector<float> bad = good;
+  bad[10] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_NE(message(hand_over(tokens, bad)).find("token 2 of window 2"), std::string::npos)
+      << message(hand_over(tokens, bad));
+  const std::vector<int32_t> foreign = {0, 3};
+  const Model::ScoreInput input{.ids = foreign};
+  Toy toy{.probabilities = {0.5, 0.25, 0.25}};
+  const std::vector<CompareSetting> settings = {toy.setting("a")};
+  EXPECT_THROW(run_comparison({&input, 1}, settings, options_of(), where), Error);
+}
+
+}  // namespace
+}  // namespace sagelm
