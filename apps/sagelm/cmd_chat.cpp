@@ -159,12 +159,13 @@ void Chat::load(const std::string& path) {
 }
 
 std::string Chat::stats() const {
+  const ModelInfo info = model_.info();
   return fmt::format(
       "{} turns, {} of {} tokens in use; read {} tokens at {:.1f} tokens/s, wrote {} at {:.1f} "
-      "tokens/s",
+      "tokens/s; KV cache {}, {} bytes per token",
       conversation_.num_turns(), conversation_.tokens_used(), conversation_.context(),
       prefill_tokens_, rate(prefill_tokens_, prefill_seconds_), decode_steps_,
-      rate(decode_steps_, decode_seconds_));
+      rate(decode_steps_, decode_seconds_), info.kv_cache, info.kv_bytes_per_token);
 }
 
 bool Chat::command(const std::string& line) {
@@ -221,6 +222,8 @@ void Chat::finish() {
     Json result = conversation_.to_json();
     result["attention"] = info.attention;
     result["device"] = info.device;
+    result["kv_cache"] = info.kv_cache;
+    result["kv_bytes_per_token"] = info.kv_bytes_per_token;
     result["context"] = info.context;
     result["template"] = template_.name();
     result["seed"] = options_.sampling.seed;

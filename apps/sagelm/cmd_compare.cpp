@@ -163,7 +163,7 @@ SettingInfo describe_setting(const Setting& setting, const ModelInfo& info) {
   return {.name = setting.name,
           .attention = info.attention,
           .device = info.device,
-          .kv_cache = setting.common.kv_cache,
+          .kv_cache = info.kv_cache,
           .smooth_k = !setting.common.no_smooth_k,
           .memory_bytes = info.weight_bytes + info.kv_bytes + info.activation_bytes};
 }

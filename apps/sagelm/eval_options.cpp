@@ -74,7 +74,7 @@ std::optional<Journal> open_journal(const EvalFlags& flags, std::string_view com
       {"model_hash", model_hash(model_path(flags.common))},
       {"device", info.device},
       {"attention", info.attention},
-      {"kv_cache", flags.common.kv_cache},
+      {"kv_cache", info.kv_cache},
       {"file_sha256", sha256_hex(data)},
       {"limit", flags.limit ? fmt::format("{}", *flags.limit) : "none"},
       {"batch_tokens", fmt::format("{}", flags.batch_tokens)},

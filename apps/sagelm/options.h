@@ -43,8 +43,7 @@ void add_common_options(CLI::App& command, CommonOptions& options, unsigned grou
 // share/sagelm/models/demo of its prefix, or models/demo here. Throws Error if there is none.
 std::filesystem::path model_path(const CommonOptions& options);
 
-// options as the engine takes them, without progress. Throws UsageError for what cannot be had
-// (--kv-cache int8).
+// options as the engine takes them, without progress.
 LoadOptions load_options(const CommonOptions& options);
 
 // Loads the model with a progress bar; with -v says on stderr what was loaded. batch_tokens as in

@@ -25,6 +25,9 @@ struct LoadOptions {
   std::filesystem::path model = {};  // an HF directory or a .safetensors file in one
   std::string attention = "sage";    // fp16, sage, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b]
   bool smooth_k = true;
+  // fp16, int8 (full pages quantized: half the bytes; for sage2) or auto, which is int8 where the
+  // attention and the device can read it. docs/kv-cache.md
+  std::string kv_cache = "auto";
   std::string device = "auto";  // auto, cpu, cuda or cuda:N
   int threads = 0;              // 0: one per core
   int64_t context = 0;          // tokens of a session at most; 0: the model's own
@@ -50,9 +53,10 @@ struct ModelInfo {
   int64_t context = 0;           // as loaded
   int64_t checkpoint_bytes = 0;  // of the weights, as stored
   int64_t weight_bytes = 0;      // of the weights, as the backend holds them; estimated by inspect
-  int64_t kv_bytes_per_token = 0;
-  int64_t kv_bytes = 0;          // of a session of `context` tokens, whole pages
-  int64_t activation_bytes = 0;  // of one step at most, estimated
+  std::string kv_cache;          // "fp16" or "int8"
+  int64_t kv_bytes_per_token = 0;  // of a full page
+  int64_t kv_bytes = 0;            // of a session of `context` tokens, whole pages
+  int64_t activation_bytes = 0;    // of one step at most, estimated
   double rope_theta = 0;
   bool tied_embeddings = false;
 };
@@ -127,7 +131,9 @@ class Session {
   // nothing.
   Generation generate(std::span<const int32_t> ids, const GenerateOptions& options,
                       const TextCallback& on_text = {});
-  void truncate(int64_t length);  // back to the first `length` tokens
+  // Back to the first `length` tokens. Where that leaves part of a quantized page of the KV cache,
+  // the tokens of that part run again when the session goes on.
+  void truncate(int64_t length);
 
  private:
   friend class Model;
@@ -207,7 +213,9 @@ class Model {
   // Returns how many tokens were run through the model.
   int64_t score_choices(std::span<const int32_t> prefix, std::span<const ChoiceInput> inputs,
                         const ChoiceCallback& take);
-  // Changes the attention kernel for what follows; A/B on one loaded model.
+  // Changes the attention kernel for what follows, and the type of KV cache where LoadOptions say
+  // auto; A/B on one loaded model. A session goes on with the cache that it began with, and throws
+  // Error if the kernel cannot read that.
   void set_attention(std::string_view name, bool smooth_k);
 
  private:

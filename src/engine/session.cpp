@@ -35,7 +35,8 @@ void check_options(const GenerateOptions& options) {
 struct Session::Impl {
   explicit Impl(std::shared_ptr<Model::Impl> shared_model)
       : model(std::move(shared_model)),
-        cache(model->llama->make_cache(KvCache::pages_for(model->info.context))),
+        cache(
+            model->llama->make_cache(model->kv_type, kv_room(model->kv_type, model->info.context))),
         sequence(cache) {}
 
   std::vector<float> run_prompt(const GenerateOptions& options, const TextCallback& on_text,

@@ -221,7 +221,7 @@ TEST_P(LlamaShapes, LogitsAndScoresAgreeWithFloat64) {
   const RandomModel model(shape.heads, shape.kv_heads, shape.head_dim, shape.tied, shape.dtype);
   const auto backend = make_cpu_backend(2);
   Llama llama(model.config, model.weights, *backend, {AttentionVariant::kFp16, true});
-  KvCache cache = llama.make_cache(8);
+  KvCache cache = llama.make_cache(KvType::kFp16, {.pages = 8});
   const std::vector<int32_t> tokens = random_tokens(70, 3);
   const std::vector<Row> expected = reference_logits(model, tokens);
 
@@ -250,7 +250,7 @@ TEST(Llama, ChunksBatchesAndSingleTokensGiveTheSameScores) {
   const RandomModel model(4, 2, 16, false, DType::kBF16);
   const auto backend = make_cpu_backend(2);
   Llama llama(model.config, model.weights, *backend, {AttentionVariant::kFp16, true});
-  KvCache cache = llama.make_cache(12);
+  KvCache cache = llama.make_cache(KvType::kFp16, {.pages = 12});
   const std::vector<int32_t> tokens = random_tokens(150, 5);
   const std::span<const int32_t> all(tokens);
   Sequence whole(cache);
@@ -289,7 +289,7 @@ TEST(Llama, NanInAWeightNamesTheLayerAndLeavesTheSequenceAlone) {
   model.poison(model.weights.layers[1].o_proj);
   const auto backend = make_cpu_backend(1);
   Llama llama(model.config, model.weights, *backend, {AttentionVariant::kFp16, true});
-  KvCache cache = llama.make_cache(2);
+  KvCache cache = llama.make_cache(KvType::kFp16, {.pages = 2});
   Sequence sequence(cache);
   const std::vector<int32_t> tokens = {1, 2, 3};
   const StepInput input{&sequence, tokens};
@@ -306,7 +306,7 @@ TEST(Llama, RefusesWhatDoesNotFit) {
   const RandomModel model(4, 4, 12, false, DType::kF32);
   const auto backend = make_cpu_backend(1);
   Llama llama(model.config, model.weights, *backend, {AttentionVariant::kFp16, true});
-  KvCache cache = llama.make_cache(6);
+  KvCache cache = llama.make_cache(KvType::kFp16, {.pages = 6});
   Sequence sequence(cache);
   const std::vector<int32_t> too_long(513, 1);
   const StepInput input{&sequence, too_long};
@@ -315,7 +315,7 @@ TEST(Llama, RefusesWhatDoesNotFit) {
   const StepInput bad{&sequence, outside};
   EXPECT_THROW(llama.step(std::span(&bad, 1)), Error);
   EXPECT_EQ(sequence.length(), 0);
-  EXPECT_EQ(cache.free_pages(), 6);
+  EXPECT_EQ(cache.free_room().pages, 6);
 }
 
 TEST(Rope, Llama3ScalingKeepsHighAndStretchesLowFrequencies) {

@@ -28,6 +28,19 @@ namespace {
 
 // Keys and values in the activations' type, [layer][page][kPageTokens][kv_head][head_dim] each.
 struct CudaKv : KvStorage {
+  void copy_open_page(int32_t from, int32_t to) override {
+    const int64_t num_layers = static_cast<int64_t>(keys.bytes()) / layer_bytes;
+    const int64_t page_bytes = layer_bytes / num_tokens * kPageTokens;
+    for (const DeviceBuffer* buffer : {&keys, &values}) {
+      // One row per layer.
+      check(cudaMemcpy2DAsync(buffer->get<std::byte>() + to * page_bytes, layer_bytes,
+                              buffer->get<std::byte>() + from * page_bytes, layer_bytes, page_bytes,
+                              num_layers, cudaMemcpyDeviceToDevice, stream),
+            "copying a page of the KV cache");
+    }
+  }
+
+  cudaStream_t stream = nullptr;
   int64_t layer_bytes = 0;
   int64_t num_tokens = 0;
   DeviceBuffer keys, values;
@@ -103,6 +116,7 @@ class CudaBackend : public Backend {
   std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) override {
     use_device();
     auto kv = std::make_unique<CudaKv>();
+    kv->stream = stream_.get();
     kv->num_tokens = layout.num_pages * kPageTokens;
     if (kv->num_tokens > INT32_MAX) {
       fail("a KV cache of {} tokens is larger than the GPU's kernels can address", kv->num_tokens);
@@ -151,6 +165,8 @@ class CudaBackend : public Backend {
            shape.head_dim, properties_.name, sagelm_attention_last_error());
     }
   }
+
+  bool reads_int8_kv(const AttentionShape& /*shape*/) const override { return false; }
 
   void begin(const Batch& batch) override {
     use_device();
