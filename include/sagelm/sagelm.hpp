@@ -134,6 +134,9 @@ class Session {
   // Back to the first `length` tokens. Where that leaves part of a quantized page of the KV cache,
   // the tokens of that part run again when the session goes on.
   void truncate(int64_t length);
+  // A session that goes on from here by itself. Both share the pages of the KV cache that they have
+  // in common; generate() throws Error when that cache, whose room start_session() took, is full.
+  Session fork() const;
 
  private:
   friend class Model;
@@ -159,7 +162,8 @@ class Model {
   std::vector<int32_t> tokenize(std::string_view text, bool add_bos = true) const;
   std::string detokenize(std::span<const int32_t> ids) const;
 
-  Session start_session();
+  // With room for so many forks of it, each of a whole context.
+  Session start_session(int64_t forks = 0);
   // A session for one prompt; on_text gets the continuation only.
   Generation generate(std::string_view prompt, const GenerateOptions& options = {},
                       const TextCallback& on_text = {});
@@ -213,10 +217,10 @@ class Model {
   // Returns how many tokens were run through the model.
   int64_t score_choices(std::span<const int32_t> prefix, std::span<const ChoiceInput> inputs,
                         const ChoiceCallback& take);
-  // Changes the attention kernel for what follows, and the type of KV cache where LoadOptions say
-  // auto; A/B on one loaded model. A session goes on with the cache that it began with, and throws
-  // Error if the kernel cannot read that.
-  void set_attention(std::string_view name, bool smooth_k);
+  // Changes the attention kernel and the type of KV cache (as LoadOptions have them) for what
+  // follows; A/B on one loaded model. A session goes on with the cache that it began with, and
+  // throws Error if the kernel cannot read that.
+  void set_attention(std::string_view name, bool smooth_k, std::string_view kv_cache = "auto");
 
  private:
   friend class Session;

@@ -199,10 +199,10 @@ std::string Model::detokenize(std::span<const int32_t> ids) const {
   return impl_->tokenizer->decode(ids);
 }
 
-void Model::set_attention(std::string_view name, bool smooth_k) {
+void Model::set_attention(std::string_view name, bool smooth_k, std::string_view kv_cache) {
   const AttentionSpec spec = attention_spec(name, smooth_k);
   const ModelConfig& config = impl_->llama->config();
-  impl_->kv_type = check_attention(spec, impl_->options.kv_cache, config, *impl_->backend);
+  impl_->kv_type = check_attention(spec, kv_cache, config, *impl_->backend);
   impl_->llama->set_attention(spec);
   set_kv_info(impl_->kv_type, config, impl_->info);
   impl_->info.attention = describe_attention(spec);

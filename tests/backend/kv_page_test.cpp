@@ -74,7 +74,8 @@ TEST(KvPage, HoldsTheSameNumbersOnEveryInstructionSet) {
         }
         for (int64_t key = 0; key < kPageTokens; ++key) {
           for (int64_t c = 0; c < dim; ++c) {
-            const uint8_t k = operands[static_cast<size_t>((c / 4 * kPageTokens + key) * 4 + c % 4)];
+            const uint8_t k =
+                operands[static_cast<size_t>((c / 4 * kPageTokens + key) * 4 + c % 4)];
             const uint8_t v = operands[static_cast<size_t>((kPageTokens + key) * dim + c)];
             const auto i = static_cast<size_t>(key * head_dim + c);
             ASSERT_EQ(k - 128, c < head_dim ? expected.k[i] : std::lrint(0.0F)) << kernels->name;
@@ -165,7 +166,8 @@ Float64Result exact_attention(const AttentionProblem& problem) {
     }
     std::vector<Page> pages;
     for (int64_t p = 0; p < full; p += kPageTokens) {
-      pages.push_back(reference_page(k + p * s.head_dim, v + p * s.head_dim, mean.data(), s.head_dim));
+      pages.push_back(
+          reference_page(k + p * s.head_dim, v + p * s.head_dim, mean.data(), s.head_dim));
     }
     for (int64_t row = 0; row < s.q_len; ++row) {
       const float* q = problem.q.data() + (row * s.num_heads + head) * s.head_dim;
@@ -195,7 +197,8 @@ Float64Result exact_attention(const AttentionProblem& problem) {
             }
           }
           if (quantized) {
-            logit *= q_amax / 127 * static_cast<double>(page->amax[static_cast<size_t>(j / 4 % 4)]) / 127;
+            logit *= q_amax / 127 *
+                     static_cast<double>(page->amax[static_cast<size_t>(j / 4 % 4)]) / 127;
           }
           logits.push_back(logit * static_cast<double>(problem.softmax_scale));
         }
@@ -212,10 +215,10 @@ Float64Result exact_attention(const AttentionProblem& problem) {
                                            : half_to_float(float_to_half(scaled));
           for (int64_t c = 0; c < s.head_dim; ++c) {
             const auto i = static_cast<size_t>((j - first) * s.head_dim + c);
-            const double value =
-                quantized ? static_cast<double>(e4m3_to_float(page->v[i])) *
-                                static_cast<double>(page->amax[4]) / 448
-                          : static_cast<double>(half_to_float(v[j * s.head_dim + c]));
+            const double value = quantized
+                                     ? static_cast<double>(e4m3_to_float(page->v[i])) *
+                                           static_cast<double>(page->amax[4]) / 448
+                                     : static_cast<double>(half_to_float(v[j * s.head_dim + c]));
             out[static_cast<size_t>(c)] += rounded / 448 * value;
           }
         }
@@ -236,10 +239,10 @@ AttentionError error_of(const std::vector<float>& actual, const std::vector<doub
 }
 
 TEST(QuantizedCache, AttentionComputesItsRecipeExactly) {
-  const AttentionShape shapes[] = {{300, 300, 2, 1, 64, true},   {1, 128, 2, 2, 80, true},
-                                   {77, 300, 2, 2, 48, true},    {130, 390, 1, 1, 128, false},
-                                   {9, 257, 4, 2, 256, true},    {1, 127, 2, 1, 100, true},
-                                   {1, 1, 1, 1, 12, true},       {6, 640, 2, 1, 128, true}};
+  const AttentionShape shapes[] = {{300, 300, 2, 1, 64, true}, {1, 128, 2, 2, 80, true},
+                                   {77, 300, 2, 2, 48, true},  {130, 390, 1, 1, 128, false},
+                                   {9, 257, 4, 2, 256, true},  {1, 127, 2, 1, 100, true},
+                                   {1, 1, 1, 1, 12, true},     {6, 640, 2, 1, 128, true}};
   for (const cpu::KernelTable* kernels : cpu::available_attention_kernels()) {
     for (const AttentionShape& shape : shapes) {
       const auto problem = make_problem(shape, Inputs::kOffsetK, 21);
@@ -267,8 +270,8 @@ TEST(QuantizedCache, ErrorAgainstFloat64IsThatOfSage2) {
       const AttentionError fp16_cache =
           error_of(run_attention(problem, kSpec).out, float64_attention(problem).out);
       const std::string where = std::string(inputs_name(inputs)) + " " + std::to_string(head_dim) +
-                                ": relative L1 " + std::to_string(error.relative_l1) + ", with FP16 " +
-                                std::to_string(fp16_cache.relative_l1);
+                                ": relative L1 " + std::to_string(error.relative_l1) +
+                                ", with FP16 " + std::to_string(fp16_cache.relative_l1);
       RecordProperty(inputs_name(inputs) + std::to_string(head_dim), where);
       EXPECT_LT(error.relative_l1, 1.5 * levels[static_cast<int>(inputs)]) << where;
     }
@@ -307,9 +310,9 @@ TEST(QuantizedCache, OtherVariantsAreRefused) {
   const auto problem = make_problem({1, 200, 1, 1, 64, true}, Inputs::kNormal, 1);
   AttentionResult result;
   PreparedArgs prepared = prepare_args(problem, 0, result);
-  EXPECT_THROW(cpu::attention(std::span(&prepared.args, 1), {AttentionVariant::kFp16, true},
-                              KvType::kInt8),
-               Error);
+  EXPECT_THROW(
+      cpu::attention(std::span(&prepared.args, 1), {AttentionVariant::kFp16, true}, KvType::kInt8),
+      Error);
   EXPECT_THROW(cpu::attention(std::span(&prepared.args, 1), kSpec, KvType::kInt8), Error);
 }
 

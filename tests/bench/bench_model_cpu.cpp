@@ -1,7 +1,8 @@
 // Prefill and decode speed of a checkpoint on the CPU, next to what the machine itself does: its
 // copy bandwidth and oneDNN's rate for one large product of the kind the model uses.
 //
-//   bench_model_cpu MODEL [attention ...]      (default: fp16 sage1 sage2)
+//   bench_model_cpu MODEL [attention[/kv-cache] ...]      (default: fp16 sage1 sage2/fp16
+//   sage2/int8)
 //
 // Every figure is the median of five runs with the smallest and largest beside it.
 #include <algorithm>
@@ -23,6 +24,7 @@ namespace {
 constexpr int kRuns = 5;
 constexpr int64_t kPrefill = 512;
 constexpr int64_t kDecode = 128;
+constexpr int64_t kDecodeAfter[] = {16, 1024, 2048};  // where the context allows
 
 double seconds(const std::function<void()>& work) {
   const auto begin = std::chrono::steady_clock::now();
@@ -88,18 +90,18 @@ Spread product_rate() {
 
 int main(int argc, char** argv) {
   if (argc < 2) {
-    std::fprintf(stderr, "usage: bench_model_cpu MODEL [attention ...]\n");
+    std::fprintf(stderr, "usage: bench_model_cpu MODEL [attention[/kv-cache] ...]\n");
     return 2;
   }
   try {
     std::vector<std::string> variants(argv + 2, argv + argc);
-    if (variants.empty()) variants = {"fp16", "sage1", "sage2"};
+    if (variants.empty()) variants = {"fp16", "sage1", "sage2/fp16", "sage2/int8"};
     auto model = sagelm::Model::load({.model = argv[1], .device = "cpu"});
     std::printf("%s on %s\n", model.info().name.c_str(), model.info().device.c_str());
     print("copy, read + written", copy_bandwidth(), "GB/s");
     print("product 512 x 2048 x 2048, as used", product_rate(), "GFLOPS");
     std::mt19937 random(3);
-    std::vector<int32_t> ids(kPrefill);
+    std::vector<int32_t> ids(static_cast<size_t>(kDecodeAfter[2]));
     for (int32_t& id : ids) {
       id = 3 + static_cast<int32_t>(random() % static_cast<uint64_t>(model.info().vocab_size - 3));
     }
@@ -109,18 +111,22 @@ int main(int argc, char** argv) {
     options.sampling.repeat_penalty = 1;
     options.ignore_eos = true;
     for (const std::string& variant : variants) {
-      model.set_attention(variant, true);
-      const auto run = [&](bool prefill) {
+      const size_t slash = variant.find('/');
+      model.set_attention(variant.substr(0, slash), true,
+                          slash == std::string::npos ? "auto" : variant.substr(slash + 1));
+      const auto run = [&](int64_t prompt, int64_t decode) {
         auto session = model.start_session();
-        const auto prompt =
-            prefill ? std::span<const int32_t>(ids) : std::span<const int32_t>(ids).first(16);
-        options.max_tokens = prefill ? 1 : kDecode;
-        const auto result = session.generate(prompt, options);
-        return prefill ? result.prefill_tokens_per_second() : result.decode_tokens_per_second();
+        options.max_tokens = decode;
+        return session.generate(std::span(ids).first(static_cast<size_t>(prompt)), options);
       };
-      run(true);  // generates oneDNN's kernels and touches the cache
-      print(variant + ": prefill 512", measure([&] { return run(true); }), "tokens/s");
-      print(variant + ": decode 128 after 16", measure([&] { return run(false); }), "tokens/s");
+      run(kPrefill, 1);  // generates oneDNN's kernels and touches the cache
+      print(variant + ": prefill " + std::to_string(kPrefill),
+            measure([&] { return run(kPrefill, 1).prefill_tokens_per_second(); }), "tokens/s");
+      for (const int64_t after : kDecodeAfter) {
+        if (after + kDecode > model.info().context) continue;
+        print(variant + ": decode " + std::to_string(kDecode) + " after " + std::to_string(after),
+              measure([&] { return run(after, kDecode).decode_tokens_per_second(); }), "tokens/s");
+      }
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "bench_model_cpu: error: %s\n", error.what());

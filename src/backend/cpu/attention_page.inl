@@ -2,7 +2,7 @@
 // tile of attention. Included by attention_kernel.inl.
 
 void write_page(const uint16_t* k, const uint16_t* v, const float* mean, int64_t head_dim,
-                   uint8_t* operands, float* scales) {
+                uint8_t* operands, float* scales) {
   static_assert(kMaxKeyTile == kPageTokens);
   const int64_t dim = (head_dim + kDimAlign - 1) / kDimAlign * kDimAlign;
   float padded_mean[kMaxHeadDim] = {};

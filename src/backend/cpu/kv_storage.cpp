@@ -94,9 +94,8 @@ void CpuKv::close_page(int64_t layer, const SequenceChunk& chunk, int64_t index,
                 scales_.get() + to * kPageScales);
 }
 
-void CpuKv::locate(int64_t layer, const SequenceChunk& chunk,
-                   std::vector<const uint16_t*>& k_pages, std::vector<const uint16_t*>& v_pages,
-                   AttentionArgs& args) const {
+void CpuKv::locate(int64_t layer, const SequenceChunk& chunk, std::vector<const uint16_t*>& k_pages,
+                   std::vector<const uint16_t*>& v_pages, AttentionArgs& args) const {
   if (layout_.type == KvType::kInt8) {
     const int64_t page = layer * layout_.num_pages * layout_.num_kv_heads;
     const int64_t tail = open_page_at(layer, chunk.tail);
