@@ -93,12 +93,13 @@ double rate(int64_t count, double seconds) {
 
 void Chat::banner() const {
   const ModelInfo info = model_.info();
-  say(
-      fmt::format("model      {} ({}, {:.1f}M parameters)\nattention  {}\ndevice     {}\n"
-                  "context    {} tokens of {}\ntemplate   {}\nsampling   {}\nseed       {}",
-                  info.name, info.dtype, static_cast<double>(info.num_parameters) / 1e6,
-                  info.attention, info.device, info.context, info.max_context, template_.name(),
-                  describe_sampling(options_.sampling), options_.sampling.seed));
+  say(fmt::format(
+      "model      {} ({}, {:.1f}M parameters)\nattention  {}\nKV cache   {}, {} bytes "
+      "per token\ndevice     {}\n"
+      "context    {} tokens of {}\ntemplate   {}\nsampling   {}\nseed       {}",
+      info.name, info.dtype, static_cast<double>(info.num_parameters) / 1e6, info.attention,
+      info.kv_cache, info.kv_bytes_per_token, info.device, info.context, info.max_context,
+      template_.name(), describe_sampling(options_.sampling), options_.sampling.seed));
 }
 
 void Chat::answer(const std::string& user) {

@@ -98,6 +98,7 @@ void run_with_progress(Model& model, const std::string& units, int64_t total,
 Json eval_json(const ModelInfo& info, bool bos, const std::string& file, std::string_view bytes) {
   return {{"model", info.name},
           {"attention", info.attention},
+          {"kv_cache", info.kv_cache},
           {"device", info.device},
           {"bos", bos},
           {"file", file},

@@ -25,8 +25,8 @@ Model load(const std::string& attention, const std::string& kv_cache, int64_t ba
 std::vector<int32_t> story(const Model& model, size_t tokens) {
   std::string text = "Once upon a time there was a girl who kept a lighthouse.";
   while (text.size() < tokens * 8) {
-    text += " On day " + std::to_string(text.size() * 7919 % 1000) +
-            " she saw a ship with " + std::to_string(text.size() * 104729 % 97) +
+    text += " On day " + std::to_string(text.size() * 7919 % 1000) + " she saw a ship with " +
+            std::to_string(text.size() * 104729 % 97) +
             " sails, and she lit the lamp so that it would not run upon the rocks.";
   }
   std::vector<int32_t> ids = model.tokenize(text);
@@ -76,7 +76,7 @@ TEST(QuantizedSession, GoesBackToAnyLength) {
   Session session = model.start_session();
   session.generate(all, greedy(3));
   // In the tail, at pages' ends, inside pages: the rest of a page runs again.
-  const std::pair<int64_t, int64_t> steps[] = {{290, 10}, {256, 44}, {255, 172}, {130, 172},
+  const std::pair<int64_t, int64_t> steps[] = {{290, 10},  {256, 44},  {255, 172}, {130, 172},
                                                {128, 172}, {100, 300}, {0, 300}};
   for (const auto& [length, run] : steps) {
     session.truncate(length);
@@ -117,7 +117,8 @@ TEST(QuantizedSession, KeepsItsCacheWhenTheKernelChanges) {
             load("fp16", "fp16").start_session().generate(ids, greedy(4)).ids);
   model.set_attention("sage2", true);
   session.truncate(200);
-  EXPECT_EQ(session.generate({}, greedy(4)).ids, model.start_session().generate(ids, greedy(4)).ids);
+  EXPECT_EQ(session.generate({}, greedy(4)).ids,
+            model.start_session().generate(ids, greedy(4)).ids);
 }
 
 TEST(QuantizedSession, OnlySage2HasIt) {
