@@ -102,6 +102,7 @@ void add_result(Json& json, const MmluResult& result) {
                                 {"category", mmlu_category_name(subject.subject->category)},
                                 {"questions", subject.questions},
                                 {"correct", subject.correct},
+                                {"answers", subject.answers},
                                 {"accuracy", subject.accuracy},
                                 {"stderr", subject.accuracy_stderr},
                                 {"shortened", subject.shortened},

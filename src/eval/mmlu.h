@@ -48,6 +48,7 @@ struct MmluSubjectResult {
   const MmluSubjectInfo* subject = nullptr;
   int64_t questions = 0;
   int64_t correct = 0;
+  std::string answers = {};   // letters the model chose, as the task's items; '-' if not asked
   int64_t shortened = 0;      // prompts
   int64_t prompt_tokens = 0;  // of the questions
   int64_t tokens_run = 0;     // through the model: fewer, since prompts share their beginning

@@ -75,7 +75,7 @@ holds "$work/out" '"data_sha256"'
 run 0 --data "$csv" --attention fp16 --no-share --json
 cp "$work/out" "$work/whole"
 run 0 --data "$jsonl" --attention fp16 --json
-for name in correct prompt_tokens accuracy_micro accuracy_macro stderr_micro; do
+for name in correct answers prompt_tokens accuracy_micro accuracy_macro stderr_micro; do
   value=$(field "$work/shared" $name)
   [ -n "$value" ] || fail "no $name in the JSON"
   [ "$value" = "$(field "$work/out" $name)" ] || fail "JSONL changes $name"
@@ -111,7 +111,7 @@ fi
 run 0 --data "$csv" --attention fp16 --json --batch-tokens 128 --resume "$work/journal"
 cp "$work/out" "$work/resumed"
 run 0 --data "$csv" --attention fp16 --json --batch-tokens 128
-for name in correct questions prompt_tokens accuracy_micro accuracy_macro; do
+for name in correct answers questions prompt_tokens accuracy_micro accuracy_macro; do
   [ "$(field "$work/out" $name)" = "$(field "$work/resumed" $name)" ] || fail "resuming: $name"
 done
 refused 1 "journal" --data "$csv" --attention fp16 --batch-tokens 128 --shots 3 \

@@ -122,8 +122,8 @@ TEST(MmluJsonl, QuestionsAsHuggingFaceHasThem) {
 TEST(MmluJsonl, WrongLinesAreNamed) {
   const auto with = [](const std::string& choices, const std::string& answer,
                        const std::string& subject = "anatomy") {
-    return jsonl_error("\n{\"question\":\"One?\",\"choices\":" + choices +
-                       ",\"answer\":" + answer + ",\"subject\":\"" + subject + "\"}\n");
+    return jsonl_error("\n{\"question\":\"One?\",\"choices\":" + choices + ",\"answer\":" + answer +
+                       ",\"subject\":\"" + subject + "\"}\n");
   };
   const std::string four = R"(["1","2","3","4"])";
   EXPECT_EQ(with(four, "3"), "no error");
@@ -135,8 +135,7 @@ TEST(MmluJsonl, WrongLinesAreNamed) {
   EXPECT_EQ(with("\"1234\"", "0"), "test.jsonl:2: \"choices\" is not a list of 4");
   EXPECT_EQ(with("[1,2,3,4]", "0"), "test.jsonl:2: one of \"choices\" is not a string");
   EXPECT_EQ(with(R"(["1","2","3"," "])", "0"), "test.jsonl:2: choice D is empty");
-  EXPECT_EQ(with(four, "0", "astrology"),
-            "test.jsonl:2: 'astrology' is none of MMLU's subjects");
+  EXPECT_EQ(with(four, "0", "astrology"), "test.jsonl:2: 'astrology' is none of MMLU's subjects");
   EXPECT_EQ(jsonl_error(R"({"text":"A passage."})"),
             "test.jsonl:1: there is no field \"question\"");
   EXPECT_NE(jsonl_error("[]\n").find("test.jsonl:1: "), std::string::npos);

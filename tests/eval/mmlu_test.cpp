@@ -37,7 +37,8 @@ std::vector<int32_t> encode(std::string_view text) {
 }
 
 MmluQuestion question(std::string text, int answer) {
-  return {.line = 7, .question = std::move(text), .choices = {"w", "x", "y", "z"}, .answer = answer};
+  return {
+      .line = 7, .question = std::move(text), .choices = {"w", "x", "y", "z"}, .answer = answer};
 }
 
 // Two subjects: four questions and one.
@@ -147,6 +148,7 @@ TEST(Mmlu, ScoresByHand) {
   const MmluSubjectResult& anatomy = result.subjects[0];
   EXPECT_EQ(anatomy.questions, 4);
   EXPECT_EQ(anatomy.correct, 3);
+  EXPECT_EQ(anatomy.answers, "DABC");
   EXPECT_DOUBLE_EQ(anatomy.accuracy, 0.75);
   // Distances from the mean: three of 1/4 and one of 3/4; 12/16 over n - 1 = 3, over n = 4.
   EXPECT_DOUBLE_EQ(anatomy.accuracy_stderr, std::sqrt(12.0 / 16 / 3 / 4));
@@ -240,14 +242,13 @@ TEST(Mmlu, ALetterNeedsATokenOfItsOwn) {
 
 TEST(Mmlu, Averages) {
   const auto subject = [](int64_t questions, double accuracy, double error) {
-    return MmluSubjectResult{
-        .questions = questions,
-        .correct = std::lround(accuracy * static_cast<double>(questions)),
-        .accuracy = accuracy,
-        .accuracy_stderr = error};
+    return MmluSubjectResult{.questions = questions,
+                             .correct = std::lround(accuracy * static_cast<double>(questions)),
+                             .accuracy = accuracy,
+                             .accuracy_stderr = error};
   };
-  const std::vector<MmluSubjectResult> subjects = {subject(100, 0.3, 0.046), subject(300, 0.5, 0.03),
-                                                   subject(0, NAN, NAN)};
+  const std::vector<MmluSubjectResult> subjects = {subject(100, 0.3, 0.046),
+                                                   subject(300, 0.5, 0.03), subject(0, NAN, NAN)};
   const MmluGroupResult group = group_mmlu(subjects);
   EXPECT_EQ(group.subjects, 2);
   EXPECT_EQ(group.questions, 400);
@@ -265,12 +266,13 @@ TEST(Mmlu, Averages) {
 TEST(Mmlu, AStoppedRunIsPartial) {
   const auto tasks = prepare_mmlu(two_subjects(), MmluPrompt::kLmEval, encode, kLong);
   ToyModel model;
-  const MmluResult result = run_mmlu(tasks, model.scorer(),
-                                     [](const MmluProgress& progress) { return progress.done < 2; });
+  const MmluResult result = run_mmlu(
+      tasks, model.scorer(), [](const MmluProgress& progress) { return progress.done < 2; });
   EXPECT_TRUE(result.partial());
   EXPECT_EQ(result.questions_planned, 5);
   EXPECT_EQ(result.overall.questions, 2);
   EXPECT_DOUBLE_EQ(result.overall.micro, 1);
+  EXPECT_EQ(result.subjects[0].answers, "DA--");
   EXPECT_EQ(result.subjects[1].questions, 0);
 }
 
@@ -308,6 +310,8 @@ TEST(Mmlu, AResumedRunGivesTheSame) {
   EXPECT_FALSE(result.partial());
   EXPECT_EQ(result.overall.correct, whole.overall.correct);
   EXPECT_EQ(result.overall.micro_stderr, whole.overall.micro_stderr);
+  EXPECT_EQ(result.subjects[0].answers, "DABC");
+  EXPECT_EQ(result.subjects[1].answers, "A");
   EXPECT_EQ(result.tokens_run, whole.tokens_run);
   std::filesystem::remove(path);
 }
