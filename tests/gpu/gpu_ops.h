@@ -24,7 +24,7 @@ inline size_t element_bytes(kernels::Element type) {
 inline double rounding(kernels::Element type) {
   return type == kernels::Element::kF32   ? 0x1p-24
          : type == kernels::Element::kF16 ? 0x1p-11
-                                          : 0x1p-9;
+                                          : 0x1p-8;
 }
 
 // Values rounded to a type, on the host and on the device. Behind them lie bytes that nothing may
