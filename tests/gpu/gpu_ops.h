@@ -27,13 +27,13 @@ inline double rounding(kernels::Element type) {
                                           : 0x1p-8;
 }
 
-// Values rounded to a type, on the host and on the device. Behind them lie bytes that nothing may
-// touch.
+// Values rounded to a type, on the host and on the device. Inputs end with their memory, so that
+// compute-sanitizer sees what is read beyond; behind outputs lie bytes that nothing may touch.
 class GpuArray {
  public:
   GpuArray(kernels::Element type, std::vector<float> values)
       : type_(type), values_(std::move(values)), bytes_(values_.size() * element_bytes(type)) {
-    std::vector<std::byte> raw(bytes_ + kGuard, kPoison);
+    std::vector<std::byte> raw(bytes_);
     for (size_t i = 0; i < values_.size(); ++i) {
       if (type == kernels::Element::kF32) {
         std::memcpy(raw.data() + 4 * i, &values_[i], 4);
@@ -49,8 +49,8 @@ class GpuArray {
   }
   // Poisoned: what is read of it and was not written stands out.
   GpuArray(kernels::Element type, size_t count)
-      : type_(type), values_(count), bytes_(count * element_bytes(type)) {
-    const std::vector<std::byte> raw(bytes_ + kGuard, kPoison);
+      : type_(type), values_(count), bytes_(count * element_bytes(type)), guard_(kGuard) {
+    const std::vector<std::byte> raw(bytes_ + guard_, kPoison);
     device_ = DeviceBuffer(raw.size());
     device_.upload(raw.data(), raw.size());
   }
@@ -61,7 +61,7 @@ class GpuArray {
 
   // The device's bytes now. Throws if what lies behind them was written to.
   std::vector<std::byte> raw() const {
-    std::vector<std::byte> raw(bytes_ + kGuard);
+    std::vector<std::byte> raw(bytes_ + guard_);
     device_.download(raw.data(), raw.size());
     for (size_t i = bytes_; i < raw.size(); ++i) {
       if (raw[i] != kPoison) throw std::runtime_error("a kernel wrote past the end of its output");
@@ -94,6 +94,7 @@ class GpuArray {
   kernels::Element type_;
   std::vector<float> values_;
   size_t bytes_;
+  size_t guard_ = 0;
   DeviceBuffer device_;
 };
 
