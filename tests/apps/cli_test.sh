@@ -150,6 +150,8 @@ run 0 bench attention --device cpu --threads 1 --tokens 70 --head-dim 64 --heads
   --mask both --runs 1 --json "$work/bench.json"
 holds "$work/out" "sage1-b"
 holds "$work/bench.json" '"relative_l1"'
+[ "$(grep -cE '"cosine": (0\.99|1\.)' "$work/bench.json")" = 6 ] ||
+  fail "bench attention's error: $(grep cosine "$work/bench.json")"
 refused 2 "llama2-7b" bench model --random-weights bogus
 refused 2 "use one of them" bench model -m x --random-weights llama-160m
 refused 2 "evenly" bench attention --device cpu --heads 3 --kv-heads 2
