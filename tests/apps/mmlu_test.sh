@@ -51,7 +51,7 @@ mkdir -p "$csv/test" "$csv/dev" "$jsonl"
 for subject in anatomy marketing virology; do
   for i in $(seq 35); do
     question="In $subject, what did the old captain number $i see when he looked out upon the sea?"
-    if [ "$i" -le 5 ]; then split=dev; else split=test; fi
+    if [ "$i" -le 5 ]; then split="dev"; else split="test"; fi
     echo "\"$question\",\"Rain, $i\",A storm,Nothing,Two ships,$((i % 4))" \
       >>"$csv/$split/${subject}_$split.csv"
     printf '{"question":"%s","choices":["Rain, %d","A storm","Nothing","Two ships"],' \
@@ -103,8 +103,7 @@ until [ -e "$work/journal" ] && [ "$(wc -l <"$work/journal")" -ge 2 ]; do
   sleep 0.02
 done
 kill -INT $pid 2>/dev/null
-wait $pid
-if [ $? != 0 ]; then
+if ! wait $pid; then
   holds "$work/out" '"partial": true'
   holds "$work/err" "interrupted: the result is partial"
 fi
