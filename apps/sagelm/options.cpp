@@ -9,6 +9,7 @@
 #include <iterator>
 
 #include "base/error.h"
+#include "checkpoint/checkpoint.h"
 #include "progress.h"
 
 namespace sagelm::cli {
@@ -37,6 +38,14 @@ CLI::Option* add_value(CLI::App& command, CommonOptions& options, const CommonFl
 template <auto member>
 CLI::Option* add_switch(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
   return command.add_flag(flag.name, options.*member, flag.help);
+}
+
+CLI::Option* add_model(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
+  // As `-m "$MODEL"` gives it where MODEL is not set; the demo model is not what was meant.
+  return add_value<&CommonOptions::model>(command, options, flag)
+      ->check([](const std::string& text) {
+        return text.empty() ? std::string("the model's name is empty") : std::string();
+      });
 }
 
 CLI::Option* add_threads(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
@@ -76,8 +85,7 @@ CLI::Option* add_json(CLI::App& command, CommonOptions& options, const CommonFla
 
 const std::array kCommonFlags = {
     CommonFlag{kModelGroup, "-m,--model", "MODEL", "the demo model",
-               "checkpoint: a Hugging Face directory or a .safetensors file",
-               add_value<&CommonOptions::model>},
+               "checkpoint: a Hugging Face directory or a .safetensors file", add_model},
     CommonFlag{kComputeGroup, "--attention", "NAME", "sage",
                "attention kernel: fp16, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b], or sage (the best of "
                "them for the device)",
@@ -130,6 +138,10 @@ fs::path model_path(const CommonOptions& options) {
     if (fs::exists(candidate / "config.json", error)) return candidate.lexically_normal();
   }
   throw UsageError("no demo model was found beside the program: name a checkpoint with -m MODEL");
+}
+
+Tokenizer open_tokenizer(const CommonOptions& options) {
+  return Tokenizer::open(checkpoint_directory(model_path(options)));
 }
 
 LoadOptions load_options(const CommonOptions& options) {

@@ -12,6 +12,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -300,7 +301,11 @@ const KernelTable& selected_kernels() {
     for (const KernelTable* kernels : available) {
       if (std::string_view(forced) == kernels->name) return *kernels;
     }
-    fail("SAGELM_CPU_ISA={} is not an instruction set of this machine's attention kernels", forced);
+    std::string names;
+    for (const KernelTable* kernels : available) {
+      names += fmt::format("{}{}", names.empty() ? "" : ", ", kernels->name);
+    }
+    fail_usage("SAGELM_CPU_ISA is '{}'; on this machine it can be one of {}", forced, names);
   }();
   return selected;
 }
