@@ -23,9 +23,10 @@ const Library& library() {
       result.handle = dlopen(name, RTLD_NOW | RTLD_LOCAL);
       if (result.handle != nullptr) return result;
     }
-    result.problem = fmt::format("{} of the CUDA toolkit cannot be loaded (is its directory in "
-                                 "LD_LIBRARY_PATH?)",
-                                 SAGELM_CUBLASLT);
+    result.problem = fmt::format(
+        "{} of the CUDA toolkit cannot be loaded (is its directory in "
+        "LD_LIBRARY_PATH?)",
+        SAGELM_CUBLASLT);
     return result;
   }();
   return loaded;
