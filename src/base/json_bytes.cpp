@@ -28,7 +28,8 @@ nlohmann::json parse_json_object(std::string_view text, std::string_view where) 
     return parsed;
   } catch (const json::exception& error) {
     std::string_view reason = error.what();  // "[json.exception.NAME.NUMBER] what is wrong"
-    if (const size_t tag = reason.find("] "); reason.starts_with('[') && tag != reason.npos) {
+    if (const size_t tag = reason.find("] ");
+        reason.starts_with('[') && tag != std::string_view::npos) {
       reason.remove_prefix(tag + 2);
     }
     fail("{}: not valid JSON ({})", where, excerpt(reason, 300));

@@ -45,7 +45,7 @@ class TensorTable {
       }
       fail("{}: tensor {} is missing", where, name);
     }
-    const TensorView view = found->second;
+    TensorView view = found->second;
     if (view.shape != shape) {
       fail("{}: tensor {} is [{}], and config.json makes it [{}]", where, name,
            fmt::join(view.shape, ", "), fmt::join(shape, ", "));
@@ -132,7 +132,7 @@ std::string model_name(const fs::path& model) {
 
 ModelWeights collect(TensorTable& table, const ModelConfig& c, const std::string& where) {
   ModelWeights weights;
-  const auto take = [&](const std::string& name, std::vector<int64_t> shape) {
+  const auto take = [&](const std::string& name, const std::vector<int64_t>& shape) {
     return table.take(name, shape, where);
   };
   weights.embedding = take("model.embed_tokens.weight", {c.vocab_size, c.hidden_size});

@@ -345,7 +345,7 @@ void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> s
     dim = std::max(dim, padded_dim(args.head_dim));
     longest = std::max(longest, args.q_len);
     work += static_cast<double>(args.num_kv_heads * measure.used()) +
-            static_cast<double>(args.num_heads * padded_dim(args.head_dim) / 16) *
+            static_cast<double>(args.num_heads * padded_dim(args.head_dim)) / 16 *
                 static_cast<double>(args.q_len) * static_cast<double>(args.kv_len);
   }
   if (scratch.units.empty()) return;
