@@ -28,7 +28,7 @@ void run_tokenize(const TokenizeFlags& flags, bool has_file) {
   std::string table;
   Json pieces = Json::array();
   for (const int32_t id : ids) {
-    const std::string piece(tokenizer.piece(id));
+    const std::string& piece = tokenizer.piece(id);
     table += fmt::format("{}\t{}\n", id, printable(piece));
     pieces.push_back(piece);
   }
