@@ -9,6 +9,7 @@
 #include <iterator>
 
 #include "base/error.h"
+#include "checkpoint/checkpoint.h"
 #include "progress.h"
 
 namespace sagelm::cli {
@@ -37,6 +38,14 @@ CLI::Option* add_value(CLI::App& command, CommonOptions& options, const CommonFl
 template <auto member>
 CLI::Option* add_switch(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
   return command.add_flag(flag.name, options.*member, flag.help);
+}
+
+CLI::Option* add_model(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
+  // As `-m "$MODEL"` gives it where MODEL is not set; the demo model is not what was meant.
+  return add_value<&CommonOptions::model>(command, options, flag)
+      ->check([](const std::string& text) {
+        return text.empty() ? std::string("the model's name is empty") : std::string();
+      });
 }
 
 CLI::Option* add_threads(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
@@ -76,8 +85,7 @@ CLI::Option* add_json(CLI::App& command, CommonOptions& options, const CommonFla
 
 const std::array kCommonFlags = {
     CommonFlag{kModelGroup, "-m,--model", "MODEL", "the demo model",
-               "checkpoint: a Hugging Face directory or a .safetensors file",
-               add_value<&CommonOptions::model>},
+               "checkpoint: a Hugging Face directory or a .safetensors file", add_model},
     CommonFlag{kRandomGroup, "--random-weights", "NAME[:bf16]", "",
                "an architecture with made-up FP16 (or BF16) weights in place of a checkpoint: "
                "llama2-7b, llama2-13b, llama3-8b, llama3.2-1b, tinyllama-1.1b or llama-160m",
@@ -134,6 +142,10 @@ fs::path model_path(const CommonOptions& options) {
     if (fs::exists(candidate / "config.json", error)) return candidate.lexically_normal();
   }
   throw UsageError("no demo model was found beside the program: name a checkpoint with -m MODEL");
+}
+
+Tokenizer open_tokenizer(const CommonOptions& options) {
+  return Tokenizer::open(checkpoint_directory(model_path(options)));
 }
 
 LoadOptions load_options(const CommonOptions& options) {

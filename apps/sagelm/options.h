@@ -10,6 +10,7 @@
 #include <string>
 
 #include "sagelm/sagelm.hpp"
+#include "text/tokenizer.h"
 
 namespace sagelm::cli {
 
@@ -47,6 +48,9 @@ void add_common_options(CLI::App& command, CommonOptions& options, unsigned grou
 // -m, or the demo model: $SAGELM_DEMO_MODEL, else models/demo beside the executable's directory,
 // share/sagelm/models/demo of its prefix, or models/demo here. Throws Error if there is none.
 std::filesystem::path model_path(const CommonOptions& options);
+
+// The tokenizer alone: data is checked and tokenized before any weights are read.
+Tokenizer open_tokenizer(const CommonOptions& options);
 
 // options as the engine takes them, without progress. Throws UsageError for what cannot be had
 // (--kv-cache int8).

@@ -45,7 +45,7 @@ class TensorTable {
       }
       fail("{}: tensor {} is missing", where, name);
     }
-    const TensorView view = found->second;
+    TensorView view = found->second;
     if (view.shape != shape) {
       fail("{}: tensor {} is [{}], and config.json makes it [{}]", where, name,
            fmt::join(view.shape, ", "), fmt::join(shape, ", "));
@@ -107,20 +107,19 @@ struct Location {
   fs::path index;
 };
 
+// What may not be looked at is an error, not absent.
+bool is_there(const fs::path& path) {
+  std::error_code error;
+  const bool there = fs::exists(path, error);
+  if (error) fail("cannot open {}: {}", path.string(), error.message());
+  return there;
+}
+
 Location locate(const fs::path& model) {
-  std::error_code ignored;
-  if (!fs::exists(model, ignored)) fail("{} does not exist", model.string());
-  if (!fs::is_directory(model, ignored)) {
-    if (model.extension() != ".safetensors") {
-      fail("{} is neither a model directory nor a .safetensors file", model.string());
-    }
-    const fs::path parent = model.parent_path();
-    return {parent.empty() ? fs::path(".") : parent, model, {}};
-  }
-  if (fs::exists(model / "model.safetensors", ignored)) {
-    return {model, model / "model.safetensors", {}};
-  }
-  if (fs::exists(model / "model.safetensors.index.json", ignored)) {
+  const fs::path directory = checkpoint_directory(model);
+  if (directory != model) return {directory, model, {}};
+  if (is_there(model / "model.safetensors")) return {model, model / "model.safetensors", {}};
+  if (is_there(model / "model.safetensors.index.json")) {
     return {model, {}, model / "model.safetensors.index.json"};
   }
   fail("{} holds neither model.safetensors nor model.safetensors.index.json", model.string());
@@ -191,6 +190,16 @@ int64_t first_non_finite(const TensorView& tensor, Word exponent) {
 }
 
 }  // namespace
+
+fs::path checkpoint_directory(const fs::path& model) {
+  if (!is_there(model)) fail("{} does not exist", model.string());
+  if (fs::is_directory(model)) return model;
+  if (model.extension() != ".safetensors") {
+    fail("{} is neither a model directory nor a .safetensors file", model.string());
+  }
+  const fs::path parent = model.parent_path();
+  return parent.empty() ? fs::path(".") : parent;
+}
 
 Checkpoint Checkpoint::open(const std::filesystem::path& model) {
   const Location location = locate(model);

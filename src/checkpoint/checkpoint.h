@@ -15,6 +15,10 @@
 
 namespace sagelm {
 
+// The directory that model is, or that the .safetensors file model lies in. Throws Error if model
+// is neither, or cannot be opened.
+std::filesystem::path checkpoint_directory(const std::filesystem::path& model);
+
 class Checkpoint {
  public:
   // model: an HF directory (config.json with model.safetensors, or with

@@ -66,7 +66,9 @@ refused 2 "Exactly 1" tokenize
 refused 2 "--temp" tokenize --text x --temp 1
 refused 2 "--device" tokenize --text x --device cpu
 refused 1 "$work/none" tokenize --file "$work/none"
-refused 1 "$work/none" tokenize --text x -m "$work/none"
+refused 1 "$work/none does not exist" tokenize --text x -m "$work/none"
+refused 1 "neither a model directory nor" tokenize --text x -m "$work/text"
+refused 2 "empty" tokenize --text x -m ""
 
 # info.
 run 0 info
@@ -80,6 +82,9 @@ refused 1 "cannot be used" info --device cuda:99
 refused 2 "not available yet" info --kv-cache int8
 refused 2 "threads" info --threads 0
 refused 2 "--seed" info --seed 1
+export SAGELM_CPU_ISA=bogus
+refused 2 "bogus" generate --prompt x -n 1
+unset SAGELM_CPU_ISA
 
 # generate.
 run 0 generate --attention fp16 --temp 0 -n 64 --prompt "$prompt" --json --logprobs
@@ -107,6 +112,12 @@ refused 1 "empty" generate --prompt "" --no-bos
 refused 1 "$work/none/x" generate --prompt x --json "$work/none/x"
 "$sagelm" generate --prompt x -n 4 >/dev/full 2>"$work/err" && fail "a full disk was not noticed"
 holds "$work/err" "cannot write to standard output"
+
+# Ctrl-C ends generate as it ends any program.
+timeout --preserve-status -s INT 2 "$sagelm" generate --prompt x -n 2000 --ignore-eos --ctx 2048 \
+  --threads 1 >/dev/null 2>&1 </dev/null
+status=$?
+[ "$status" = 130 ] || [ "$status" = 0 ] || fail "generate, interrupted: exit status $status"
 
 # chat.
 run 0 chat --prompt "Who are you?" --temp 0 -n 30 --attention fp16 --show-prompt-tokens
