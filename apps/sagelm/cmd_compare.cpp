@@ -24,6 +24,7 @@
 #include "eval/model_hash.h"
 #include "eval/perplexity.h"
 #include "eval/report.h"
+#include "eval/report_machine.h"
 #include "eval/sha256.h"
 #include "eval_options.h"
 #include "interrupt.h"
@@ -50,6 +51,7 @@ struct CompareFlags {
 // What is scored, and what figures come of it.
 struct Task {
   std::string name;
+  std::string title;  // the same as a heading has it
   std::string units;
   std::string unit;  // one of them, as in "window 3 of the text"
   std::span<const Model::ScoreInput> inputs;
@@ -257,13 +259,22 @@ std::string command_line() {
   return line;
 }
 
-// The checkpoint's configuration by hash and its weights by size.
-std::vector<std::pair<std::string, std::string>> checkpoint_facts(const fs::path& model) {
+// What a report must say of a run so that it can be repeated.
+struct RunFacts {
+  std::string model_hash;
+  std::string command = command_line();
+  std::string machine = describe_machine();
+  std::string measured = utc_now();
+};
+
+// The checkpoint by hash, its configuration by hash and its weights by size.
+std::vector<std::pair<std::string, std::string>> checkpoint_facts(const fs::path& model,
+                                                                  const std::string& hash) {
   const bool is_directory = fs::is_directory(model);
   const fs::path directory = is_directory ? model : model.parent_path();
   const std::string config = (directory / "config.json").string();
   std::vector<std::pair<std::string, std::string>> facts = {
-      {"model hash", model_hash(model)}, {"config sha256", sha256_hex(read_text_file(config))}};
+      {"model hash", hash}, {"config sha256", sha256_hex(read_text_file(config))}};
   std::vector<fs::path> weights;
   if (is_directory) {
     for (const auto& entry : fs::directory_iterator(directory)) {
@@ -299,22 +310,28 @@ void run_task(const CompareFlags& flags, const Task& task, const std::vector<Set
   }
   if (flags.layers && !comparison.partial()) compare_layers(flags, task, models, result);
 
-  result.title = fmt::format("{} of {} under {} settings", task.name, info.name, settings.size());
+  result.title = fmt::format("{} of {} under {} settings", task.title, info.name, settings.size());
   result.units = task.units;
   result.facts = task.facts;
   result.facts.insert(result.facts.begin(), {"model", info.name});
-  result.json = {{"task", task.name}, {"model", info.name}};
+  const fs::path model = model_path(flags.eval.common);
+  const RunFacts run{.model_hash = model_hash(model)};
+  result.json = {{"task", task.name},           {"version", SAGELM_VERSION},
+                 {"command", run.command},      {"measured", run.measured},
+                 {"machine", run.machine},      {"model", info.name},
+                 {"model_hash", run.model_hash}};
   result.json.update(task.json);
   result.json.update({{"limit", flags.eval.limit ? Json(*flags.eval.limit) : Json()},
                       {"batch_tokens", flags.eval.batch_tokens}});
   output.text(compare_text(result));
   if (flags.report) {
     std::vector<std::pair<std::string, std::string>> facts =
-        checkpoint_facts(model_path(flags.eval.common));
+        checkpoint_facts(model, run.model_hash);
+    facts.emplace_back("machine", run.machine);
     facts.emplace_back("program", "sagelm " SAGELM_VERSION);
-    facts.emplace_back("measured", utc_now());
+    facts.emplace_back("measured", run.measured);
     const fs::path page =
-        write_report(*flags.report, render_report(compare_report(result, facts, command_line())));
+        write_report(*flags.report, render_report(compare_report(result, facts, run.command)));
     output.text(fmt::format("report         {}\n", page.string()));
     result.json["report"] = page.string();
   }
@@ -402,6 +419,7 @@ void run_perplexity_task(const CompareFlags& flags, const ProtocolFlags& protoco
   const ScoringPlan plan(bytes, protocol, text_encoder(tokenizer), flags.eval.limit);
   const bool bos = adds_bos(tokenizer) || protocol.front != FrontTokens::kTokenizerBos;
   Task task{.name = "perplexity",
+            .title = "Perplexity",
             .units = "windows",
             .unit = "window",
             .inputs = plan.inputs(),
@@ -444,6 +462,7 @@ void run_lambada_task(const CompareFlags& flags, const std::string& variant_name
     inputs.push_back({.ids = example.ids, .first_scored = example.first_scored});
   }
   Task task{.name = "lambada",
+            .title = "LAMBADA",
             .units = "passages",
             .unit = "passage",
             .inputs = inputs,

@@ -78,6 +78,8 @@ struct PairedFigure {
   double difference = 0;  // to the first setting on the same samples
   double difference_error = 0;
 
+  // The difference in units of the first setting's value; not finite where that is 0.
+  double relative_difference(const PairedFigure& first) const { return difference / first.value; }
   // Half the width of the difference's 95 % interval.
   double margin() const { return 1.959963984540054 * difference_error; }
   // The 95 % interval of the difference does not hold zero.

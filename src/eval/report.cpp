@@ -39,7 +39,7 @@ th, td { padding: .3rem .75rem; border-bottom: 1px solid var(--line); text-align
   white-space: nowrap; }
 thead th { border-bottom: 2px solid var(--soft); }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; white-space: pre; }
 .figures { display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure { margin: 0; padding: .75rem; background: var(--panel); border: 1px solid var(--line);
   border-radius: .5rem; max-width: 36rem; }
@@ -69,6 +69,7 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: .5
   body { font-size: 10pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; } .scroll { overflow: visible; }
   table { font-size: 8pt; } th, td { padding: .15rem .4rem; white-space: normal; }
+  tbody th { white-space: pre-wrap; } thead { display: table-header-group; }
   .figures { grid-template-columns: 1fr 1fr; } figure, tr { break-inside: avoid; }
   h2 { break-after: avoid; } @page { margin: 15mm; } }
 )css";
@@ -106,8 +107,8 @@ void add_figure(Output out, const ReportFigure& figure) {
   if (!figure.legend.empty()) {
     fmt::format_to(out, "<ul class=\"legend\">");
     for (size_t i = 0; i < figure.legend.size(); ++i) {
-      fmt::format_to(out, "<li><span class=\"s{}\"></span>{}</li>", i % kSeriesStyles,
-                     escape_html(figure.legend[i]));
+      fmt::format_to(out, "<li><span class=\"s{}\"></span>{}</li>",
+                     (figure.legend_style + i) % kSeriesStyles, escape_html(figure.legend[i]));
     }
     fmt::format_to(out, "</ul>\n");
   }

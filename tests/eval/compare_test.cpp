@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -94,6 +95,7 @@ TEST(Compare, TwoDistributionsKnownByHand) {
   EXPECT_EQ(nll.figures[0].difference_error, 0);
   EXPECT_FALSE(nll.figures[0].excludes_zero());
   EXPECT_NEAR(nll.figures[1].difference, 0.25 * unit, kTolerance);
+  EXPECT_NEAR(nll.figures[1].relative_difference(nll.figures[0]), 0.25 / 1.5, kTolerance);
   EXPECT_NEAR(nll.figures[1].difference_error, unit * std::sqrt(11.0 / 12 / 4), kTolerance);
   EXPECT_FALSE(nll.figures[1].excludes_zero());
 
@@ -185,6 +187,65 @@ TEST(Compare, SmallDivergencesAreExact) {
   EXPECT_NEAR(result.settings[1].tokens[0].kl / expected, 1, 1e-7);
 }
 
+// Every token has distributions of its own, drawn at random and far from normalised.
+TEST(Compare, RandomDistributionsAgainstDirectSums) {
+  constexpr size_t kVocab = 97;
+  constexpr size_t kTokens = 64;
+  std::mt19937 random(11);
+  std::normal_distribution<float> normal(5, 3);
+  std::vector<float> p(kTokens * kVocab);
+  std::vector<float> q(kTokens * kVocab);
+  for (size_t i = 0; i < p.size(); ++i) {
+    p[i] = normal(random);
+    q[i] = p[i] + 0.1F * normal(random);
+  }
+  std::vector<int32_t> ids(kTokens + 1);
+  for (int32_t& id : ids) id = static_cast<int32_t>(random() % kVocab);
+  std::vector<Model::ScoredToken> rows;
+  for (size_t t = 0; t < kTokens; ++t) rows.push_back({0, static_cast<int64_t>(t) + 1});
+  const auto hand_over = [&rows](const std::vector<float>& logits) {
+    return [&rows, &logits](std::span<const Model::ScoreInput>,
+                            const Model::DistributionCallback& on_block) {
+      on_block({.tokens = rows, .logits = logits});
+    };
+  };
+  const Model::ScoreInput input{.ids = ids};
+  const std::vector<CompareSetting> settings = {{"p", hand_over(p)}, {"q", hand_over(q)}};
+  const Comparison result = run_comparison({&input, 1}, settings, {.vocab_size = kVocab}, where);
+  const auto softmax = [](const float* logits) {
+    std::vector<double> probabilities;
+    double sum = 0;
+    for (size_t v = 0; v < kVocab; ++v) {
+      probabilities.push_back(std::exp(static_cast<double>(logits[v])));
+      sum += probabilities.back();
+    }
+    for (double& probability : probabilities) probability /= sum;
+    return probabilities;
+  };
+  double kl_sum = 0;
+  double squares = 0;
+  int same = 0;
+  for (size_t t = 0; t < kTokens; ++t) {
+    const std::vector<double> first = softmax(&p[t * kVocab]);
+    const std::vector<double> second = softmax(&q[t * kVocab]);
+    double kl = 0;
+    for (size_t v = 0; v < kVocab; ++v) kl += first[v] * std::log(first[v] / second[v]);
+    EXPECT_NEAR(result.settings[1].tokens[t].kl, kl, 1e-12);
+    const auto target = static_cast<size_t>(ids[t + 1]);
+    EXPECT_NEAR(result.settings[1].tokens[t].logprob, std::log(second[target]), 1e-12);
+    kl_sum += kl;
+    squares += (second[target] - first[target]) * (second[target] - first[target]);
+    same += std::max_element(first.begin(), first.end()) - first.begin() ==
+                    std::max_element(second.begin(), second.end()) - second.begin()
+                ? 1
+                : 0;
+  }
+  const DistributionDistance far = distance(result.settings[0], result.settings[1]);
+  EXPECT_NEAR(far.kl_mean, kl_sum / kTokens, 1e-12);
+  EXPECT_NEAR(far.same_top, same / static_cast<double>(kTokens), 1e-12);
+  EXPECT_NEAR(far.rms_change, std::sqrt(squares / kTokens), 1e-12);
+}
+
 TEST(Compare, NoFigureDependsOnTheBatchOrTheBlocks) {
   std::mt19937 random(3);
   std::vector<std::vector<int32_t>> texts(9);
@@ -204,6 +265,12 @@ TEST(Compare, NoFigureDependsOnTheBatchOrTheBlocks) {
     EXPECT_EQ(first.batches.size(), batches);
     EXPECT_EQ(first.batches, second.batches);
     EXPECT_EQ(result.input_ends.size(), inputs.size());
+    // However long the text, logits are held of one batch only.
+    const auto all = static_cast<int64_t>(result.settings[0].tokens.size()) * 3 * 4;
+    EXPECT_EQ(result.held_bytes == all, batches == 1) << result.held_bytes;
+    if (batches > 1) {
+      EXPECT_LE(result.held_bytes, 7 * 3 * 4);  // the longest input's
+    }
     EXPECT_EQ(result.input_ends.back(), result.settings[1].tokens.size());
     return paired_metric("perplexity", input_losses(result), {.exponential = true}).figures[1];
   };
