@@ -151,7 +151,7 @@ Table layer_rows(const CompareResult& result, const LayerMeasure& measure) {
   std::vector<std::string> mean = {"mean"};
   std::vector<std::string> worst = {"worst"};
   for (size_t layer = 0; layer < result.layers[0].size(); ++layer) {
-    table.push_back({std::to_string(layer)});
+    table.push_back({fmt::format("layer {}", layer)});
   }
   for (const std::vector<AttentionError>& layers : result.layers) {
     double sum = 0;
@@ -239,21 +239,21 @@ Json layer_json(const std::vector<AttentionError>& layers) {
   return json;
 }
 
-// "sage2: perplexity +0.46 ± 0.05, 95 % interval without zero; …"
-std::string summary_of(const CompareResult& result) {
-  std::string text;
+// Of each setting after the first: "sage2 against fp16: perplexity +0.46 ± 0.05, …".
+std::vector<std::string> summary_of(const CompareResult& result) {
+  std::vector<std::string> sentences;
   for (size_t s = 1; s < result.settings.size(); ++s) {
     const PairedFigure& figure = result.metrics[0].figures[s];
     const int digits = digits_for(figure.difference_error);
-    text += fmt::format(
-        "{}{} against {}: {} {} ± {}, {}; top-1 agreement {}.", text.empty() ? "" : " ",
-        result.settings[s].name, result.settings[0].name, metric_label(result.metrics[0].name),
+    sentences.push_back(fmt::format(
+        "{} against {}: {} {} ± {}, {}; top-1 agreement {}.", result.settings[s].name,
+        result.settings[0].name, metric_label(result.metrics[0].name),
         signed_figure(figure.difference, digits), format_figure(figure.difference_error, digits),
         figure.excludes_zero() ? "a difference that its error does not explain"
                                : "not distinguishable from zero",
-        percent(result.distances[s].same_top, 2));
+        percent(result.distances[s].same_top, 2)));
   }
-  return text;
+  return sentences;
 }
 
 }  // namespace
@@ -345,12 +345,10 @@ Report compare_report(const CompareResult& result,
   const std::vector<std::string> names = setting_names(result);
   report.figures = compare_figures(result.comparison, names, result.layers);
   if (!result.layers.empty()) {
-    std::vector<std::string> header = header_of(result);
-    header[0] = "layer";
     for (const LayerMeasure& measure : kLayerMeasures) {
       report.tables.push_back(
           {.title = fmt::format("Attention's output against float64: {}", measure.name),
-           .header = header,
+           .header = header_of(result),
            .rows = layer_rows(result, measure)});
     }
     report.tables.back().note = result.layers_note;

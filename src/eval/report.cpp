@@ -34,7 +34,7 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p { margin: .5rem 0; max-width: 46rem; }
 .note, figcaption { color: var(--soft); font-size: .875rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .75rem; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
 thead th { border-bottom: 2px solid var(--soft); }
@@ -163,7 +163,9 @@ std::string render_report(const Report& report) {
                  "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n"
                  "<title>{0}</title>\n<style>{1}</style></head>\n<body><main>\n<h1>{0}</h1>\n",
                  escape_html(report.title), kStyle);
-  if (!report.summary.empty()) fmt::format_to(out, "<p>{}</p>\n", escape_html(report.summary));
+  for (const std::string& paragraph : report.summary) {
+    fmt::format_to(out, "<p>{}</p>\n", escape_html(paragraph));
+  }
   for (const ReportTable& table : report.tables) add_table(out, table);
   if (!report.figures.empty()) {
     fmt::format_to(out, "<section><h2>Figures</h2>\n<div class=\"figures\">\n");

@@ -29,7 +29,7 @@ struct ReportFigure {
 // Plain text everywhere but in svg: it is escaped here.
 struct Report {
   std::string title = {};
-  std::string summary = {};  // one sentence below the title; may be empty
+  std::vector<std::string> summary = {};  // paragraphs below the title
   std::vector<ReportTable> tables = {};
   std::vector<ReportFigure> figures = {};
   std::vector<std::pair<std::string, std::string>> facts = {};  // name, value

@@ -87,7 +87,7 @@ Report nasty_report() {
   const XyChart empty{.title = "nothing", .x_label = "x", .y_label = "y", .series = {{}}};
   return {
       .title = kNasty,
-      .summary = kNasty,
+      .summary = {kNasty, kNasty},
       .tables = {{.title = kNasty,
                   .note = kNasty,
                   .header = {"", kNasty},
