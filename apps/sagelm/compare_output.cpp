@@ -330,6 +330,7 @@ Json compare_json(const CompareResult& result) {
     if (!result.layers.empty()) setting["layers"] = layer_json(result.layers[s]);
     settings.push_back(std::move(setting));
   }
+  if (!result.layers.empty()) json["layers_note"] = result.layers_note;
   json["settings"] = std::move(settings);
   return json;
 }

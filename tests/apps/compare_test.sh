@@ -66,7 +66,7 @@ for row in "perplexity" "difference" "relative" "95 % interval" "excludes zero" 
   "relative L1" "RMSE" "worst" "K not smoothed" "4 of 4 windows"; do
   holds "$work/out" "$row"
 done
-for field in '"layers"' '"rms_probability_change"' '"relative_difference"' '"smooth_k": false'; do
+for field in '"layers"' '"layers_note"' '"rms_probability_change"' '"relative_difference"' '"smooth_k": false'; do
   holds "$work/json" "$field"
 done
 page="$work/a page/deep/index.html"
@@ -87,6 +87,11 @@ figures() { sed -n '/"metrics"/,/"rms_probability_change_stderr"/p' "$work/out" 
 figures | grep -vE 'second|timed' >"$work/first"
 run 0 perplexity --file "$text" --ctx 64 --attention fp16,sage1 --json --batch-tokens 64
 figures | grep -vE 'second|timed' | cmp -s - "$work/first" || fail "the batch changed a figure"
+
+# A flag counts for every setting.
+run 0 perplexity --file "$text" --ctx 64 --limit 1 --attention sage1,sage2 --no-smooth-k \
+  --kv-cache fp16 --device cpu --json
+[ "$(grep -c '"smooth_k": false' "$work/out")" = 2 ] || fail "--no-smooth-k was not for all"
 
 # LAMBADA, and per-document protocols.
 run 0 lambada --file "$work/passages" --attention fp16,sage2 --json
