@@ -57,6 +57,8 @@ struct Task {
   std::span<const Model::ScoreInput> inputs;
   int64_t context = 0;  // tokens that the model must hold; 0: its own
   std::function<std::vector<ComparedMetric>(const Comparison& comparison)> metrics;
+  std::string_view data;         // the file's bytes
+  JournalHeader journal_header;  // what the inputs depend on beside the data
   std::vector<std::pair<std::string, std::string>> facts;
   Json json;
 };
@@ -171,7 +173,7 @@ SettingInfo describe_setting(const Setting& setting, const ModelInfo& info) {
 }
 
 Comparison compare_settings(const Task& task, const std::vector<Setting>& settings, Models& models,
-                            const CompareOptions& options) {
+                            const CompareOptions& options, Journal* journal) {
   std::vector<CompareSetting> compared;
   for (size_t s = 0; s < settings.size(); ++s) {
     compared.push_back({.name = settings[s].name,
@@ -186,9 +188,11 @@ Comparison compare_settings(const Task& task, const std::vector<Setting>& settin
       task.inputs, compared, options,
       [&task](int64_t index) { return fmt::format("{} {}", task.unit, index + 1); },
       [&progress](const EvalProgress& state) {
+        progress.skip(state.resumed);
         progress.update(state.done, "perplexity " + format_figure(state.perplexity, 3));
         return !interrupted();
-      });
+      },
+      journal);
 }
 
 void compare_layers(const CompareFlags& flags, const Task& task, Models& models,
@@ -299,10 +303,19 @@ void run_task(const CompareFlags& flags, const Task& task, const std::vector<Set
     result.settings.push_back(describe_setting(settings[s], models.use(s).info()));
   }
   const ModelInfo info = models.use(0).info();
+  JournalHeader header = task.journal_header;
+  for (const SettingInfo& setting : result.settings) {
+    header.emplace_back(
+        "setting " + setting.name,
+        fmt::format("{}; {}; {} cache", setting.attention, setting.device, setting.kv_cache));
+  }
+  std::optional<Journal> journal =
+      open_journal(flags.eval, "compare " + task.name, info, task.data, header);
   const InterruptGuard guard;
   result.comparison =
       compare_settings(task, settings, models,
-                       {.vocab_size = info.vocab_size, .batch_tokens = flags.eval.batch_tokens});
+                       {.vocab_size = info.vocab_size, .batch_tokens = flags.eval.batch_tokens},
+                       journal ? &*journal : nullptr);
   const Comparison& comparison = result.comparison;
   result.metrics = task.metrics(comparison);
   for (const SettingScores& scores : comparison.settings) {
@@ -336,7 +349,7 @@ void run_task(const CompareFlags& flags, const Task& task, const std::vector<Set
     result.json["report"] = page.string();
   }
   output.json(compare_json(result));
-  report_interrupt(comparison.inputs(), comparison.inputs_planned, task.units);
+  report_interrupt(comparison.inputs(), comparison.inputs_planned, task.units, flags.eval.resume);
 }
 
 // Facts that every task has of its file.
@@ -425,6 +438,10 @@ void run_perplexity_task(const CompareFlags& flags, const ProtocolFlags& protoco
             .inputs = plan.inputs(),
             .context = protocol.ctx,
             .metrics = [&plan](const Comparison& c) { return perplexity_metrics(c, plan); },
+            .data = bytes,
+            .journal_header = {{"protocol", protocol.name},
+                               {"ctx", fmt::format("{}", protocol.ctx)},
+                               {"stride", fmt::format("{}", protocol.stride)}},
             .facts = file_facts(file, bytes,
                                 fmt::format("{} tokens, {}", plan.tokens_of_text(), bos_note(bos))),
             .json = file_json(file, bytes, bos)};
@@ -472,6 +489,8 @@ void run_lambada_task(const CompareFlags& flags, const std::string& variant_name
                       paired_metric("accuracy", input_hits(comparison)),
                       paired_metric("perplexity", input_losses(comparison), {.exponential = true})};
                 },
+            .data = bytes,
+            .journal_header = {{"variant", std::string(lambada_variant_name(variant))}},
             .facts = file_facts(
                 file, bytes,
                 fmt::format("{} passages, {}", file_passages, bos_note(adds_bos(tokenizer)))),
@@ -488,6 +507,7 @@ void add_compare_options(CLI::App& command, CompareFlags& flags, const std::stri
                          const std::string& units) {
   flags.eval.common.attention = "fp16,sage1,sage2";
   add_eval_options(command, flags.eval, file_help, units);
+  add_resume_option(command, flags.eval);
   command.get_option("--attention")
       ->description(
           "settings to compare, the first being the baseline: each is an attention kernel, "

@@ -194,7 +194,7 @@ void prepare_report_directory(const fs::path& directory) {
 }
 
 fs::path write_report(const fs::path& directory, std::string_view html) {
-  const fs::path path = directory / "index.html";
+  fs::path path = directory / "index.html";
   TemporaryFile temporary(temporary_path(directory));
   write_bytes(temporary.path(), html);
   std::error_code error;

@@ -101,6 +101,19 @@ holds "$work/out" '"variant": "word"'
 run 0 perplexity --file "$text" --protocol lm-eval-0.4.9.2 --attention fp16,sage2
 holds "$work/out" "bits per byte"
 
+# A run that was killed goes on; another one's journal is refused.
+run 0 perplexity --file "$text" --ctx 64 --attention fp16,sage1 --batch-tokens 64 --json
+figures | grep -vE 'second|timed' >"$work/first"
+{
+  timeout -s KILL 1 "$sagelm" compare perplexity --file "$text" --ctx 64 --attention fp16,sage1 \
+    --batch-tokens 64 --resume "$work/journal" >"$work/out"
+} 2>/dev/null
+run 0 perplexity --file "$text" --ctx 64 --attention fp16,sage1 --batch-tokens 64 \
+  --resume "$work/journal" --json
+figures | grep -vE 'second|timed' | cmp -s - "$work/first" || fail "a resumed run differs"
+refused 1 "journal" perplexity --file "$text" --ctx 64 --attention fp16,sage2 --batch-tokens 64 \
+  --resume "$work/journal"
+
 # Wrong input.
 refused 2 "two settings" perplexity --file "$text" --attention fp16
 refused 2 "sage9" perplexity --file "$text" --attention fp16,sage9

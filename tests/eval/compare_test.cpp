@@ -1,15 +1,18 @@
 #include "eval/compare.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "base/error.h"
+#include "eval/compare_journal.h"
 
 namespace sagelm {
 namespace {
@@ -337,6 +340,82 @@ TEST(Compare, AStoppedRunKeepsWholeBatchesOnly) {
     EXPECT_EQ(result.settings[0].tokens.size(), result.settings[1].tokens.size());
     EXPECT_EQ(result.settings[1].tokens.size(), static_cast<size_t>(result.inputs()) * 3);
   }
+}
+
+class CompareJournal : public testing::Test {
+ protected:
+  void SetUp() override {
+    path_ = std::filesystem::temp_directory_path() / fmt::format("sagelm-compare-{}", getpid());
+    std::filesystem::remove(path_);
+  }
+  void TearDown() override { std::filesystem::remove(path_); }
+
+  // Of ten inputs in five batches, stopped after `most` parts; returns the scorers' batches.
+  static Comparison run(const std::filesystem::path& path, int64_t most, size_t& scored) {
+    Toy first{.probabilities = {0.5, 0.25, 0.25}};
+    Toy second{.probabilities = {0.1, 0.2, 0.7}};
+    const std::vector<int32_t> ids = {0, 1, 2, 0};
+    const std::vector<Model::ScoreInput> inputs(10, {.ids = ids, .first_scored = 1});
+    const std::vector<CompareSetting> settings = {first.setting("a"), second.setting("b")};
+    Journal journal = Journal::open(path, {{"run", "1"}});
+    const Comparison result = run_comparison(
+        inputs, settings, options_of(8), where,
+        [most](const EvalProgress& progress) { return progress.done < most; }, &journal);
+    scored = first.batches.size() + second.batches.size();
+    return result;
+  }
+
+  std::filesystem::path path_;
+};
+
+TEST_F(CompareJournal, AResumedRunHasTheFiguresOfAnUndisturbedOne) {
+  size_t scored = 0;
+  const Comparison whole = run(path_, 100, scored);
+  EXPECT_EQ(scored, 10u);
+  std::filesystem::remove(path_);
+  // In the middle of a batch, which counts for nothing, and at the end of one.
+  EXPECT_EQ(run(path_, 6, scored).inputs(), 2);
+  EXPECT_EQ(run(path_, 12, scored).inputs(), 6);
+  EXPECT_EQ(scored, 4u);
+  const Comparison resumed = run(path_, 100, scored);
+  EXPECT_EQ(scored, 4u);
+  EXPECT_FALSE(resumed.partial());
+  EXPECT_EQ(resumed.tokens_run, whole.tokens_run);
+  EXPECT_EQ(resumed.input_ends, whole.input_ends);
+  for (const size_t s : {0, 1}) {
+    ASSERT_EQ(resumed.settings[s].tokens.size(), whole.settings[s].tokens.size());
+    for (size_t i = 0; i < whole.settings[s].tokens.size(); ++i) {
+      const ComparedToken& one = resumed.settings[s].tokens[i];
+      const ComparedToken& other = whole.settings[s].tokens[i];
+      EXPECT_EQ(one.logprob, other.logprob);  // bit for bit
+      EXPECT_EQ(one.kl, other.kl);
+      EXPECT_EQ(one.is_top, other.is_top);
+      EXPECT_EQ(one.same_top, other.same_top);
+    }
+  }
+  run(path_, 100, scored);
+  EXPECT_EQ(scored, 0u);
+}
+
+TEST_F(CompareJournal, RecordsThatDoNotFitAreRefused) {
+  const std::vector<BatchScores> scores(
+      2, {.tokens = {{.logprob = -1.25, .kl = 1e-300, .is_top = true, .same_top = true}},
+          .seconds = 0.1});
+  const std::string record = batch_record(4, scores);
+  const auto read = read_batch_record(record, 4, 2, 1);
+  ASSERT_TRUE(read);
+  EXPECT_EQ((*read)[1].tokens[0].kl, 1e-300);
+  EXPECT_EQ((*read)[1].seconds, 0.1);
+  EXPECT_FALSE(read_batch_record(record, 3, 2, 1));
+  EXPECT_FALSE(read_batch_record(record, 4, 3, 1));
+  EXPECT_FALSE(read_batch_record(record, 4, 2, 2));
+  for (const char* bad : {"", "{}", "[]", "{\"first\": 4, \"settings\": [1, 2]}",
+                          "{\"first\": 4, \"settings\": {}}", "nonsense"}) {
+    EXPECT_FALSE(read_batch_record(bad, 4, 2, 1)) << bad;
+  }
+  Journal::open(path_, {{"run", "1"}}).append("{\"first\": 0}");
+  size_t scored = 0;
+  EXPECT_THROW(run(path_, 100, scored), Error);
 }
 
 TEST(Compare, WhatTheModelDoesWrongIsAnError) {
