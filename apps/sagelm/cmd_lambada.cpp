@@ -1,4 +1,5 @@
 // sagelm lambada: how often the model finds the last word of a passage.
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -37,7 +38,8 @@ std::string describe(const Json& json, const LambadaFlags& flags, LambadaVariant
       "examples       {} of {}{}{}\n"
       "accuracy       {} ± {} ({} correct)\n"
       "perplexity     {} ± {} per target\n"
-      "±              standard error over the {} examples scored\n"
+      "±              standard error over the {} examples scored (lm-eval's: of the sample, and by "
+      "bootstrap)\n"
       "speed          {:.0f} tokens/s\n",
       result.examples, json["file_passages"].get<size_t>(), limit_note(flags.eval),
       result.partial() ? " (partial: interrupted)" : "", format_figure(result.accuracy, 4),
@@ -63,7 +65,12 @@ void run(const LambadaFlags& flags) {
       [&tokenizer](std::string_view text) { return encode_for_eval(tokenizer, text); },
       Model::inspect(load_options(flags.eval.common)).context);
 
-  Model model = load_model(flags.eval.common, flags.eval.batch_tokens);
+  // A passage is computed whole: quantizing kernels give other results for one cut into steps.
+  int64_t step_tokens = flags.eval.batch_tokens;
+  for (const LambadaExample& example : examples) {
+    step_tokens = std::max(step_tokens, static_cast<int64_t>(example.ids.size()));
+  }
+  Model model = load_model(flags.eval.common, step_tokens);
   std::optional<Journal> journal =
       open_journal(flags.eval, "lambada", model.info(), bytes,
                    {{"variant", std::string(lambada_variant_name(variant))}});

@@ -1,4 +1,5 @@
 // sagelm perplexity: how well the model predicts a text, under a named protocol.
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -105,7 +106,8 @@ void run(const PerplexityFlags& flags) {
 
   CommonOptions common = flags.eval.common;
   common.context = protocol.ctx;  // refused if it is beyond the model's
-  Model model = load_model(common, flags.eval.batch_tokens);
+  // A window is computed whole: quantizing kernels give other results for one cut into steps.
+  Model model = load_model(common, std::max(flags.eval.batch_tokens, protocol.ctx));
   std::optional<Journal> journal = open_journal(flags.eval, "perplexity", model.info(), bytes,
                                                 {{"protocol", protocol.name},
                                                  {"ctx", fmt::format("{}", protocol.ctx)},

@@ -124,8 +124,9 @@ TEST_F(JournalTest, DamageBeforeTheEndIsRefused) {
 TEST_F(JournalTest, AnotherRunsIsRefusedByName) {
   Journal::open(path_, kHeader).append("one");
   const std::string before = bytes();
-  EXPECT_EQ(error_of_open({{"model", "toy"}, {"limit", "3"}}),
-            "the journal " + path_.string() + " is another run's: its limit is \"none\", not \"3\"");
+  EXPECT_EQ(
+      error_of_open({{"model", "toy"}, {"limit", "3"}}),
+      "the journal " + path_.string() + " is another run's: its limit is \"none\", not \"3\"");
   EXPECT_EQ(error_of_open({{"model", "toy"}, {"limit", "none"}, {"ctx", "8"}}),
             "the journal " + path_.string() + " is another run's: its ctx is missing, not \"8\"");
   EXPECT_NE(error_of_open({{"model", "toy"}}).find("other fields"), std::string::npos);
@@ -243,8 +244,8 @@ TEST_F(JournalTest, AResumedLambadaIsThatOfAnUndisturbedRun) {
     int64_t steps = 2;
     {
       Journal journal = Journal::open(path_, kHeader);
-      run_lambada(examples, 20, noisy(model), [&](const EvalProgress&) { return --steps > 0; },
-                  &journal);
+      run_lambada(
+          examples, 20, noisy(model), [&](const EvalProgress&) { return --steps > 0; }, &journal);
     }
     Journal journal = Journal::open(path_, kHeader);
     const LambadaResult result = run_lambada(examples, 20, noisy(model), {}, &journal);

@@ -96,7 +96,8 @@ TEST(ProtocolFigures, LlamacppWithoutBos) {
   EXPECT_EQ(model.sequences[0], (std::vector<int32_t>(8, 1)));
 }
 
-// Two pages, detokenized " = A =\nb" and " = B =\nab": 10 words and 21 bytes as they are in the file.
+// Two pages, detokenized " = A =\nb" and " = B =\nab": 10 words and 21 bytes as they are in the
+// file.
 constexpr std::string_view kPages = " = A = \n b\n = B = \n ab";
 
 void expect_wikitext_figures(const PerplexityResult& result, int64_t same, int64_t other) {
@@ -114,7 +115,8 @@ void expect_wikitext_figures(const PerplexityResult& result, int64_t same, int64
 TEST(ProtocolFigures, LmEval043StartsEachPageWithOneBos) {
   ToyModel model;
   expect_wikitext_figures(score(kPages, "lm-eval-0.4.3", {.ctx = 64}, model), 15, 2);
-  EXPECT_EQ(model.sequences, (Sequences{{0, 0, 0, 0, 0, 0, 0, 0, 1}, {0, 0, 0, 0, 0, 0, 0, 0, 0, 1}}));
+  EXPECT_EQ(model.sequences,
+            (Sequences{{0, 0, 0, 0, 0, 0, 0, 0, 1}, {0, 0, 0, 0, 0, 0, 0, 0, 0, 1}}));
   // A window predicts 4 tokens from one; only the last, shorter one is given more.
   ToyModel rolling;
   expect_wikitext_figures(score(kPages, "lm-eval-0.4.3", {.ctx = 4}, rolling), 15, 2);

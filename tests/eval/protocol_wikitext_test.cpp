@@ -23,7 +23,9 @@ TEST(Wikitext, DetokenizerQuirks) {
   EXPECT_EQ(wikitext_detokenize("a ( b ) [ c ] { d } \" e \" f ' g '"),
             "a (b) [c] {d} \"e\" f 'g'");
   EXPECT_EQ(wikitext_detokenize("= = = = x = = = y = ="), "==== x === y ==");
-  EXPECT_EQ(wikitext_detokenize("20 \xC2\xB0 C"), "20\xC2\xB0" "C");
+  EXPECT_EQ(wikitext_detokenize("20 \xC2\xB0 C"),
+            "20\xC2\xB0"
+            "C");
   EXPECT_EQ(wikitext_detokenize("end \n next N of it 's"), "end\nnext 1 of it's");
   EXPECT_EQ(wikitext_detokenize("/' 7/"), "/'[0-9]/");  // the harness's own replacement
   EXPECT_EQ(wikitext_detokenize("' 7"), "' 7");
@@ -33,7 +35,9 @@ TEST(Wikitext, WordsCountEmptyPiecesAtTheEnds) {
   EXPECT_EQ(wikitext_words("a b"), 2);
   EXPECT_EQ(wikitext_words(" a  b\n"), 4);
   EXPECT_EQ(wikitext_words(""), 1);
-  EXPECT_EQ(wikitext_words("a\xC2\xA0" "b"), 2);  // white space of Unicode, as Python's \s
+  EXPECT_EQ(wikitext_words("a\xC2\xA0"
+                           "b"),
+            2);  // white space of Unicode, as Python's \s
 }
 
 TEST(Wikitext, RollingWindowsAsTheHarnessMakesThem) {
