@@ -85,6 +85,9 @@ holds "$work/word" '"perplexity_stderr"'
 run 0 lambada --file "$passages" --limit 5 --variant last-token
 holds "$work/out" "variant        last-token"
 holds "$work/out" "examples       5 of 150 (--limit 5)"
+holds "$work/out" "with BOS"
+run 0 lambada --file "$passages" --limit 5 --no-bos
+holds "$work/out" "without BOS"
 refused 2 "word, last-token" lambada --file "$passages" --variant bogus
 
 # --resume: killed twice on the way, the result is that of an undisturbed run.
