@@ -78,17 +78,21 @@ const std::array kCommonFlags = {
     CommonFlag{kModelGroup, "-m,--model", "MODEL", "the demo model",
                "checkpoint: a Hugging Face directory or a .safetensors file",
                add_value<&CommonOptions::model>},
-    CommonFlag{kComputeGroup, "--attention", "NAME", "sage",
+    CommonFlag{kRandomGroup, "--random-weights", "NAME[:bf16]", "",
+               "an architecture with made-up FP16 (or BF16) weights in place of a checkpoint: "
+               "llama2-7b, llama2-13b, llama3-8b, llama3.2-1b, tinyllama-1.1b or llama-160m",
+               add_value<&CommonOptions::random_weights>},
+    CommonFlag{kKernelGroup, "--attention", "NAME", "sage",
                "attention kernel: fp16, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b], or sage (the best of "
                "them for the device)",
                add_value<&CommonOptions::attention>},
-    CommonFlag{kComputeGroup, "--no-smooth-k", "", "", "quantize K as it is, its mean left in",
+    CommonFlag{kKernelGroup, "--no-smooth-k", "", "", "quantize K as it is, its mean left in",
                add_switch<&CommonOptions::no_smooth_k>},
-    CommonFlag{kComputeGroup, "--kv-cache", "auto|fp16", "auto", "type of the KV cache",
+    CommonFlag{kCacheGroup, "--kv-cache", "auto|fp16", "auto", "type of the KV cache",
                add_kv_cache},
-    CommonFlag{kComputeGroup, "--device", "auto|cpu|cuda[:N]", "auto", "where to compute",
+    CommonFlag{kDeviceGroup, "--device", "auto|cpu|cuda[:N]", "auto", "where to compute",
                add_value<&CommonOptions::device>},
-    CommonFlag{kComputeGroup, "--threads", "N", "one per core", "CPU threads", add_threads},
+    CommonFlag{kDeviceGroup, "--threads", "N", "one per core", "CPU threads", add_threads},
     CommonFlag{kContextGroup, "--ctx", "N", "the model's own", "context length in tokens",
                add_context},
     CommonFlag{kSeedGroup, "--seed", "N", "0", "seed of the random draws", add_seed},
@@ -137,7 +141,12 @@ LoadOptions load_options(const CommonOptions& options) {
     throw UsageError("--kv-cache int8 is not available yet: use auto or fp16");
   }
   LoadOptions load;
-  load.model = model_path(options);
+  if (options.random_weights.empty()) {
+    load.model = model_path(options);
+  } else if (!options.model.empty()) {
+    throw UsageError("-m names a checkpoint and --random-weights makes one up: use one of them");
+  }
+  load.random_weights = options.random_weights;
   load.attention = options.attention;
   load.smooth_k = !options.no_smooth_k;
   load.device = options.device;

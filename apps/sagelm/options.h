@@ -15,6 +15,7 @@ namespace sagelm::cli {
 
 struct CommonOptions {
   std::string model;               // empty: the demo model
+  std::string random_weights;      // as in LoadOptions
   std::string attention = "sage";  // as --attention takes it
   bool no_smooth_k = false;
   std::string kv_cache = "auto";
@@ -29,11 +30,15 @@ struct CommonOptions {
 // Groups of common flags, to be or-ed.
 enum OptionGroup : unsigned {
   kModelGroup = 1,     // -m
-  kComputeGroup = 2,   // --attention --no-smooth-k --kv-cache --device --threads
+  kKernelGroup = 2,    // --attention --no-smooth-k
   kContextGroup = 4,   // --ctx (a command for which it means something else defines its own)
   kSeedGroup = 8,      // --seed
   kJsonGroup = 16,     // --json [FILE]
   kVerboseGroup = 32,  // -v
+  kRandomGroup = 64,   // --random-weights
+  kCacheGroup = 128,   // --kv-cache
+  kDeviceGroup = 256,  // --device --threads
+  kComputeGroup = kKernelGroup | kCacheGroup | kDeviceGroup,
 };
 
 // Adds the flags of groups to command. options must live as long as the command.

@@ -76,7 +76,7 @@ holds "$work/out" '"kv_bytes": 4718592'
 refused 2 "2048" info --ctx 4096
 refused 2 "sage9" info --attention sage9
 refused 2 "tpu" info --device tpu
-refused 1 "CUDA" info --device cuda:0
+refused 1 "cannot be used" info --device cuda:99
 refused 2 "not available yet" info --kv-cache int8
 refused 2 "threads" info --threads 0
 refused 2 "--seed" info --seed 1
@@ -138,6 +138,25 @@ holds "$work/err" "dropped the oldest"
 "$sagelm" chat </dev/null >"$work/out" 2>/dev/null || fail "the end of the input is no failure"
 refused 2 "empty" chat --prompt " "
 refused 2 "llama2" chat --chat-template bogus --prompt x
+
+# bench.
+run 0 bench model --device cpu --threads 1 --attention fp16,sage2 --prompt-tokens 40 --decode-at 8 \
+  --decode-tokens 4 --runs 1 --json
+for key in '"tokens_per_second"' '"percent_of_linear_layers"' '"percent_of_copy"' '"predicted_bytes"' \
+  '"kernel": "sage2-8b'; do
+  holds "$work/out" "$key"
+done
+run 0 bench attention --device cpu --threads 1 --tokens 70 --head-dim 64 --heads 2 --kv-heads 1 \
+  --mask both --runs 1 --json "$work/bench.json"
+holds "$work/out" "sage1-b"
+holds "$work/bench.json" '"relative_l1"'
+[ "$(grep -cE '"cosine": (0\.99|1\.)' "$work/bench.json")" = 6 ] ||
+  fail "bench attention's error: $(grep cosine "$work/bench.json")"
+refused 2 "llama2-7b" bench model --random-weights bogus
+refused 2 "use one of them" bench model -m x --random-weights llama-160m
+refused 2 "evenly" bench attention --device cpu --heads 3 --kv-heads 2
+run 0 info --random-weights llama2-7b --ctx 8192
+holds "$work/out" "6738415616"
 
 [ "$failures" = 0 ] && echo "all passed"
 [ "$failures" = 0 ]
