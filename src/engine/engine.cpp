@@ -18,15 +18,15 @@ namespace {
 // may hold this many times its tokens.
 constexpr int64_t kScorePagesFactor = 4;
 
-// Of one step: hidden states, their normalised copy and the attention's output, queries, keys and
-// values, gate, up and their product, and one row of logits.
+// Of one step: hidden states, those of the rows that are read out, their normalised copy and the
+// attention's output, queries, keys and values, gate, up and their product, and one row of logits.
 int64_t estimate_activations(const ModelConfig& config, int64_t rows, const Backend& backend) {
   const int64_t activations = config.hidden_size + 2 * config.q_size() + 2 * config.kv_size() +
                               3 * config.intermediate_size;
   const auto size = [&backend](Holds holds) {
     return static_cast<int64_t>(backend.element_size(holds));
   };
-  return rows * (config.hidden_size * size(Holds::kResidual) +
+  return rows * (2 * config.hidden_size * size(Holds::kResidual) +
                  activations * size(Holds::kActivations)) +
          config.vocab_size * size(Holds::kLogits);
 }
