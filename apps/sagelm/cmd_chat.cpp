@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/utf8.h"
 #include "commands.h"
 #include "conversation.h"
 #include "interrupt.h"
@@ -208,7 +209,7 @@ bool Chat::command(const std::string& line) {
       if (name == "/regen") {
         answer(user);
       } else {
-        say("took back: " + user);
+        say("took back: " + printable(user));  // a loaded conversation's is foreign
       }
     }
   } else {

@@ -24,6 +24,7 @@
 #include "eval/model_hash.h"
 #include "eval/perplexity.h"
 #include "eval/report.h"
+#include "eval/report_machine.h"
 #include "eval/sha256.h"
 #include "eval_options.h"
 #include "interrupt.h"
@@ -50,11 +51,14 @@ struct CompareFlags {
 // What is scored, and what figures come of it.
 struct Task {
   std::string name;
+  std::string title;  // the same as a heading has it
   std::string units;
   std::string unit;  // one of them, as in "window 3 of the text"
   std::span<const Model::ScoreInput> inputs;
   int64_t context = 0;  // tokens that the model must hold; 0: its own
   std::function<std::vector<ComparedMetric>(const Comparison& comparison)> metrics;
+  std::string_view data;         // the file's bytes
+  JournalHeader journal_header;  // what the inputs depend on beside the data
   std::vector<std::pair<std::string, std::string>> facts;
   Json json;
 };
@@ -168,7 +172,7 @@ SettingInfo describe_setting(const Setting& setting, const ModelInfo& info) {
 }
 
 Comparison compare_settings(const Task& task, const std::vector<Setting>& settings, Models& models,
-                            const CompareOptions& options) {
+                            const CompareOptions& options, Journal* journal) {
   std::vector<CompareSetting> compared;
   for (size_t s = 0; s < settings.size(); ++s) {
     compared.push_back({.name = settings[s].name,
@@ -183,9 +187,11 @@ Comparison compare_settings(const Task& task, const std::vector<Setting>& settin
       task.inputs, compared, options,
       [&task](int64_t index) { return fmt::format("{} {}", task.unit, index + 1); },
       [&progress](const EvalProgress& state) {
+        progress.skip(state.resumed);
         progress.update(state.done, "perplexity " + format_figure(state.perplexity, 3));
         return !interrupted();
-      });
+      },
+      journal);
 }
 
 void compare_layers(const CompareFlags& flags, const Task& task, Models& models,
@@ -256,13 +262,22 @@ std::string command_line() {
   return line;
 }
 
-// The checkpoint's configuration by hash and its weights by size.
-std::vector<std::pair<std::string, std::string>> checkpoint_facts(const fs::path& model) {
+// What a report must say of a run so that it can be repeated.
+struct RunFacts {
+  std::string model_hash;
+  std::string command = command_line();
+  std::string machine = describe_machine();
+  std::string measured = utc_now();
+};
+
+// The checkpoint by hash, its configuration by hash and its weights by size.
+std::vector<std::pair<std::string, std::string>> checkpoint_facts(const fs::path& model,
+                                                                  const std::string& hash) {
   const bool is_directory = fs::is_directory(model);
   const fs::path directory = is_directory ? model : model.parent_path();
   const std::string config = (directory / "config.json").string();
   std::vector<std::pair<std::string, std::string>> facts = {
-      {"model hash", model_hash(model)}, {"config sha256", sha256_hex(read_text_file(config))}};
+      {"model hash", hash}, {"config sha256", sha256_hex(read_text_file(config))}};
   std::vector<fs::path> weights;
   if (is_directory) {
     for (const auto& entry : fs::directory_iterator(directory)) {
@@ -287,10 +302,19 @@ void run_task(const CompareFlags& flags, const Task& task, const std::vector<Set
     result.settings.push_back(describe_setting(settings[s], models.use(s).info()));
   }
   const ModelInfo info = models.use(0).info();
+  JournalHeader header = task.journal_header;
+  for (const SettingInfo& setting : result.settings) {
+    header.emplace_back(
+        "setting " + setting.name,
+        fmt::format("{}; {}; {} cache", setting.attention, setting.device, setting.kv_cache));
+  }
+  std::optional<Journal> journal =
+      open_journal(flags.eval, "compare " + task.name, info, task.data, header);
   const InterruptGuard guard;
   result.comparison =
       compare_settings(task, settings, models,
-                       {.vocab_size = info.vocab_size, .batch_tokens = flags.eval.batch_tokens});
+                       {.vocab_size = info.vocab_size, .batch_tokens = flags.eval.batch_tokens},
+                       journal ? &*journal : nullptr);
   const Comparison& comparison = result.comparison;
   result.metrics = task.metrics(comparison);
   for (const SettingScores& scores : comparison.settings) {
@@ -298,27 +322,33 @@ void run_task(const CompareFlags& flags, const Task& task, const std::vector<Set
   }
   if (flags.layers && !comparison.partial()) compare_layers(flags, task, models, result);
 
-  result.title = fmt::format("{} of {} under {} settings", task.name, info.name, settings.size());
+  result.title = fmt::format("{} of {} under {} settings", task.title, info.name, settings.size());
   result.units = task.units;
   result.facts = task.facts;
   result.facts.insert(result.facts.begin(), {"model", info.name});
-  result.json = {{"task", task.name}, {"model", info.name}};
+  const fs::path model = model_path(flags.eval.common);
+  const RunFacts run{.model_hash = model_hash(model)};
+  result.json = {{"task", task.name},           {"version", SAGELM_VERSION},
+                 {"command", run.command},      {"measured", run.measured},
+                 {"machine", run.machine},      {"model", info.name},
+                 {"model_hash", run.model_hash}};
   result.json.update(task.json);
   result.json.update({{"limit", flags.eval.limit ? Json(*flags.eval.limit) : Json()},
                       {"batch_tokens", flags.eval.batch_tokens}});
   output.text(compare_text(result));
   if (flags.report) {
     std::vector<std::pair<std::string, std::string>> facts =
-        checkpoint_facts(model_path(flags.eval.common));
+        checkpoint_facts(model, run.model_hash);
+    facts.emplace_back("machine", run.machine);
     facts.emplace_back("program", "sagelm " SAGELM_VERSION);
-    facts.emplace_back("measured", utc_now());
+    facts.emplace_back("measured", run.measured);
     const fs::path page =
-        write_report(*flags.report, render_report(compare_report(result, facts, command_line())));
+        write_report(*flags.report, render_report(compare_report(result, facts, run.command)));
     output.text(fmt::format("report         {}\n", page.string()));
     result.json["report"] = page.string();
   }
   output.json(compare_json(result));
-  report_interrupt(comparison.inputs(), comparison.inputs_planned, task.units);
+  report_interrupt(comparison.inputs(), comparison.inputs_planned, task.units, flags.eval.resume);
 }
 
 // Facts that every task has of its file.
@@ -401,11 +431,16 @@ void run_perplexity_task(const CompareFlags& flags, const ProtocolFlags& protoco
   const ScoringPlan plan(bytes, protocol, text_encoder(tokenizer), flags.eval.limit);
   const bool bos = adds_bos(tokenizer) || protocol.front != FrontTokens::kTokenizerBos;
   Task task{.name = "perplexity",
+            .title = "Perplexity",
             .units = "windows",
             .unit = "window",
             .inputs = plan.inputs(),
             .context = protocol.ctx,
             .metrics = [&plan](const Comparison& c) { return perplexity_metrics(c, plan); },
+            .data = bytes,
+            .journal_header = {{"protocol", protocol.name},
+                               {"ctx", fmt::format("{}", protocol.ctx)},
+                               {"stride", fmt::format("{}", protocol.stride)}},
             .facts = file_facts(file, bytes,
                                 fmt::format("{} tokens, {}", plan.tokens_of_text(), bos_note(bos))),
             .json = file_json(file, bytes, bos)};
@@ -443,6 +478,7 @@ void run_lambada_task(const CompareFlags& flags, const std::string& variant_name
     inputs.push_back({.ids = example.ids, .first_scored = example.first_scored});
   }
   Task task{.name = "lambada",
+            .title = "LAMBADA",
             .units = "passages",
             .unit = "passage",
             .inputs = inputs,
@@ -452,6 +488,8 @@ void run_lambada_task(const CompareFlags& flags, const std::string& variant_name
                       paired_metric("accuracy", input_hits(comparison)),
                       paired_metric("perplexity", input_losses(comparison), {.exponential = true})};
                 },
+            .data = bytes,
+            .journal_header = {{"variant", std::string(lambada_variant_name(variant))}},
             .facts = file_facts(
                 file, bytes,
                 fmt::format("{} passages, {}", file_passages, bos_note(adds_bos(tokenizer)))),
@@ -468,6 +506,7 @@ void add_compare_options(CLI::App& command, CompareFlags& flags, const std::stri
                          const std::string& units) {
   flags.eval.common.attention = "fp16,sage1,sage2";
   add_eval_options(command, flags.eval, file_help, units);
+  add_resume_option(command, flags.eval);
   command.get_option("--attention")
       ->description(
           "settings to compare, the first being the baseline: each is an attention kernel, "

@@ -83,7 +83,8 @@ void add_info(CLI::App& app) {
   CLI::App* command =
       app.add_subcommand("info", "Show a model's architecture and the memory it needs");
   auto options = std::make_shared<CommonOptions>();
-  add_common_options(*command, *options, kModelGroup | kComputeGroup | kContextGroup | kJsonGroup);
+  add_common_options(*command, *options,
+                     kModelGroup | kRandomGroup | kComputeGroup | kContextGroup | kJsonGroup);
   command->callback([options] { run_info(*options); });
 }
 

@@ -1,4 +1,5 @@
 // sagelm lambada: how often the model finds the last word of a passage.
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -17,6 +18,7 @@ namespace {
 struct LambadaFlags {
   EvalFlags eval;
   std::string variant = "word";
+  bool no_bos = false;
 };
 
 std::string describe(const Json& json, const LambadaFlags& flags, LambadaVariant variant,
@@ -37,7 +39,8 @@ std::string describe(const Json& json, const LambadaFlags& flags, LambadaVariant
       "examples       {} of {}{}{}\n"
       "accuracy       {} ± {} ({} correct)\n"
       "perplexity     {} ± {} per target\n"
-      "±              standard error over the {} examples scored\n"
+      "±              standard error over the {} examples scored (lm-eval's: of the sample, and by "
+      "bootstrap)\n"
       "speed          {:.0f} tokens/s\n",
       result.examples, json["file_passages"].get<size_t>(), limit_note(flags.eval),
       result.partial() ? " (partial: interrupted)" : "", format_figure(result.accuracy, 4),
@@ -58,15 +61,21 @@ void run(const LambadaFlags& flags) {
   }
   ResultOutput output(flags.eval.common.json);
   const Tokenizer tokenizer = open_tokenizer(flags.eval.common);
+  const bool bos = adds_bos(tokenizer) && !flags.no_bos;
   const std::vector<LambadaExample> examples = prepare_lambada(
       file, passages, variant,
-      [&tokenizer](std::string_view text) { return encode_for_eval(tokenizer, text); },
+      [&tokenizer, bos](std::string_view text) { return tokenizer.encode(text, bos); },
       Model::inspect(load_options(flags.eval.common)).context);
 
-  Model model = load_model(flags.eval.common, flags.eval.batch_tokens);
-  std::optional<Journal> journal =
-      open_journal(flags.eval, "lambada", model.info(), bytes,
-                   {{"variant", std::string(lambada_variant_name(variant))}});
+  // A passage is computed whole: quantizing kernels give other results for one cut into steps.
+  int64_t step_tokens = flags.eval.batch_tokens;
+  for (const LambadaExample& example : examples) {
+    step_tokens = std::max(step_tokens, static_cast<int64_t>(example.ids.size()));
+  }
+  Model model = load_model(flags.eval.common, step_tokens);
+  std::optional<Journal> journal = open_journal(
+      flags.eval, "lambada", model.info(), bytes,
+      {{"variant", std::string(lambada_variant_name(variant))}, {"bos", bos ? "yes" : "no"}});
   LambadaResult result;
   run_with_progress(model, "passages", static_cast<int64_t>(examples.size()),
                     [&](const Scorer& scorer, const EvalCallback& on_progress) {
@@ -74,7 +83,7 @@ void run(const LambadaFlags& flags) {
                                            journal ? &*journal : nullptr);
                     });
 
-  Json json = eval_json(model.info(), adds_bos(tokenizer), file, bytes);
+  Json json = eval_json(model.info(), bos, file, bytes);
   json.update({{"file_passages", file_passages},
                {"variant", lambada_variant_name(variant)},
                {"variant_description", describe_lambada_variant(variant)},
@@ -110,6 +119,9 @@ void add_lambada(CLI::App& app) {
                    "word: the last word, as lm-evaluation-harness's lambada_openai; last-token: "
                    "the last token alone")
       ->option_text("NAME (default: word)");
+  command->add_flag(
+      "--no-bos", flags->no_bos,
+      "no beginning-of-sequence token in front, as lm-evaluation-harness before 0.4.9.2");
   command->callback([flags] { run(*flags); });
 }
 

@@ -22,6 +22,7 @@ struct MmluFlags {
   std::string prompt = "lm-eval";
   int64_t shots = 5;
   std::vector<std::string> subjects;
+  bool no_share = false;
 };
 
 std::string with_error(double value, double error) {
@@ -47,11 +48,11 @@ std::string describe(const Json& json, const MmluFlags& flags, MmluPrompt prompt
   text += fmt::format(
       "questions      {}{}{}\n"
       "shortened      {} prompts beyond the context of {} tokens\n"
-      "speed          {:.0f} tokens/s ({} run of {}: beginnings are shared)\n\n",
+      "speed          {:.0f} tokens/s ({} run of {}{})\n\n",
       result.overall.questions, limit_note(flags.eval),
       result.partial() ? " (partial: interrupted)" : "", result.shortened,
       json["context"].get<int64_t>(), result.tokens_per_second(), result.tokens_run,
-      result.prompt_tokens);
+      result.prompt_tokens, flags.no_share ? "" : ": beginnings are shared");
 
   // Widths count characters, and every ± takes the same number of them.
   text += fmt::format("{:<36}{:<16}{:>10}{:>9}  accuracy\n", "subject", "category", "questions",
@@ -101,6 +102,7 @@ void add_result(Json& json, const MmluResult& result) {
                                 {"category", mmlu_category_name(subject.subject->category)},
                                 {"questions", subject.questions},
                                 {"correct", subject.correct},
+                                {"answers", subject.answers},
                                 {"accuracy", subject.accuracy},
                                 {"stderr", subject.accuracy_stderr},
                                 {"shortened", subject.shortened},
@@ -122,13 +124,16 @@ void run(const MmluFlags& flags) {
       load_mmlu(flags.eval.file,
                 {.shots = flags.shots, .subjects = flags.subjects, .limit = flags.eval.limit});
   ResultOutput output(flags.eval.common.json);
-  const Tokenizer tokenizer = open_tokenizer(flags.eval.common);
   const int64_t context = Model::inspect(load_options(flags.eval.common)).context;
+  const Tokenizer tokenizer = open_tokenizer(flags.eval.common);
   std::vector<MmluTask> tasks;
   {
     LineEncoder encoder(tokenizer, adds_bos(tokenizer));
     tasks = prepare_mmlu(
         data, prompt, [&encoder](std::string_view text) { return encoder.encode(text); }, context);
+  }
+  if (flags.no_share) {
+    for (MmluTask& task : tasks) task.shared = 0;
   }
 
   Model model = load_model(flags.eval.common, flags.eval.batch_tokens);
@@ -143,6 +148,7 @@ void run(const MmluFlags& flags) {
                                                 {{"prompt", std::string(mmlu_prompt_name(prompt))},
                                                  {"shots", fmt::format("{}", flags.shots)},
                                                  {"subjects", names},
+                                                 {"shared_prefix", flags.no_share ? "no" : "yes"},
                                                  {"context", fmt::format("{}", context)}});
   MmluResult result;
   {
@@ -174,6 +180,7 @@ void run(const MmluFlags& flags) {
                {"prompt_description", describe_mmlu_prompt(prompt)},
                {"shots", flags.shots},
                {"context", context},
+               {"shared_prefix", !flags.no_share},
                {"limit", flags.eval.limit ? Json(*flags.eval.limit) : Json()},
                {"batch_tokens", flags.eval.batch_tokens}};
   add_result(json, result);
@@ -207,6 +214,9 @@ void add_mmlu(CLI::App& app) {
   command->add_option("--subjects", flags->subjects, "only these, e.g. anatomy,virology")
       ->option_text("NAME,…")
       ->delimiter(',');
+  command->add_flag("--no-share", flags->no_share,
+                    "run every prompt whole instead of sharing its examples through the cache: "
+                    "slower, to check the results");
   add_amount_options(*command, flags->eval, "questions of each subject");
   add_resume_option(*command, flags->eval);
   command->callback([flags] { run(*flags); });

@@ -1,4 +1,5 @@
 // sagelm perplexity: how well the model predicts a text, under a named protocol.
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -10,6 +11,7 @@
 #include "eval/protocol.h"
 #include "eval_options.h"
 #include "json_output.h"
+#include "protocol_options.h"
 #include "sagelm/sagelm.hpp"
 
 namespace sagelm::cli {
@@ -17,8 +19,7 @@ namespace {
 
 struct PerplexityFlags {
   EvalFlags eval;
-  std::string protocol = "nonoverlap";
-  ProtocolOptions options;
+  ProtocolFlags protocol;
 };
 
 std::string describe_figures(const PerplexityResult& result) {
@@ -93,28 +94,20 @@ Json figures_json(const PerplexityResult& result) {
           {"bytes", figures.bytes}};
 }
 
-// The protocol of the flags, its window by default as the checkpoint's headers have it.
-Protocol protocol_of(const PerplexityFlags& flags) {
-  ProtocolOptions options = flags.options;
-  if (!options.ctx) {
-    options.model_ctx = Model::inspect(load_options(flags.eval.common)).max_context;
-  }
-  return make_protocol(flags.protocol, options);
-}
-
 void run(const PerplexityFlags& flags) {
-  check_protocol_name(flags.protocol);
+  check_protocol_name(flags.protocol.name);
   const std::string& file = flags.eval.file;
   const std::string bytes = read_text_file(file);
   check_text(file, bytes);
-  const Protocol protocol = protocol_of(flags);
+  const Protocol protocol = protocol_of(flags.protocol, flags.eval.common);
   ResultOutput output(flags.eval.common.json);
   const Tokenizer tokenizer = open_tokenizer(flags.eval.common);
   const ScoringPlan plan(bytes, protocol, text_encoder(tokenizer), flags.eval.limit);
 
   CommonOptions common = flags.eval.common;
   common.context = protocol.ctx;  // refused if it is beyond the model's
-  Model model = load_model(common, flags.eval.batch_tokens);
+  // A window is computed whole: quantizing kernels give other results for one cut into steps.
+  Model model = load_model(common, std::max(flags.eval.batch_tokens, protocol.ctx));
   std::optional<Journal> journal = open_journal(flags.eval, "perplexity", model.info(), bytes,
                                                 {{"protocol", protocol.name},
                                                  {"ctx", fmt::format("{}", protocol.ctx)},
@@ -159,17 +152,7 @@ void add_perplexity(CLI::App& app) {
   add_eval_options(*command, flags->eval, "the text, UTF-8; -: standard input",
                    "windows (lm-eval: documents)");
   add_resume_option(*command, flags->eval);
-  command
-      ->add_option("--protocol", flags->protocol, "which windows are scored: " + protocol_names())
-      ->option_text("NAME (default: nonoverlap)");
-  command->add_option("--ctx", flags->options.ctx, "tokens of a window")
-      ->option_text("N (default: the protocol's own; lm-eval: the model's context)")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
-  command
-      ->add_option("--stride", flags->options.stride,
-                   "tokens from one window to the next (strided only)")
-      ->option_text("N (default: half a window)")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
+  add_protocol_options(*command, flags->protocol);
   command->callback([flags] { run(*flags); });
 }
 

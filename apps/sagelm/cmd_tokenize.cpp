@@ -1,5 +1,4 @@
 // sagelm tokenize: the ids and pieces of a text. Reads the tokenizer only, no weights.
-#include <filesystem>
 #include <memory>
 #include <string>
 
@@ -23,16 +22,13 @@ struct TokenizeFlags {
 void run_tokenize(const TokenizeFlags& flags, bool has_file) {
   const std::string text = has_file ? read_text_file(flags.file) : flags.text;
   ResultOutput output(flags.common.json);
-  std::filesystem::path directory = model_path(flags.common);
-  if (!std::filesystem::exists(directory)) fail("there is no model at {}", directory.string());
-  if (!std::filesystem::is_directory(directory)) directory = directory.parent_path();
-  const Tokenizer tokenizer = Tokenizer::open(directory);
+  const Tokenizer tokenizer = open_tokenizer(flags.common);
   const bool bos = !flags.no_bos && tokenizer.add_bos_default();
   const std::vector<int32_t> ids = tokenizer.encode(text, bos);
   std::string table;
   Json pieces = Json::array();
   for (const int32_t id : ids) {
-    const std::string piece(tokenizer.piece(id));
+    const std::string& piece = tokenizer.piece(id);
     table += fmt::format("{}\t{}\n", id, printable(piece));
     pieces.push_back(piece);
   }

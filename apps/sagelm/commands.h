@@ -13,7 +13,11 @@ void add_perplexity(CLI::App& app);
 void add_lambada(CLI::App& app);
 void add_mmlu(CLI::App& app);
 void add_compare(CLI::App& app);
+void add_bench(CLI::App& app);
 void add_tokenize(CLI::App& app);
 void add_info(CLI::App& app);
+
+// Of bench.
+void add_bench_attention(CLI::App& bench);
 
 }  // namespace sagelm::cli

@@ -68,6 +68,12 @@ Table metric_rows(const CompareResult& result) {
       return signed_figure(figures[s].difference, digits) + " ± " +
              format_figure(figures[s].difference_error, digits);
     }));
+    table.push_back(make_row("  relative", count, "-", [&](size_t s) {
+      const double error = std::abs(figures[s].difference_error / figures[0].value);
+      const int digits = digits_for(100 * error);
+      return signed_figure(100 * figures[s].relative_difference(figures[0]), digits) + " ± " +
+             percent(error, digits);
+    }));
     table.push_back(make_row("  95 % interval", count, "-", [&](size_t s) {
       const int digits = digits_for(figures[s].difference_error);
       return signed_figure(figures[s].difference - figures[s].margin(), digits) + " to " +
@@ -122,57 +128,45 @@ Table cost_rows(const CompareResult& result) {
           })};
 }
 
-// Mean and worst of a setting's layers.
-struct LayerSummary {
-  AttentionError mean;
-  AttentionError worst = {.cosine = 1};
-};
-
-LayerSummary summarize(const std::vector<AttentionError>& layers) {
-  LayerSummary summary;
-  const auto count = static_cast<double>(layers.size());
-  for (const AttentionError& layer : layers) {
-    summary.mean.cosine += layer.cosine / count;
-    summary.mean.relative_l1 += layer.relative_l1 / count;
-    summary.mean.rmse += layer.rmse / count;
-    summary.worst.cosine = std::min(summary.worst.cosine, layer.cosine);
-    summary.worst.relative_l1 = std::max(summary.worst.relative_l1, layer.relative_l1);
-    summary.worst.rmse = std::max(summary.worst.rmse, layer.rmse);
-  }
-  return summary;
-}
-
 // Cosine similarities near 1 would all look alike with few digits.
 std::string cosine_figure(double value) { return format_figure(value, 7); }
 
-Table layer_summary_rows(const CompareResult& result) {
-  std::vector<LayerSummary> summaries;
-  for (const auto& layers : result.layers) summaries.push_back(summarize(layers));
-  const auto row = [&](const char* name, const auto& figure) {
-    return make_row(name, result.layers.size(), "", [&](size_t s) { return figure(summaries[s]); });
-  };
-  return {
-      row("cosine mean", [](const LayerSummary& s) { return cosine_figure(s.mean.cosine); }),
-      row("  worst", [](const LayerSummary& s) { return cosine_figure(s.worst.cosine); }),
-      row("relative L1 mean",
-          [](const LayerSummary& s) { return short_figure(s.mean.relative_l1); }),
-      row("  worst", [](const LayerSummary& s) { return short_figure(s.worst.relative_l1); }),
-      row("RMSE mean", [](const LayerSummary& s) { return short_figure(s.mean.rmse); }),
-      row("  worst", [](const LayerSummary& s) { return short_figure(s.worst.rmse); }),
-  };
-}
+// A figure of AttentionError as it is shown.
+struct LayerMeasure {
+  const char* name;
+  double AttentionError::*value;
+  std::string (*shown)(double);
+  bool higher_is_better;
+};
 
-Table layer_rows(const CompareResult& result) {
+constexpr LayerMeasure kLayerMeasures[] = {
+    {"cosine similarity", &AttentionError::cosine, cosine_figure, true},
+    {"relative L1", &AttentionError::relative_l1, short_figure, false},
+    {"RMSE", &AttentionError::rmse, short_figure, false},
+};
+
+// One row per layer, then their mean and the worst.
+Table layer_rows(const CompareResult& result, const LayerMeasure& measure) {
   Table table;
+  std::vector<std::string> mean = {"mean"};
+  std::vector<std::string> worst = {"worst"};
   for (size_t layer = 0; layer < result.layers[0].size(); ++layer) {
-    std::vector<std::string> row = {std::to_string(layer)};
-    for (const auto& layers : result.layers) {
-      row.push_back(cosine_figure(layers[layer].cosine));
-      row.push_back(short_figure(layers[layer].relative_l1));
-      row.push_back(short_figure(layers[layer].rmse));
-    }
-    table.push_back(std::move(row));
+    table.push_back({fmt::format("layer {}", layer)});
   }
+  for (const std::vector<AttentionError>& layers : result.layers) {
+    double sum = 0;
+    double extreme = layers.empty() ? 0 : layers[0].*measure.value;
+    for (size_t layer = 0; layer < layers.size(); ++layer) {
+      const double value = layers[layer].*measure.value;
+      sum += value;
+      extreme = measure.higher_is_better ? std::min(extreme, value) : std::max(extreme, value);
+      table[layer].push_back(measure.shown(value));
+    }
+    mean.push_back(measure.shown(sum / static_cast<double>(layers.size())));
+    worst.push_back(measure.shown(extreme));
+  }
+  table.push_back(std::move(mean));
+  table.push_back(std::move(worst));
   return table;
 }
 
@@ -245,21 +239,21 @@ Json layer_json(const std::vector<AttentionError>& layers) {
   return json;
 }
 
-// "sage2: perplexity +0.46 ± 0.05, 95 % interval without zero; …"
-std::string summary_of(const CompareResult& result) {
-  std::string text;
+// Of each setting after the first: "sage2 against fp16: perplexity +0.46 ± 0.05, …".
+std::vector<std::string> summary_of(const CompareResult& result) {
+  std::vector<std::string> sentences;
   for (size_t s = 1; s < result.settings.size(); ++s) {
     const PairedFigure& figure = result.metrics[0].figures[s];
     const int digits = digits_for(figure.difference_error);
-    text += fmt::format(
-        "{}{} against {}: {} {} ± {}, {}; top-1 agreement {}.", text.empty() ? "" : " ",
-        result.settings[s].name, result.settings[0].name, metric_label(result.metrics[0].name),
+    sentences.push_back(fmt::format(
+        "{} against {}: {} {} ± {}, {}; top-1 agreement {}.", result.settings[s].name,
+        result.settings[0].name, metric_label(result.metrics[0].name),
         signed_figure(figure.difference, digits), format_figure(figure.difference_error, digits),
         figure.excludes_zero() ? "a difference that its error does not explain"
                                : "not distinguishable from zero",
-        percent(result.distances[s].same_top, 2));
+        percent(result.distances[s].same_top, 2)));
   }
-  return text;
+  return sentences;
 }
 
 }  // namespace
@@ -275,9 +269,11 @@ std::string compare_text(const CompareResult& result) {
           samples_note(result) + "\n";
   if (!result.layers.empty()) {
     std::vector<std::string> header = header_of(result);
-    header[0] = "attention";
-    text +=
-        "\n" + format_table(header, layer_summary_rows(result)) + "\n" + result.layers_note + "\n";
+    for (const LayerMeasure& measure : kLayerMeasures) {
+      header[0] = measure.name;
+      text += "\n" + format_table(header, layer_rows(result, measure));
+    }
+    text += "\n" + result.layers_note + "\n";
   }
   return text;
 }
@@ -302,6 +298,7 @@ Json compare_json(const CompareResult& result) {
       if (!baseline) {
         entry.update({{"difference", figure.difference},
                       {"difference_stderr", figure.difference_error},
+                      {"relative_difference", figure.relative_difference(metric.figures[0])},
                       {"interval95",
                        {figure.difference - figure.margin(), figure.difference + figure.margin()}},
                       {"excludes_zero", figure.excludes_zero()}});
@@ -333,6 +330,7 @@ Json compare_json(const CompareResult& result) {
     if (!result.layers.empty()) setting["layers"] = layer_json(result.layers[s]);
     settings.push_back(std::move(setting));
   }
+  if (!result.layers.empty()) json["layers_note"] = result.layers_note;
   json["settings"] = std::move(settings);
   return json;
 }
@@ -348,14 +346,13 @@ Report compare_report(const CompareResult& result,
   const std::vector<std::string> names = setting_names(result);
   report.figures = compare_figures(result.comparison, names, result.layers);
   if (!result.layers.empty()) {
-    std::vector<std::string> header = {"layer"};
-    for (const std::string& name : names) {
-      header.insert(header.end(), {name + " cosine", "relative L1", "RMSE"});
+    for (const LayerMeasure& measure : kLayerMeasures) {
+      report.tables.push_back(
+          {.title = fmt::format("Attention's output against float64: {}", measure.name),
+           .header = header_of(result),
+           .rows = layer_rows(result, measure)});
     }
-    report.tables.push_back({.title = "Attention's output against float64",
-                             .note = result.layers_note,
-                             .header = header,
-                             .rows = layer_rows(result)});
+    report.tables.back().note = result.layers_note;
   }
   report.facts = result.facts;
   for (const SettingInfo& setting : result.settings) {

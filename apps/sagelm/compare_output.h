@@ -26,7 +26,7 @@ struct SettingInfo {
 struct CompareResult {
   std::string title;
   std::vector<std::pair<std::string, std::string>> facts;  // of data, model and run
-  Json json;                                               // likewise
+  Json json = Json::object();                              // likewise
   std::string units;                                       // "windows" or "passages"
   std::vector<SettingInfo> settings;                       // the first is the baseline
   Comparison comparison;

@@ -1,7 +1,6 @@
 #include "eval_options.h"
 
 #include <cmath>
-#include <filesystem>
 
 #include "base/error.h"
 #include "eval/model_hash.h"
@@ -38,12 +37,6 @@ void add_resume_option(CLI::App& command, EvalFlags& flags) {
           "--resume", flags.resume,
           "journal: written while the run goes on, and if it is there already, gone on from")
       ->option_text("FILE");
-}
-
-Tokenizer open_tokenizer(const CommonOptions& options) {
-  std::filesystem::path directory = model_path(options);
-  if (!std::filesystem::is_directory(directory)) directory = directory.parent_path();
-  return Tokenizer::open(directory);
 }
 
 bool adds_bos(const Tokenizer& tokenizer) {

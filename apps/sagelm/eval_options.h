@@ -36,8 +36,6 @@ void add_amount_options(CLI::App& command, EvalFlags& flags, const std::string& 
 // Adds --resume, for commands that keep a journal.
 void add_resume_option(CLI::App& command, EvalFlags& flags);
 
-// Data is checked and tokenized before any weights are read.
-Tokenizer open_tokenizer(const CommonOptions& options);
 bool adds_bos(const Tokenizer& tokenizer);  // as its configuration says
 // With BOS in front if adds_bos.
 std::vector<int32_t> encode_for_eval(const Tokenizer& tokenizer, std::string_view text);

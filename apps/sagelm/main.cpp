@@ -32,6 +32,7 @@ int run(int argc, char** argv) {
   sagelm::cli::add_lambada(app);
   sagelm::cli::add_mmlu(app);
   sagelm::cli::add_compare(app);
+  sagelm::cli::add_bench(app);
   sagelm::cli::add_tokenize(app);
   sagelm::cli::add_info(app);
   if (argc <= 1) {

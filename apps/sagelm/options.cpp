@@ -9,6 +9,7 @@
 #include <iterator>
 
 #include "base/error.h"
+#include "checkpoint/checkpoint.h"
 #include "progress.h"
 
 namespace sagelm::cli {
@@ -37,6 +38,14 @@ CLI::Option* add_value(CLI::App& command, CommonOptions& options, const CommonFl
 template <auto member>
 CLI::Option* add_switch(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
   return command.add_flag(flag.name, options.*member, flag.help);
+}
+
+CLI::Option* add_model(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
+  // As `-m "$MODEL"` gives it where MODEL is not set; the demo model is not what was meant.
+  return add_value<&CommonOptions::model>(command, options, flag)
+      ->check([](const std::string& text) {
+        return text.empty() ? std::string("the model's name is empty") : std::string();
+      });
 }
 
 CLI::Option* add_threads(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
@@ -76,21 +85,24 @@ CLI::Option* add_json(CLI::App& command, CommonOptions& options, const CommonFla
 
 const std::array kCommonFlags = {
     CommonFlag{kModelGroup, "-m,--model", "MODEL", "the demo model",
-               "checkpoint: a Hugging Face directory or a .safetensors file",
-               add_value<&CommonOptions::model>},
-    CommonFlag{kComputeGroup, "--attention", "NAME", "sage",
+               "checkpoint: a Hugging Face directory or a .safetensors file", add_model},
+    CommonFlag{kRandomGroup, "--random-weights", "NAME[:bf16]", "",
+               "an architecture with made-up FP16 (or BF16) weights in place of a checkpoint: "
+               "llama2-7b, llama2-13b, llama3-8b, llama3.2-1b, tinyllama-1.1b or llama-160m",
+               add_value<&CommonOptions::random_weights>},
+    CommonFlag{kKernelGroup, "--attention", "NAME", "sage",
                "attention kernel: fp16, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b], or sage (the best of "
                "them for the device)",
                add_value<&CommonOptions::attention>},
-    CommonFlag{kComputeGroup, "--no-smooth-k", "", "", "quantize K as it is, its mean left in",
+    CommonFlag{kKernelGroup, "--no-smooth-k", "", "", "quantize K as it is, its mean left in",
                add_switch<&CommonOptions::no_smooth_k>},
-    CommonFlag{kComputeGroup, "--kv-cache", "auto|fp16|int8", "auto",
+    CommonFlag{kCacheGroup, "--kv-cache", "auto|fp16|int8", "auto",
                "KV cache: fp16, int8 (8-bit keys and values, half the memory; with sage2), or auto "
                "(int8 where it can be had)",
                add_kv_cache},
-    CommonFlag{kComputeGroup, "--device", "auto|cpu|cuda[:N]", "auto", "where to compute",
+    CommonFlag{kDeviceGroup, "--device", "auto|cpu|cuda[:N]", "auto", "where to compute",
                add_value<&CommonOptions::device>},
-    CommonFlag{kComputeGroup, "--threads", "N", "one per core", "CPU threads", add_threads},
+    CommonFlag{kDeviceGroup, "--threads", "N", "one per core", "CPU threads", add_threads},
     CommonFlag{kContextGroup, "--ctx", "N", "the model's own", "context length in tokens",
                add_context},
     CommonFlag{kSeedGroup, "--seed", "N", "0", "seed of the random draws", add_seed},
@@ -134,9 +146,18 @@ fs::path model_path(const CommonOptions& options) {
   throw UsageError("no demo model was found beside the program: name a checkpoint with -m MODEL");
 }
 
+Tokenizer open_tokenizer(const CommonOptions& options) {
+  return Tokenizer::open(checkpoint_directory(model_path(options)));
+}
+
 LoadOptions load_options(const CommonOptions& options) {
   LoadOptions load;
-  load.model = model_path(options);
+  if (options.random_weights.empty()) {
+    load.model = model_path(options);
+  } else if (!options.model.empty()) {
+    throw UsageError("-m names a checkpoint and --random-weights makes one up: use one of them");
+  }
+  load.random_weights = options.random_weights;
   load.attention = options.attention;
   load.smooth_k = !options.no_smooth_k;
   load.kv_cache = options.kv_cache;

@@ -10,11 +10,13 @@
 #include <string>
 
 #include "sagelm/sagelm.hpp"
+#include "text/tokenizer.h"
 
 namespace sagelm::cli {
 
 struct CommonOptions {
   std::string model;               // empty: the demo model
+  std::string random_weights;      // as in LoadOptions
   std::string attention = "sage";  // as --attention takes it
   bool no_smooth_k = false;
   std::string kv_cache = "auto";
@@ -29,11 +31,15 @@ struct CommonOptions {
 // Groups of common flags, to be or-ed.
 enum OptionGroup : unsigned {
   kModelGroup = 1,     // -m
-  kComputeGroup = 2,   // --attention --no-smooth-k --kv-cache --device --threads
+  kKernelGroup = 2,    // --attention --no-smooth-k
   kContextGroup = 4,   // --ctx (a command for which it means something else defines its own)
   kSeedGroup = 8,      // --seed
   kJsonGroup = 16,     // --json [FILE]
   kVerboseGroup = 32,  // -v
+  kRandomGroup = 64,   // --random-weights
+  kCacheGroup = 128,   // --kv-cache
+  kDeviceGroup = 256,  // --device --threads
+  kComputeGroup = kKernelGroup | kCacheGroup | kDeviceGroup,
 };
 
 // Adds the flags of groups to command. options must live as long as the command.
@@ -42,6 +48,9 @@ void add_common_options(CLI::App& command, CommonOptions& options, unsigned grou
 // -m, or the demo model: $SAGELM_DEMO_MODEL, else models/demo beside the executable's directory,
 // share/sagelm/models/demo of its prefix, or models/demo here. Throws Error if there is none.
 std::filesystem::path model_path(const CommonOptions& options);
+
+// The tokenizer alone: data is checked and tokenized before any weights are read.
+Tokenizer open_tokenizer(const CommonOptions& options);
 
 // options as the engine takes them, without progress.
 LoadOptions load_options(const CommonOptions& options);

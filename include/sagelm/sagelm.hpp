@@ -23,7 +23,10 @@ namespace sagelm {
 
 struct LoadOptions {
   std::filesystem::path model = {};  // an HF directory or a .safetensors file in one
-  std::string attention = "sage";    // fp16, sage, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b]
+  // In place of a model: an architecture with made-up weights, "llama2-7b" for example, ":bf16"
+  // behind it for BF16 instead of FP16. It has no tokenizer, so its text stays empty.
+  std::string random_weights = {};
+  std::string attention = "sage";  // fp16, sage, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b]
   bool smooth_k = true;
   // fp16, int8 (full pages quantized: half the bytes; for sage2) or auto, which is int8 where the
   // attention and the device can read it. docs/kv-cache.md
@@ -157,7 +160,8 @@ class Model {
   Model& operator=(Model&&) noexcept;
 
   ModelInfo info() const;
-  const Tokenizer& tokenizer() const;  // src/text/tokenizer.h
+  int64_t memory_bytes() const;        // of weights and activations now, the KV caches not counted
+  const Tokenizer& tokenizer() const;  // src/text/tokenizer.h; throws Error if there is none
   // With BOS in front if the model's tokenizer configuration wants it; never if add_bos is false.
   std::vector<int32_t> tokenize(std::string_view text, bool add_bos = true) const;
   std::string detokenize(std::span<const int32_t> ids) const;

@@ -13,6 +13,7 @@
 #include <string_view>
 #include <vector>
 
+#include "backend/attention_runner.h"
 #include "backend/attention_variant.h"
 #include "backend/batch.h"
 #include "backend/kv_layout.h"
@@ -59,6 +60,16 @@ struct AttentionShape {
 struct TokenScore {
   float logprob = 0;   // natural log-probability of the target
   int32_t argmax = 0;  // the most probable token (the lowest id among equals)
+};
+
+// What the device does at best, per second: what speeds are compared with. 0: it has no such units,
+// or none that are measured.
+struct Ceilings {
+  double copy_bytes = 0;  // read and written by a large copy
+  double half_ops = 0;    // operations (two per multiply-add) of a large product of the kind that
+                          // the model's linear layers are
+  double int8_ops = 0;    // of a large INT8 product
+  double fp8_ops = 0;     // of a large FP8 product
 };
 
 class Backend {
@@ -115,6 +126,15 @@ class Backend {
                      std::span<TokenScore> out) = 0;
   // True if every value is finite.
   virtual bool all_finite(Matrix x) = 0;
+
+  // Measurements, which no model calls.
+  // Medians of several runs; takes a second or so.
+  virtual Ceilings measure_ceilings() = 0;
+  // The tensors must outlive it; so must the backend.
+  virtual std::unique_ptr<AttentionRunner> make_attention_runner(const AttentionCall& call,
+                                                                 std::span<const uint16_t> q,
+                                                                 std::span<const uint16_t> k,
+                                                                 std::span<const uint16_t> v) = 0;
 };
 
 }  // namespace sagelm

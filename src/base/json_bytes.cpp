@@ -27,7 +27,12 @@ nlohmann::json parse_json_object(std::string_view text, std::string_view where) 
     if (!parsed.is_object()) fail("{}: not a JSON object", where);
     return parsed;
   } catch (const json::exception& error) {
-    fail("{}: not valid JSON ({})", where, excerpt(error.what(), 300));
+    std::string_view reason = error.what();  // "[json.exception.NAME.NUMBER] what is wrong"
+    if (const size_t tag = reason.find("] ");
+        reason.starts_with('[') && tag != std::string_view::npos) {
+      reason.remove_prefix(tag + 2);
+    }
+    fail("{}: not valid JSON ({})", where, excerpt(reason, 300));
   }
 }
 

@@ -45,7 +45,7 @@ class TensorTable {
       }
       fail("{}: tensor {} is missing", where, name);
     }
-    const TensorView view = found->second;
+    TensorView view = found->second;
     if (view.shape != shape) {
       fail("{}: tensor {} is [{}], and config.json makes it [{}]", where, name,
            fmt::join(view.shape, ", "), fmt::join(shape, ", "));
@@ -107,20 +107,19 @@ struct Location {
   fs::path index;
 };
 
+// What may not be looked at is an error, not absent.
+bool is_there(const fs::path& path) {
+  std::error_code error;
+  const bool there = fs::exists(path, error);
+  if (error) fail("cannot open {}: {}", path.string(), error.message());
+  return there;
+}
+
 Location locate(const fs::path& model) {
-  std::error_code ignored;
-  if (!fs::exists(model, ignored)) fail("{} does not exist", model.string());
-  if (!fs::is_directory(model, ignored)) {
-    if (model.extension() != ".safetensors") {
-      fail("{} is neither a model directory nor a .safetensors file", model.string());
-    }
-    const fs::path parent = model.parent_path();
-    return {parent.empty() ? fs::path(".") : parent, model, {}};
-  }
-  if (fs::exists(model / "model.safetensors", ignored)) {
-    return {model, model / "model.safetensors", {}};
-  }
-  if (fs::exists(model / "model.safetensors.index.json", ignored)) {
+  const fs::path directory = checkpoint_directory(model);
+  if (directory != model) return {directory, model, {}};
+  if (is_there(model / "model.safetensors")) return {model, model / "model.safetensors", {}};
+  if (is_there(model / "model.safetensors.index.json")) {
     return {model, {}, model / "model.safetensors.index.json"};
   }
   fail("{} holds neither model.safetensors nor model.safetensors.index.json", model.string());
@@ -131,11 +130,12 @@ std::string model_name(const fs::path& model) {
   return printable(absolute.filename().string());  // from an archive, it may be foreign too
 }
 
-ModelWeights collect(TensorTable& table, const ModelConfig& c, const std::string& where) {
+constexpr const char* kHeadName = "lm_head.weight";
+
+// Calls take(name, shape) for every tensor of the model.
+template <typename Take>
+ModelWeights collect(const ModelConfig& c, const Take& take) {
   ModelWeights weights;
-  const auto take = [&](const std::string& name, std::vector<int64_t> shape) {
-    return table.take(name, shape, where);
-  };
   weights.embedding = take("model.embed_tokens.weight", {c.vocab_size, c.hidden_size});
   for (int64_t i = 0; i < c.num_layers; ++i) {
     const std::string at = fmt::format("model.layers.{}.", i);
@@ -154,11 +154,8 @@ ModelWeights collect(TensorTable& table, const ModelConfig& c, const std::string
   weights.final_norm = take("model.norm.weight", {c.hidden_size});
   if (c.tie_word_embeddings) {
     weights.lm_head = weights.embedding;
-  } else if (!table.has("lm_head.weight")) {
-    fail("{}: tensor lm_head.weight is missing, and config.json does not set tie_word_embeddings",
-         where);
   } else {
-    weights.lm_head = take("lm_head.weight", {c.vocab_size, c.hidden_size});
+    weights.lm_head = take(kHeadName, {c.vocab_size, c.hidden_size});
   }
   return weights;
 }
@@ -194,6 +191,16 @@ int64_t first_non_finite(const TensorView& tensor, Word exponent) {
 
 }  // namespace
 
+fs::path checkpoint_directory(const fs::path& model) {
+  if (!is_there(model)) fail("{} does not exist", model.string());
+  if (fs::is_directory(model)) return model;
+  if (model.extension() != ".safetensors") {
+    fail("{} is neither a model directory nor a .safetensors file", model.string());
+  }
+  const fs::path parent = model.parent_path();
+  return parent.empty() ? fs::path(".") : parent;
+}
+
 Checkpoint Checkpoint::open(const std::filesystem::path& model) {
   const Location location = locate(model);
   Checkpoint checkpoint;
@@ -227,14 +234,38 @@ Checkpoint Checkpoint::open(const std::filesystem::path& model) {
       add_file(location.directory / name, &tensors);
     }
   }
-  checkpoint.weights_ = collect(table, checkpoint.config_, where);
+  checkpoint.weights_ =
+      collect(checkpoint.config_, [&](const std::string& name, const std::vector<int64_t>& shape) {
+        if (name == kHeadName && !table.has(name)) {
+          fail("{}: tensor {} is missing, and config.json does not set tie_word_embeddings", where,
+               name);
+        }
+        return table.take(name, shape, where);
+      });
   table.check_rest(checkpoint.config_.tie_word_embeddings, where);
   checkpoint.config_.dtype = checkpoint.weights_.embedding.dtype;
-  for_each_tensor(checkpoint.weights_, [&](const TensorView& tensor) {
-    checkpoint.num_parameters_ += tensor.num_elements();
-    checkpoint.bytes_ += static_cast<int64_t>(tensor.bytes);
-  });
+  checkpoint.count_tensors();
   return checkpoint;
+}
+
+Checkpoint Checkpoint::random(std::string_view architecture) {
+  constexpr uint64_t kSeed = 1;
+  Checkpoint checkpoint;
+  checkpoint.config_ = architecture_config(architecture);
+  RandomTensors& tensors = checkpoint.made_up_.emplace(checkpoint.config_, kSeed);
+  checkpoint.weights_ =
+      collect(checkpoint.config_, [&](const std::string& name, const std::vector<int64_t>& shape) {
+        return tensors.take(name, shape);
+      });
+  checkpoint.count_tensors();
+  return checkpoint;
+}
+
+void Checkpoint::count_tensors() {
+  for_each_tensor(weights_, [this](const TensorView& tensor) {
+    num_parameters_ += tensor.num_elements();
+    bytes_ += static_cast<int64_t>(tensor.bytes);
+  });
 }
 
 void check_weights_finite(const ModelWeights& weights) {

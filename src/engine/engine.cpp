@@ -8,6 +8,7 @@
 #include "checkpoint/checkpoint.h"
 #include "engine/device.h"
 #include "engine/engine_impl.h"
+#include "engine/open_checkpoint.h"
 #include "sagelm/sagelm.hpp"
 
 namespace sagelm {
@@ -17,15 +18,15 @@ namespace {
 // may hold this many times its tokens.
 constexpr int64_t kScorePagesFactor = 4;
 
-// Of one step: hidden states, their normalised copy and the attention's output, queries, keys and
-// values, gate, up and their product, and one row of logits.
+// Of one step: hidden states, those of the rows that are read out, their normalised copy and the
+// attention's output, queries, keys and values, gate, up and their product, and one row of logits.
 int64_t estimate_activations(const ModelConfig& config, int64_t rows, const Backend& backend) {
   const int64_t activations = config.hidden_size + 2 * config.q_size() + 2 * config.kv_size() +
                               3 * config.intermediate_size;
   const auto size = [&backend](Holds holds) {
     return static_cast<int64_t>(backend.element_size(holds));
   };
-  return rows * (config.hidden_size * size(Holds::kResidual) +
+  return rows * (2 * config.hidden_size * size(Holds::kResidual) +
                  activations * size(Holds::kActivations)) +
          config.vocab_size * size(Holds::kLogits);
 }
@@ -168,13 +169,15 @@ Model Model::load(const LoadOptions& options) {
   auto impl = std::make_shared<Impl>();
   impl->options = options;
   impl->backend = make_backend(options.device, options.threads);
-  const Checkpoint checkpoint = Checkpoint::open(options.model);
+  const Checkpoint checkpoint = open_checkpoint(options);
   const ModelConfig& config = checkpoint.config();
   impl->info = describe(checkpoint, options, *impl->backend);
   impl->kv_type = check_attention(attention, options.kv_cache, config, *impl->backend);
-  impl->tokenizer = std::make_unique<Tokenizer>(Tokenizer::open(checkpoint.directory()));
-  impl->tokenizer->check_fits(config.vocab_size);
-  check_weights_finite(checkpoint.weights());
+  if (options.random_weights.empty()) {
+    impl->tokenizer = std::make_unique<Tokenizer>(Tokenizer::open(checkpoint.directory()));
+    impl->tokenizer->check_fits(config.vocab_size);
+    check_weights_finite(checkpoint.weights());
+  }
   impl->llama = std::make_unique<Llama>(config, checkpoint.weights(), *impl->backend, attention,
                                         options.progress);
   impl->info.weight_bytes = impl->backend->memory_bytes();
@@ -184,19 +187,24 @@ Model Model::load(const LoadOptions& options) {
 
 ModelInfo Model::inspect(const LoadOptions& options) {
   const std::unique_ptr<Backend> backend = make_backend(options.device, options.threads);
-  return describe(Checkpoint::open(options.model), options, *backend);
+  return describe(open_checkpoint(options), options, *backend);
 }
 
 ModelInfo Model::info() const { return impl_->info; }
 
-const Tokenizer& Model::tokenizer() const { return *impl_->tokenizer; }
+int64_t Model::memory_bytes() const { return impl_->backend->memory_bytes(); }
+
+const Tokenizer& Model::tokenizer() const {
+  if (impl_->tokenizer == nullptr) fail("{} has no tokenizer", impl_->info.name);
+  return *impl_->tokenizer;
+}
 
 std::vector<int32_t> Model::tokenize(std::string_view text, bool add_bos) const {
-  return impl_->tokenizer->encode(text, add_bos && impl_->tokenizer->add_bos_default());
+  return tokenizer().encode(text, add_bos && tokenizer().add_bos_default());
 }
 
 std::string Model::detokenize(std::span<const int32_t> ids) const {
-  return impl_->tokenizer->decode(ids);
+  return tokenizer().decode(ids);
 }
 
 void Model::set_attention(std::string_view name, bool smooth_k, std::string_view kv_cache) {

@@ -20,7 +20,7 @@ namespace sagelm {
 struct Model::Impl {
   LoadOptions options;
   ModelInfo info;
-  std::unique_ptr<Tokenizer> tokenizer;
+  std::unique_ptr<Tokenizer> tokenizer;  // null: made-up weights have none
   std::unique_ptr<Backend> backend;
   std::unique_ptr<Llama> llama;
   KvType kv_type = KvType::kFp16;      // of caches made from now on

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
+#include <optional>
 #include <utility>
 
 #include "base/error.h"
@@ -158,7 +159,8 @@ void Session::Impl::decode(std::vector<float> logits, const GenerateOptions& opt
                            const TextCallback& on_text, Generation& result) {
   const auto start = std::chrono::steady_clock::now();
   Sampler sampler(options.sampling);
-  Detokenizer detokenizer(*model->tokenizer);
+  std::optional<Detokenizer> detokenizer;
+  if (model->tokenizer != nullptr) detokenizer.emplace(*model->tokenizer);
   TextStream stream(options.stop);
   std::vector<int32_t> ends = options.end_ids;
   const std::vector<int32_t>& eos = model->llama->config().eos_token_ids;
@@ -188,7 +190,7 @@ void Session::Impl::decode(std::vector<float> logits, const GenerateOptions& opt
     }
     ids.push_back(id);
     result.ids.push_back(id);
-    if (!show(stream.push(detokenizer.push(id)))) {
+    if (!show(stream.push(detokenizer ? detokenizer->push(id) : std::string()))) {
       result.stop_reason = StopReason::kCallback;
       break;
     }
@@ -201,7 +203,8 @@ void Session::Impl::decode(std::vector<float> logits, const GenerateOptions& opt
     logits = model->llama->step({&input, 1});
     ++result.decode_steps;
   }
-  const std::string rest = stream.push(detokenizer.flush()) + stream.finish();
+  const std::string rest =
+      stream.push(detokenizer ? detokenizer->flush() : std::string()) + stream.finish();
   if (result.stop_reason == StopReason::kCallback) {
     result.text += rest;  // on_text wanted no more
   } else if (!rest.empty()) {

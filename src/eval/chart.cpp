@@ -36,7 +36,8 @@ class Scale {
     return start_ + (forward(value) - low_) / (high_ - low_) * (end_ - start_);
   }
 
-  std::vector<double> ticks() const {
+  // At least least_step apart, if the axis is not logarithmic.
+  std::vector<double> ticks(double least_step = 0) const {
     std::vector<double> values;
     if (log_) {
       const double step = std::max(1.0, std::ceil((high_ - low_) / kMostTicks));
@@ -45,7 +46,7 @@ class Scale {
       }
       return values;
     }
-    const double step = round_step((high_ - low_) / kMostTicks);
+    const double step = std::max(least_step, round_step((high_ - low_) / kMostTicks));
     for (double i = std::ceil(low_ / step - 1e-9); i * step <= high_ + step * 1e-9; ++i) {
       values.push_back(i * step);
     }
@@ -111,7 +112,7 @@ using Output = std::back_insert_iterator<std::string>;
 
 void draw_axes(Output out, const XyChart& chart, const Scale& x, const Scale& y) {
   const double bottom = kHeight - kBottom;
-  for (const double tick : x.ticks()) {
+  for (const double tick : x.ticks(chart.x_whole ? 1 : 0)) {
     const double at = x.place(tick);
     fmt::format_to(out, "<path class=\"grid\" d=\"M{:.1f} {:.1f}V{:.1f}\"/>", at, kTop, bottom);
     fmt::format_to(out, "<text x=\"{:.1f}\" y=\"{:.1f}\" text-anchor=\"middle\">{}</text>", at,

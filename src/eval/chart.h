@@ -27,7 +27,8 @@ struct XyChart {
   std::string title = {};  // read aloud, not drawn
   std::string x_label = {};
   std::string y_label = {};
-  bool x_log = false;  // decades; values that are not above 0 are left out
+  bool x_whole = false;  // only whole numbers are marked
+  bool x_log = false;    // decades; values that are not above 0 are left out
   bool y_log = false;
   bool y_from_zero = false;
   bool diagonal = false;  // both axes have one range, and the line y = x

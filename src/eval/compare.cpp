@@ -5,9 +5,11 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <optional>
 #include <utility>
 
 #include "base/error.h"
+#include "eval/compare_journal.h"
 #include "eval/statistics.h"
 
 namespace sagelm {
@@ -68,15 +70,9 @@ class Batch {
     }
   }
 
-  // One setting's part of the batch.
-  struct Run {
-    std::vector<ComparedToken> tokens;
-    double seconds = 0;  // in the scorer
-  };
-
-  // To be called for the first setting, the baseline, first.
-  Run run(const CompareSetting& setting, bool is_baseline) {
-    Run result;
+  // One setting's part of the batch. To be called for the first setting, the baseline, first.
+  BatchScores run(const CompareSetting& setting, bool is_baseline) {
+    BatchScores result;
     double own_seconds = 0;
     const Clock::time_point start = Clock::now();
     setting.scorer(inputs_, [&](const Model::LogitsBlock& block) {
@@ -92,6 +88,7 @@ class Batch {
     return result;
   }
 
+  size_t num_tokens() const { return scored_.size(); }
   int64_t held_bytes() const { return static_cast<int64_t>(held_.size() * sizeof(float)); }
 
  private:
@@ -187,7 +184,7 @@ size_t end_of_batch(std::span<const Model::ScoreInput> inputs, size_t first,
 
 // Adds what all settings made of a batch of inputs. The first batch warms up: its time counts only
 // as long as there is no other.
-void append(std::span<const Model::ScoreInput> inputs, std::span<const Batch::Run> runs,
+void append(std::span<const Model::ScoreInput> inputs, std::span<const BatchScores> runs,
             bool replaces_time, Comparison& result) {
   int64_t tokens_run = 0;
   size_t end = result.settings[0].tokens.size();
@@ -270,35 +267,48 @@ double SettingScores::tokens_per_second() const {
 Comparison run_comparison(std::span<const Model::ScoreInput> inputs,
                           std::span<const CompareSetting> settings, const CompareOptions& options,
                           const std::function<std::string(int64_t index)>& where,
-                          const EvalCallback& on_progress) {
+                          const EvalCallback& on_progress, Journal* journal) {
   Comparison result;
   result.settings.resize(settings.size());
   result.inputs_planned = static_cast<int64_t>(inputs.size());
   Moments baseline_loss;
-  int64_t parts_done = 0;  // inputs, once per setting
+  int64_t parts_done = 0;     // inputs, once per setting
+  int64_t parts_resumed = 0;  // of them, from the journal
   int64_t batches = 0;
   for (size_t first = 0; first < inputs.size();) {
     const size_t last = end_of_batch(inputs, first, options);
     const auto size = static_cast<int64_t>(last - first);
     Batch batch(inputs.subspan(first, last - first), static_cast<int64_t>(first),
                 options.vocab_size, where);
-    std::vector<Batch::Run> runs;
+    const std::optional<std::string> record = journal != nullptr ? journal->next() : std::nullopt;
+    std::vector<BatchScores> recorded;
+    if (record) {
+      auto read = read_batch_record(*record, first, settings.size(), batch.num_tokens());
+      if (!read) fail("the journal {} does not hold this run's batches", journal->path().string());
+      recorded = std::move(*read);
+    }
+    std::vector<BatchScores> runs;
     bool stopped = false;
     while (runs.size() < settings.size() && !stopped) {
-      runs.push_back(batch.run(settings[runs.size()], runs.empty()));
-      if (runs.size() == 1) {
+      const size_t setting = runs.size();
+      runs.push_back(record ? std::move(recorded[setting])
+                            : batch.run(settings[setting], setting == 0));
+      if (setting == 0) {
         for (const ComparedToken& token : runs[0].tokens) baseline_loss.add(-token.logprob);
       }
       parts_done += size;
+      if (record) parts_resumed = parts_done;
       stopped =
           on_progress &&
           !on_progress({.done = parts_done,
                         .total = result.inputs_planned * static_cast<int64_t>(settings.size()),
                         .tokens = result.tokens_run,
-                        .perplexity = std::exp(baseline_loss.mean())});
+                        .perplexity = std::exp(baseline_loss.mean()),
+                        .resumed = parts_resumed});
     }
     result.held_bytes = std::max(result.held_bytes, batch.held_bytes());
     if (runs.size() < settings.size()) break;
+    if (journal != nullptr && !record) journal->append(batch_record(first, runs));
     append(inputs.subspan(first, last - first), runs, batches == 1, result);
     ++batches;
     if (stopped) break;

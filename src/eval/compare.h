@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "eval/journal.h"
 #include "eval/scorer.h"
 #include "sagelm/sagelm.hpp"
 
@@ -65,10 +66,14 @@ struct Comparison {
 // of a batch, counting an input once per setting; a batch that it stops short of its last setting
 // does not count. where names input `index` in messages. Throws Error for a scorer that returns
 // other tokens than asked, distributions of another size, or values that are not finite.
+//
+// With a journal, every batch is one record: those that are there stand in for the scorers, the
+// others are appended, so that a resumed run's figures are an undisturbed one's. Throws Error for a
+// record that does not fit its batch.
 Comparison run_comparison(std::span<const Model::ScoreInput> inputs,
                           std::span<const CompareSetting> settings, const CompareOptions& options,
                           const std::function<std::string(int64_t index)>& where,
-                          const EvalCallback& on_progress = {});
+                          const EvalCallback& on_progress = {}, Journal* journal = nullptr);
 
 // A figure of one setting. Standard errors take the samples (tokens or passages) as independent and
 // are NaN for fewer than two.
@@ -78,6 +83,8 @@ struct PairedFigure {
   double difference = 0;  // to the first setting on the same samples
   double difference_error = 0;
 
+  // The difference in units of the first setting's value; not finite where that is 0.
+  double relative_difference(const PairedFigure& first) const { return difference / first.value; }
   // Half the width of the difference's 95 % interval.
   double margin() const { return 1.959963984540054 * difference_error; }
   // The 95 % interval of the difference does not hold zero.

@@ -79,7 +79,8 @@ ReportFigure kl_histogram(const Comparison& comparison, const std::vector<std::s
                                  "below {:.0e} is in the first one.",
                                  names[0], kBinsPerDecade, kLeastKl),
           .svg = svg_chart(chart),
-          .legend = names};
+          .legend = {names.begin() + 1, names.end()},
+          .legend_style = 1};
 }
 
 ReportFigure speed_bars(const Comparison& comparison, const std::vector<std::string>& names) {
@@ -101,7 +102,8 @@ ReportFigure layer_chart(const std::string& title, const std::string& y_label,
                          const std::vector<std::string>& names,
                          std::span<const std::vector<AttentionError>> layers,
                          const Figure& figure) {
-  XyChart chart{.title = title, .x_label = "layer", .y_label = y_label, .y_log = true};
+  XyChart chart{
+      .title = title, .x_label = "layer", .y_label = y_label, .x_whole = true, .y_log = true};
   for (size_t s = 0; s < layers.size(); ++s) {
     Series series{.name = names[s], .mark = Series::Mark::kLine, .style = s};
     for (size_t layer = 0; layer < layers[s].size(); ++layer) {

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "eval/bootstrap.h"
 #include "eval/statistics.h"
 #include "text/utf8.h"
 
@@ -124,6 +125,7 @@ LambadaResult run_lambada(std::span<const LambadaExample> examples, int64_t batc
   result.examples_planned = static_cast<int64_t>(examples.size());
   Moments hits;
   Moments log_likelihood;
+  std::vector<double> log_likelihoods;
   const auto take = [&](int64_t, std::span<const Scored> scores) {
     double sum = 0;
     bool all_top = true;
@@ -132,6 +134,7 @@ LambadaResult run_lambada(std::span<const LambadaExample> examples, int64_t batc
       all_top = all_top && score.is_top;
     }
     log_likelihood.add(sum);
+    log_likelihoods.push_back(sum);
     hits.add(all_top ? 1 : 0);
     if (all_top) ++result.correct;
   };
@@ -152,7 +155,7 @@ LambadaResult run_lambada(std::span<const LambadaExample> examples, int64_t batc
   result.accuracy = static_cast<double>(result.correct) / static_cast<double>(result.examples);
   result.accuracy_stderr = hits.standard_error();
   result.perplexity = std::exp(-log_likelihood.mean());
-  result.perplexity_stderr = result.perplexity * log_likelihood.standard_error();
+  result.perplexity_stderr = bootstrap_perplexity_stderr(log_likelihoods);
   return result;
 }
 

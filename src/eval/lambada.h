@@ -56,8 +56,8 @@ struct LambadaResult {
   double accuracy = 0;
   double accuracy_stderr = 0;  // sample sd / sqrt(n)
   double perplexity = 0;       // exp(-mean log-probability of a target): per word, not per token
-  // perplexity × sd / sqrt(n): first order, where lm-eval draws bootstrap samples. Standard errors
-  // are NaN for fewer than two examples.
+  // By bootstrap, the very samples that lm-eval draws. Standard errors are NaN for fewer than two
+  // examples.
   double perplexity_stderr = 0;
   double seconds = 0;  // in the model
 

@@ -77,10 +77,10 @@ MmluTask prepare_subject(const MmluSubject& subject, MmluPrompt prompt, const Mm
   return task;
 }
 
-// Scores the task's items that are, or are not, shortened and tells take which were answered right,
+// Scores the task's items that are, or are not, shortened and tells take the choice made in each,
 // until it returns false. Returns the tokens run.
 int64_t score_items(const MmluTask& task, bool shortened, const ChoiceScorer& scorer,
-                    const std::function<bool(const MmluItem& item, bool hit)>& take) {
+                    const std::function<bool(const MmluItem& item, int choice)>& take) {
   std::vector<const MmluItem*> items;
   std::vector<Model::ChoiceInput> inputs;
   const auto shared = static_cast<size_t>(shortened ? 0 : task.shared);
@@ -97,8 +97,7 @@ int64_t score_items(const MmluTask& task, bool shortened, const ChoiceScorer& sc
       fail("{}, question {}: the model gave no log-probabilities of the four letters",
            task.subject->name, &item - task.items.data() + 1);
     }
-    const auto best = std::ranges::max_element(logprobs) - logprobs.begin();
-    return take(item, best == item.answer);
+    return take(item, static_cast<int>(std::ranges::max_element(logprobs) - logprobs.begin()));
   };
   return scorer(std::span(items.front()->context).first(shared), inputs, take_logprobs);
 }
@@ -114,13 +113,11 @@ void set_accuracy(MmluSubjectResult& subject) {
 
 // A subject scored to its end as a line of the journal.
 std::string to_record(const MmluSubjectResult& subject) {
-  return nlohmann::ordered_json{{"subject", subject.subject->name},
-                                {"questions", subject.questions},
-                                {"correct", subject.correct},
-                                {"shortened", subject.shortened},
-                                {"prompt_tokens", subject.prompt_tokens},
-                                {"tokens_run", subject.tokens_run},
-                                {"seconds", subject.seconds}}
+  return nlohmann::ordered_json{
+      {"subject", subject.subject->name}, {"questions", subject.questions},
+      {"correct", subject.correct},       {"answers", subject.answers},
+      {"shortened", subject.shortened},   {"prompt_tokens", subject.prompt_tokens},
+      {"tokens_run", subject.tokens_run}, {"seconds", subject.seconds}}
       .dump();
 }
 
@@ -131,13 +128,15 @@ std::optional<MmluSubjectResult> from_record(const std::string& record, const Mm
   try {
     subject.questions = json.at("questions").get<int64_t>();
     subject.correct = json.at("correct").get<int64_t>();
+    subject.answers = json.at("answers").get<std::string>();
     subject.shortened = json.at("shortened").get<int64_t>();
     subject.prompt_tokens = json.at("prompt_tokens").get<int64_t>();
     subject.tokens_run = json.at("tokens_run").get<int64_t>();
     subject.seconds = json.at("seconds").get<double>();
     if (json.at("subject") != task.subject->name || subject.correct < 0 ||
         subject.correct > subject.questions ||
-        subject.questions != static_cast<int64_t>(task.items.size())) {
+        subject.questions != static_cast<int64_t>(task.items.size()) ||
+        subject.answers.size() != task.items.size()) {
       return {};
     }
   } catch (const nlohmann::json::exception&) {
@@ -223,6 +222,7 @@ MmluResult run_mmlu(std::span<const MmluTask> tasks, const ChoiceScorer& scorer,
   for (const MmluTask& task : tasks) {
     MmluSubjectResult& subject = result.subjects.emplace_back();
     subject.subject = task.subject;
+    subject.answers.assign(task.items.size(), '-');
     if (!go_on) continue;
     if (const auto record = journal != nullptr ? journal->next() : std::nullopt) {
       const std::optional<MmluSubjectResult> recorded = from_record(*record, task);
@@ -233,12 +233,15 @@ MmluResult run_mmlu(std::span<const MmluTask> tasks, const ChoiceScorer& scorer,
       go_on = tell(subject.questions, subject.correct);
       continue;
     }
-    const auto take = [&](const MmluItem& item, bool hit) {
+    const auto take = [&](const MmluItem& item, int choice) {
+      const int64_t hit = choice == item.answer ? 1 : 0;
       ++subject.questions;
-      subject.correct += hit ? 1 : 0;
+      subject.correct += hit;
+      subject.answers[static_cast<size_t>(&item - task.items.data())] =
+          kMmluLetters[static_cast<size_t>(choice)];
       subject.shortened += item.shortened ? 1 : 0;
       subject.prompt_tokens += static_cast<int64_t>(item.context.size());
-      return go_on = tell(1, hit ? 1 : 0);
+      return go_on = tell(1, hit);
     };
     const auto start = std::chrono::steady_clock::now();
     // Shortened prompts do not begin as the others do.

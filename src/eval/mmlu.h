@@ -29,7 +29,9 @@ struct MmluItem {
 struct MmluTask {
   const MmluSubjectInfo* subject = nullptr;
   std::vector<MmluItem> items = {};
-  int64_t shared = 0;  // tokens that the contexts of all items not shortened begin with
+  // Tokens that the contexts of all items not shortened begin with, run once for all of them; at 0
+  // each is run whole.
+  int64_t shared = 0;
 };
 
 // Ids of a text, BOS in front if the tokenizer's configuration wants it.
@@ -46,6 +48,7 @@ struct MmluSubjectResult {
   const MmluSubjectInfo* subject = nullptr;
   int64_t questions = 0;
   int64_t correct = 0;
+  std::string answers = {};   // letters the model chose, as the task's items; '-' if not asked
   int64_t shortened = 0;      // prompts
   int64_t prompt_tokens = 0;  // of the questions
   int64_t tokens_run = 0;     // through the model: fewer, since prompts share their beginning
@@ -63,7 +66,7 @@ struct MmluGroupResult {
   // independent questions around their own subject's accuracy.
   double micro = 0;
   double micro_stderr = 0;
-  // Every subject counts the same, as in the paper's tables by subject.
+  // Every subject counts the same, as some leaderboards have it.
   double macro = 0;
   double macro_stderr = 0;
 };

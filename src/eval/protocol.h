@@ -61,8 +61,8 @@ struct Protocol {
 
 // As on the command line; absent: the protocol's own.
 struct ProtocolOptions {
-  std::optional<int64_t> ctx;
-  std::optional<int64_t> stride;
+  std::optional<int64_t> ctx = {};
+  std::optional<int64_t> stride = {};
   // The model's own context: the ctx of protocols that have none of theirs.
   std::optional<int64_t> model_ctx = {};
 };

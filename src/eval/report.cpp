@@ -34,12 +34,12 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p { margin: .5rem 0; max-width: 46rem; }
 .note, figcaption { color: var(--soft); font-size: .875rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .75rem; border-bottom: 1px solid var(--line); text-align: right;
   white-space: nowrap; }
 thead th { border-bottom: 2px solid var(--soft); }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; white-space: pre; }
 .figures { display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure { margin: 0; padding: .75rem; background: var(--panel); border: 1px solid var(--line);
   border-radius: .5rem; max-width: 36rem; }
@@ -69,6 +69,7 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: .5
   body { font-size: 10pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; } .scroll { overflow: visible; }
   table { font-size: 8pt; } th, td { padding: .15rem .4rem; white-space: normal; }
+  tbody th { white-space: pre-wrap; } thead { display: table-header-group; }
   .figures { grid-template-columns: 1fr 1fr; } figure, tr { break-inside: avoid; }
   h2 { break-after: avoid; } @page { margin: 15mm; } }
 )css";
@@ -106,8 +107,8 @@ void add_figure(Output out, const ReportFigure& figure) {
   if (!figure.legend.empty()) {
     fmt::format_to(out, "<ul class=\"legend\">");
     for (size_t i = 0; i < figure.legend.size(); ++i) {
-      fmt::format_to(out, "<li><span class=\"s{}\"></span>{}</li>", i % kSeriesStyles,
-                     escape_html(figure.legend[i]));
+      fmt::format_to(out, "<li><span class=\"s{}\"></span>{}</li>",
+                     (figure.legend_style + i) % kSeriesStyles, escape_html(figure.legend[i]));
     }
     fmt::format_to(out, "</ul>\n");
   }
@@ -162,7 +163,9 @@ std::string render_report(const Report& report) {
                  "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n"
                  "<title>{0}</title>\n<style>{1}</style></head>\n<body><main>\n<h1>{0}</h1>\n",
                  escape_html(report.title), kStyle);
-  if (!report.summary.empty()) fmt::format_to(out, "<p>{}</p>\n", escape_html(report.summary));
+  for (const std::string& paragraph : report.summary) {
+    fmt::format_to(out, "<p>{}</p>\n", escape_html(paragraph));
+  }
   for (const ReportTable& table : report.tables) add_table(out, table);
   if (!report.figures.empty()) {
     fmt::format_to(out, "<section><h2>Figures</h2>\n<div class=\"figures\">\n");
@@ -191,7 +194,7 @@ void prepare_report_directory(const fs::path& directory) {
 }
 
 fs::path write_report(const fs::path& directory, std::string_view html) {
-  const fs::path path = directory / "index.html";
+  fs::path path = directory / "index.html";
   TemporaryFile temporary(temporary_path(directory));
   write_bytes(temporary.path(), html);
   std::error_code error;

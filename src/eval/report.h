@@ -2,6 +2,7 @@
 // Readable on a phone, on a desk and on paper, in light and dark.
 #pragma once
 
+#include <cstddef>
 #include <filesystem>
 #include <string>
 #include <string_view>
@@ -21,13 +22,14 @@ struct ReportFigure {
   std::string title = {};
   std::string caption = {};              // may be empty
   std::string svg = {};                  // of chart.h
-  std::vector<std::string> legend = {};  // names of the series with style 0, 1, …; may be empty
+  std::vector<std::string> legend = {};  // names of series; may be empty
+  size_t legend_style = 0;               // of the first of them; the next have the next styles
 };
 
 // Plain text everywhere but in svg: it is escaped here.
 struct Report {
   std::string title = {};
-  std::string summary = {};  // one sentence below the title; may be empty
+  std::vector<std::string> summary = {};  // paragraphs below the title
   std::vector<ReportTable> tables = {};
   std::vector<ReportFigure> figures = {};
   std::vector<std::pair<std::string, std::string>> facts = {};  // name, value

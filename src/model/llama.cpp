@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <numbers>
 
+#include "base/dtype.h"
 #include "base/error.h"
 
 namespace sagelm {
@@ -33,6 +35,11 @@ void advance(std::span<const StepInput> inputs, const ModelConfig& config) {
 // Tokens that score knows of: those of the input and the one after them, if it is given.
 int64_t num_scored(const StepInput& input) {
   return static_cast<int64_t>(input.tokens.size()) + (input.next_token >= 0 ? 1 : 0);
+}
+
+Matrix rows_of(const Matrix& matrix, int64_t begin, int64_t count) {
+  const auto offset = static_cast<size_t>(begin * matrix.cols) * dtype_size(matrix.type);
+  return {static_cast<std::byte*>(matrix.data) + offset, matrix.type, count, matrix.cols};
 }
 
 std::vector<float> copy_to_host(Backend& backend, Matrix matrix) {
@@ -122,12 +129,14 @@ Batch Llama::begin(std::span<const StepInput> inputs) {
   return batch;
 }
 
-Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, bool check,
-                         const AttentionProbe& probe) {
+Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int32_t> wanted,
+                         bool check, const AttentionProbe& probe) {
   Backend& b = *backend_;
   const int64_t rows = batch.rows();
+  const auto num_wanted = static_cast<int64_t>(wanted.size());
   const AttentionShape shape{config_.num_heads, config_.num_kv_heads, config_.head_dim, spec_};
   const Matrix hidden = b.scratch(kHidden, rows, config_.hidden_size, Holds::kResidual);
+  const Matrix gathered = b.scratch(kGathered, num_wanted, config_.hidden_size, Holds::kResidual);
   const Matrix normed = b.scratch(kNormed, rows, config_.hidden_size, Holds::kActivations);
   const Matrix qkv =
       b.scratch(kQkv, rows, config_.q_size() + 2 * config_.kv_size(), Holds::kActivations);
@@ -151,41 +160,48 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, bool check,
     }
     if (probe) probe(index, copy_to_host(b, qkv), copy_to_host(b, attended));
     b.linear_add(attended, layer.o, hidden);
-    b.rmsnorm(hidden, layer.post_norm, config_.rms_norm_eps, normed);
-    b.linear(normed, layer.gate_up, gate_up);
-    b.swiglu(gate_up, activated);
-    b.linear_add(activated, layer.down, hidden);
-    if (check && !b.all_finite(hidden)) {
+    Matrix out = hidden;
+    if (i + 1 == layers_.size()) {
+      // Nothing reads the other rows any more.
+      if (wanted.empty()) break;
+      b.gather_rows(hidden, wanted, gathered);
+      out = gathered;
+    }
+    const Matrix mlp_normed = rows_of(normed, 0, out.rows);
+    const Matrix mlp_activated = rows_of(activated, 0, out.rows);
+    b.rmsnorm(out, layer.post_norm, config_.rms_norm_eps, mlp_normed);
+    b.linear(mlp_normed, layer.gate_up, rows_of(gate_up, 0, out.rows));
+    b.swiglu(rows_of(gate_up, 0, out.rows), mlp_activated);
+    b.linear_add(mlp_activated, layer.down, out);
+    if (check && !b.all_finite(out)) {
       fail("NaN or Inf appears in the output of layer {}", i);
     }
   }
-  return hidden;
+  return gathered;
 }
 
-Matrix Llama::head(Matrix hidden, std::span<const int32_t> rows) {
+Matrix Llama::head(Matrix hidden) {
   Backend& b = *backend_;
-  const auto count = static_cast<int64_t>(rows.size());
-  const Matrix gathered = b.scratch(kGathered, count, config_.hidden_size, Holds::kResidual);
-  const Matrix normed = b.scratch(kNormed, count, config_.hidden_size, Holds::kActivations);
-  const Matrix logits = b.scratch(kLogits, count, config_.vocab_size, Holds::kLogits);
-  b.gather_rows(hidden, rows, gathered);
-  b.rmsnorm(gathered, final_norm_, config_.rms_norm_eps, normed);
+  const Matrix normed = b.scratch(kNormed, hidden.rows, config_.hidden_size, Holds::kActivations);
+  const Matrix logits = b.scratch(kLogits, hidden.rows, config_.vocab_size, Holds::kLogits);
+  b.rmsnorm(hidden, final_norm_, config_.rms_norm_eps, normed);
   b.linear(normed, lm_head_, logits);
   return logits;
 }
 
-template <typename Function>
-void Llama::run(std::span<const StepInput> inputs, const Function& read) {
+template <typename Want, typename Read>
+void Llama::run(std::span<const StepInput> inputs, const Want& want, const Read& read) {
   if (inputs.empty()) return;
   const Batch batch = begin(inputs);
   KvStorage& kv = inputs.front().sequence->cache().storage();
   try {
-    const Matrix hidden = run_layers(batch, kv, false);
+    const std::vector<int32_t> wanted = want(batch);
+    const Matrix hidden = run_layers(batch, kv, wanted, false);
     try {
-      read(hidden, batch);
+      read(hidden);
     } catch (const Error&) {
       // The logits are not finite: run again with a check after each step, to name the layer.
-      run_layers(batch, kv, true);
+      run_layers(batch, kv, wanted, true);
       throw;
     }
   } catch (...) {
@@ -196,23 +212,24 @@ void Llama::run(std::span<const StepInput> inputs, const Function& read) {
 
 std::vector<float> Llama::step(std::span<const StepInput> inputs) {
   std::vector<float> logits(inputs.size() * static_cast<size_t>(config_.vocab_size));
-  run(inputs, [&](Matrix hidden, const Batch& batch) {
+  const auto last_rows = [](const Batch& batch) {
     std::vector<int32_t> rows;
     for (const SequenceChunk& sequence : batch.sequences) {
       rows.push_back(static_cast<int32_t>(sequence.first_row + sequence.q_len - 1));
     }
-    backend_->read_logits(head(hidden, rows), logits);
-  });
+    return rows;
+  };
+  run(inputs, last_rows, [&](Matrix hidden) { backend_->read_logits(head(hidden), logits); });
   return logits;
 }
 
 template <typename Function>
 void Llama::run_scored(std::span<const StepInput> inputs, std::span<const int64_t> first_scored,
                        const Function& read) {
-  run(inputs, [&](Matrix hidden, const Batch& batch) {
-    // The logits of a row predict the token of the next one.
+  std::vector<LogitsRow> places;
+  // The logits of a row predict the token of the next one.
+  const auto rows_before = [&](const Batch& batch) {
     std::vector<int32_t> rows;
-    std::vector<LogitsRow> places;
     for (size_t i = 0; i < inputs.size(); ++i) {
       const int64_t end = num_scored(inputs[i]);
       const int64_t first = first_scored.empty() ? 1 : std::max<int64_t>(1, first_scored[i]);
@@ -221,10 +238,14 @@ void Llama::run_scored(std::span<const StepInput> inputs, std::span<const int64_
         places.push_back({.input = i, .token = j});
       }
     }
-    for (size_t begin = 0; begin < rows.size(); begin += kScoreRows) {
-      const size_t count = std::min<size_t>(kScoreRows, rows.size() - begin);
-      read(std::span<const LogitsRow>(places).subspan(begin, count),
-           head(hidden, std::span(rows).subspan(begin, count)));
+    return rows;
+  };
+  run(inputs, rows_before, [&](Matrix hidden) {
+    for (int64_t begin = 0; begin < hidden.rows; begin += kScoreRows) {
+      const int64_t count = std::min(kScoreRows, hidden.rows - begin);
+      read(std::span<const LogitsRow>(places).subspan(static_cast<size_t>(begin),
+                                                      static_cast<size_t>(count)),
+           head(rows_of(hidden, begin, count)));
     }
   });
 }
@@ -263,7 +284,7 @@ void Llama::score_logits(std::span<const StepInput> inputs, std::span<const int6
 void Llama::probe_attention(const StepInput& input, const AttentionProbe& probe) {
   const Batch batch = begin({&input, 1});
   try {
-    run_layers(batch, input.sequence->cache().storage(), true, probe);
+    run_layers(batch, input.sequence->cache().storage(), {}, true, probe);
   } catch (...) {
     roll_back({&input, 1});
     throw;

@@ -75,14 +75,15 @@ class Llama {
   };
 
   Batch begin(std::span<const StepInput> inputs);
-  // With check, throws Error naming the first layer whose results are not finite. probe may be
-  // empty.
-  Matrix run_layers(const Batch& batch, KvStorage& kv, bool check,
+  // Returns the hidden states of the wanted rows, in their order. With check, throws Error naming
+  // the first layer whose results are not finite. probe may be empty.
+  Matrix run_layers(const Batch& batch, KvStorage& kv, std::span<const int32_t> wanted, bool check,
                     const AttentionProbe& probe = {});
-  Matrix head(Matrix hidden, std::span<const int32_t> rows);
-  // Runs the layers over the inputs and hands the hidden states to read.
-  template <typename Function>
-  void run(std::span<const StepInput> inputs, const Function& read);
+  Matrix head(Matrix hidden);  // logits
+  // Runs the layers over the inputs and hands the hidden states of the rows that want(batch) names
+  // to read.
+  template <typename Want, typename Read>
+  void run(std::span<const StepInput> inputs, const Want& want, const Read& read);
   // Runs the inputs and calls read(rows, logits) for each block of what is to be scored.
   template <typename Function>
   void run_scored(std::span<const StepInput> inputs, std::span<const int64_t> first_scored,

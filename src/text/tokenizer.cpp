@@ -3,8 +3,10 @@
 #include <sentencepiece_processor.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <map>
@@ -37,9 +39,10 @@ std::string read_file(const std::filesystem::path& path, uintmax_t max_bytes) {
     fail("{} has {} bytes, more than any such file ({})", path.string(), size, max_bytes);
   }
   std::string bytes(size, '\0');
+  errno = 0;
   std::ifstream file(path, std::ios::binary);
   if (!file.read(bytes.data(), static_cast<std::streamsize>(size))) {
-    fail("{} cannot be read", path.string());
+    fail("cannot read {}: {}", path.string(), std::strerror(errno != 0 ? errno : EIO));
   }
   return bytes;
 }
@@ -312,7 +315,9 @@ Tokenizer::~Tokenizer() = default;
 Tokenizer Tokenizer::open(const std::filesystem::path& model_dir) {
   std::error_code ignored;  // exists() with it never throws; a missing file is told below
   const auto model_path = model_dir / "tokenizer.model";
-  if (!std::filesystem::exists(model_path, ignored)) {
+  std::error_code problem;
+  if (!std::filesystem::exists(model_path, problem)) {
+    if (problem) fail("cannot open {}: {}", model_path.string(), problem.message());
     if (std::filesystem::exists(model_dir / "tokenizer.json", ignored)) {
       fail(
           "{} has only a tokenizer.json, which is not supported: a sentencepiece tokenizer.model "

@@ -66,7 +66,9 @@ refused 2 "Exactly 1" tokenize
 refused 2 "--temp" tokenize --text x --temp 1
 refused 2 "--device" tokenize --text x --device cpu
 refused 1 "$work/none" tokenize --file "$work/none"
-refused 1 "$work/none" tokenize --text x -m "$work/none"
+refused 1 "$work/none does not exist" tokenize --text x -m "$work/none"
+refused 1 "neither a model directory nor" tokenize --text x -m "$work/text"
+refused 2 "empty" tokenize --text x -m ""
 
 # info.
 run 0 info
@@ -76,7 +78,7 @@ holds "$work/out" '"kv_bytes": 4718592'
 refused 2 "2048" info --ctx 4096
 refused 2 "sage9" info --attention sage9
 refused 2 "tpu" info --device tpu
-refused 1 "CUDA" info --device cuda:0
+refused 1 "cannot be used" info --device cuda:99
 refused 2 "8-bit KV cache" info --kv-cache int8 --attention fp16
 run 0 info --json --kv-cache int8
 holds "$work/out" '"kv_bytes_per_token": 4614'
@@ -85,6 +87,9 @@ run 0 info --json --attention sage1
 holds "$work/out" '"kv_cache": "fp16"'
 refused 2 "threads" info --threads 0
 refused 2 "--seed" info --seed 1
+export SAGELM_CPU_ISA=bogus
+refused 2 "bogus" generate --prompt x -n 1
+unset SAGELM_CPU_ISA
 
 # generate.
 run 0 generate --attention fp16 --temp 0 -n 64 --prompt "$prompt" --json --logprobs
@@ -112,6 +117,12 @@ refused 1 "empty" generate --prompt "" --no-bos
 refused 1 "$work/none/x" generate --prompt x --json "$work/none/x"
 "$sagelm" generate --prompt x -n 4 >/dev/full 2>"$work/err" && fail "a full disk was not noticed"
 holds "$work/err" "cannot write to standard output"
+
+# Ctrl-C ends generate as it ends any program.
+timeout --preserve-status -s INT 2 "$sagelm" generate --prompt x -n 2000 --ignore-eos --ctx 2048 \
+  --threads 1 >/dev/null 2>&1 </dev/null
+status=$?
+[ "$status" = 130 ] || [ "$status" = 0 ] || fail "generate, interrupted: exit status $status"
 
 # chat.
 run 0 chat --prompt "Who are you?" --temp 0 -n 30 --attention fp16 --show-prompt-tokens
@@ -143,6 +154,25 @@ holds "$work/err" "dropped the oldest"
 "$sagelm" chat </dev/null >"$work/out" 2>/dev/null || fail "the end of the input is no failure"
 refused 2 "empty" chat --prompt " "
 refused 2 "llama2" chat --chat-template bogus --prompt x
+
+# bench.
+run 0 bench model --device cpu --threads 1 --attention fp16,sage2 --prompt-tokens 40 --decode-at 8 \
+  --decode-tokens 4 --runs 1 --json
+for key in '"tokens_per_second"' '"percent_of_linear_layers"' '"percent_of_copy"' '"predicted_bytes"' \
+  '"kernel": "sage2-8b'; do
+  holds "$work/out" "$key"
+done
+run 0 bench attention --device cpu --threads 1 --tokens 70 --head-dim 64 --heads 2 --kv-heads 1 \
+  --mask both --runs 1 --json "$work/bench.json"
+holds "$work/out" "sage1-b"
+holds "$work/bench.json" '"relative_l1"'
+[ "$(grep -cE '"cosine": (0\.99|1\.)' "$work/bench.json")" = 6 ] ||
+  fail "bench attention's error: $(grep cosine "$work/bench.json")"
+refused 2 "llama2-7b" bench model --random-weights bogus
+refused 2 "use one of them" bench model -m x --random-weights llama-160m
+refused 2 "evenly" bench attention --device cpu --heads 3 --kv-heads 2
+run 0 info --random-weights llama2-7b --ctx 8192
+holds "$work/out" "6738415616"
 
 [ "$failures" = 0 ] && echo "all passed"
 [ "$failures" = 0 ]

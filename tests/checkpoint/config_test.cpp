@@ -152,6 +152,8 @@ TEST(Config, QuotesForeignTextInPrintableForm) {
   text.insert(1, "\"a\\u001b\":1,\"a\\u001b\":2,");
   expect_error([&] { parse_config(text, "dir/config.json"); }, {R"("a\x1b" stands twice)"});
   expect_error([&] { parse_config("{\"a\":\"\xFF\"}", "dir/config.json"); }, {"UTF-8"});
+  expect_error([&] { parse_config("{\"a\":", "dir/config.json"); },
+               {"dir/config.json: not valid JSON (parse error at line 1"});
 }
 
 TEST(Config, RejectsSizesThatAreMissingAbsurdOrNoNumbers) {

@@ -1,14 +1,18 @@
 #include "eval/compare.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "base/error.h"
+#include "eval/compare_journal.h"
 
 namespace sagelm {
 namespace {
@@ -94,6 +98,7 @@ TEST(Compare, TwoDistributionsKnownByHand) {
   EXPECT_EQ(nll.figures[0].difference_error, 0);
   EXPECT_FALSE(nll.figures[0].excludes_zero());
   EXPECT_NEAR(nll.figures[1].difference, 0.25 * unit, kTolerance);
+  EXPECT_NEAR(nll.figures[1].relative_difference(nll.figures[0]), 0.25 / 1.5, kTolerance);
   EXPECT_NEAR(nll.figures[1].difference_error, unit * std::sqrt(11.0 / 12 / 4), kTolerance);
   EXPECT_FALSE(nll.figures[1].excludes_zero());
 
@@ -185,6 +190,65 @@ TEST(Compare, SmallDivergencesAreExact) {
   EXPECT_NEAR(result.settings[1].tokens[0].kl / expected, 1, 1e-7);
 }
 
+// Every token has distributions of its own, drawn at random and far from normalised.
+TEST(Compare, RandomDistributionsAgainstDirectSums) {
+  constexpr size_t kVocab = 97;
+  constexpr size_t kTokens = 64;
+  std::mt19937 random(11);
+  std::normal_distribution<float> normal(5, 3);
+  std::vector<float> p(kTokens * kVocab);
+  std::vector<float> q(kTokens * kVocab);
+  for (size_t i = 0; i < p.size(); ++i) {
+    p[i] = normal(random);
+    q[i] = p[i] + 0.1F * normal(random);
+  }
+  std::vector<int32_t> ids(kTokens + 1);
+  for (int32_t& id : ids) id = static_cast<int32_t>(random() % kVocab);
+  std::vector<Model::ScoredToken> rows;
+  for (size_t t = 0; t < kTokens; ++t) rows.push_back({0, static_cast<int64_t>(t) + 1});
+  const auto hand_over = [&rows](const std::vector<float>& logits) {
+    return [&rows, &logits](std::span<const Model::ScoreInput>,
+                            const Model::DistributionCallback& on_block) {
+      on_block({.tokens = rows, .logits = logits});
+    };
+  };
+  const Model::ScoreInput input{.ids = ids};
+  const std::vector<CompareSetting> settings = {{"p", hand_over(p)}, {"q", hand_over(q)}};
+  const Comparison result = run_comparison({&input, 1}, settings, {.vocab_size = kVocab}, where);
+  const auto softmax = [](const float* logits) {
+    std::vector<double> probabilities;
+    double sum = 0;
+    for (size_t v = 0; v < kVocab; ++v) {
+      probabilities.push_back(std::exp(static_cast<double>(logits[v])));
+      sum += probabilities.back();
+    }
+    for (double& probability : probabilities) probability /= sum;
+    return probabilities;
+  };
+  double kl_sum = 0;
+  double squares = 0;
+  int same = 0;
+  for (size_t t = 0; t < kTokens; ++t) {
+    const std::vector<double> first = softmax(&p[t * kVocab]);
+    const std::vector<double> second = softmax(&q[t * kVocab]);
+    double kl = 0;
+    for (size_t v = 0; v < kVocab; ++v) kl += first[v] * std::log(first[v] / second[v]);
+    EXPECT_NEAR(result.settings[1].tokens[t].kl, kl, 1e-12);
+    const auto target = static_cast<size_t>(ids[t + 1]);
+    EXPECT_NEAR(result.settings[1].tokens[t].logprob, std::log(second[target]), 1e-12);
+    kl_sum += kl;
+    squares += (second[target] - first[target]) * (second[target] - first[target]);
+    same += std::max_element(first.begin(), first.end()) - first.begin() ==
+                    std::max_element(second.begin(), second.end()) - second.begin()
+                ? 1
+                : 0;
+  }
+  const DistributionDistance far = distance(result.settings[0], result.settings[1]);
+  EXPECT_NEAR(far.kl_mean, kl_sum / kTokens, 1e-12);
+  EXPECT_NEAR(far.same_top, same / static_cast<double>(kTokens), 1e-12);
+  EXPECT_NEAR(far.rms_change, std::sqrt(squares / kTokens), 1e-12);
+}
+
 TEST(Compare, NoFigureDependsOnTheBatchOrTheBlocks) {
   std::mt19937 random(3);
   std::vector<std::vector<int32_t>> texts(9);
@@ -204,6 +268,12 @@ TEST(Compare, NoFigureDependsOnTheBatchOrTheBlocks) {
     EXPECT_EQ(first.batches.size(), batches);
     EXPECT_EQ(first.batches, second.batches);
     EXPECT_EQ(result.input_ends.size(), inputs.size());
+    // However long the text, logits are held of one batch only.
+    const auto all = static_cast<int64_t>(result.settings[0].tokens.size()) * 3 * 4;
+    EXPECT_EQ(result.held_bytes == all, batches == 1) << result.held_bytes;
+    if (batches > 1) {
+      EXPECT_LE(result.held_bytes, 7 * 3 * 4);  // the longest input's
+    }
     EXPECT_EQ(result.input_ends.back(), result.settings[1].tokens.size());
     return paired_metric("perplexity", input_losses(result), {.exponential = true}).figures[1];
   };
@@ -270,6 +340,82 @@ TEST(Compare, AStoppedRunKeepsWholeBatchesOnly) {
     EXPECT_EQ(result.settings[0].tokens.size(), result.settings[1].tokens.size());
     EXPECT_EQ(result.settings[1].tokens.size(), static_cast<size_t>(result.inputs()) * 3);
   }
+}
+
+class CompareJournal : public testing::Test {
+ protected:
+  void SetUp() override {
+    path_ = std::filesystem::temp_directory_path() / fmt::format("sagelm-compare-{}", getpid());
+    std::filesystem::remove(path_);
+  }
+  void TearDown() override { std::filesystem::remove(path_); }
+
+  // Of ten inputs in five batches, stopped after `most` parts; returns the scorers' batches.
+  static Comparison run(const std::filesystem::path& path, int64_t most, size_t& scored) {
+    Toy first{.probabilities = {0.5, 0.25, 0.25}};
+    Toy second{.probabilities = {0.1, 0.2, 0.7}};
+    const std::vector<int32_t> ids = {0, 1, 2, 0};
+    const std::vector<Model::ScoreInput> inputs(10, {.ids = ids, .first_scored = 1});
+    const std::vector<CompareSetting> settings = {first.setting("a"), second.setting("b")};
+    Journal journal = Journal::open(path, {{"run", "1"}});
+    const Comparison result = run_comparison(
+        inputs, settings, options_of(8), where,
+        [most](const EvalProgress& progress) { return progress.done < most; }, &journal);
+    scored = first.batches.size() + second.batches.size();
+    return result;
+  }
+
+  std::filesystem::path path_;
+};
+
+TEST_F(CompareJournal, AResumedRunHasTheFiguresOfAnUndisturbedOne) {
+  size_t scored = 0;
+  const Comparison whole = run(path_, 100, scored);
+  EXPECT_EQ(scored, 10u);
+  std::filesystem::remove(path_);
+  // In the middle of a batch, which counts for nothing, and at the end of one.
+  EXPECT_EQ(run(path_, 6, scored).inputs(), 2);
+  EXPECT_EQ(run(path_, 12, scored).inputs(), 6);
+  EXPECT_EQ(scored, 4u);
+  const Comparison resumed = run(path_, 100, scored);
+  EXPECT_EQ(scored, 4u);
+  EXPECT_FALSE(resumed.partial());
+  EXPECT_EQ(resumed.tokens_run, whole.tokens_run);
+  EXPECT_EQ(resumed.input_ends, whole.input_ends);
+  for (const size_t s : {0, 1}) {
+    ASSERT_EQ(resumed.settings[s].tokens.size(), whole.settings[s].tokens.size());
+    for (size_t i = 0; i < whole.settings[s].tokens.size(); ++i) {
+      const ComparedToken& one = resumed.settings[s].tokens[i];
+      const ComparedToken& other = whole.settings[s].tokens[i];
+      EXPECT_EQ(one.logprob, other.logprob);  // bit for bit
+      EXPECT_EQ(one.kl, other.kl);
+      EXPECT_EQ(one.is_top, other.is_top);
+      EXPECT_EQ(one.same_top, other.same_top);
+    }
+  }
+  run(path_, 100, scored);
+  EXPECT_EQ(scored, 0u);
+}
+
+TEST_F(CompareJournal, RecordsThatDoNotFitAreRefused) {
+  const std::vector<BatchScores> scores(
+      2, {.tokens = {{.logprob = -1.25, .kl = 1e-300, .is_top = true, .same_top = true}},
+          .seconds = 0.1});
+  const std::string record = batch_record(4, scores);
+  const auto read = read_batch_record(record, 4, 2, 1);
+  ASSERT_TRUE(read);
+  EXPECT_EQ((*read)[1].tokens[0].kl, 1e-300);
+  EXPECT_EQ((*read)[1].seconds, 0.1);
+  EXPECT_FALSE(read_batch_record(record, 3, 2, 1));
+  EXPECT_FALSE(read_batch_record(record, 4, 3, 1));
+  EXPECT_FALSE(read_batch_record(record, 4, 2, 2));
+  for (const char* bad : {"", "{}", "[]", "{\"first\": 4, \"settings\": [1, 2]}",
+                          "{\"first\": 4, \"settings\": {}}", "nonsense"}) {
+    EXPECT_FALSE(read_batch_record(bad, 4, 2, 1)) << bad;
+  }
+  Journal::open(path_, {{"run", "1"}}).append("{\"first\": 0}");
+  size_t scored = 0;
+  EXPECT_THROW(run(path_, 100, scored), Error);
 }
 
 TEST(Compare, WhatTheModelDoesWrongIsAnError) {

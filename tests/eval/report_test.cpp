@@ -14,6 +14,7 @@
 
 #include "base/error.h"
 #include "eval/chart.h"
+#include "eval/report_machine.h"
 
 namespace sagelm {
 namespace {
@@ -86,7 +87,7 @@ Report nasty_report() {
   const XyChart empty{.title = "nothing", .x_label = "x", .y_label = "y", .series = {{}}};
   return {
       .title = kNasty,
-      .summary = kNasty,
+      .summary = {kNasty, kNasty},
       .tables = {{.title = kNasty,
                   .note = kNasty,
                   .header = {"", kNasty},
@@ -158,6 +159,36 @@ TEST(Chart, BarsAreProportional) {
                                              {.name = "b", .value = 1, .shown = "1/s"}});
   EXPECT_NE(svg.find("width=\"376.0\""), std::string::npos) << svg;
   EXPECT_NE(svg.find("width=\"94.0\""), std::string::npos) << svg;
+}
+
+TEST(Chart, WholeNumbersAreNotDivided) {
+  XyChart chart{.title = "t", .x_label = "x", .y_label = "y", .x_whole = true};
+  chart.series.push_back({.name = "a", .points = {{0, 10}, {3, 20}}});
+  const std::string svg = svg_chart(chart);
+  for (const char* tick : {">0</text>", ">1</text>", ">2</text>", ">3</text>"}) {
+    EXPECT_NE(svg.find(tick), std::string::npos) << tick;
+  }
+  EXPECT_EQ(svg.find(">0.5</text>"), std::string::npos);
+}
+
+TEST(Report, LegendsHaveTheStylesOfTheirSeries) {
+  const std::string html = render_report(
+      {.figures = {{.title = "f", .legend = {"second", "third"}, .legend_style = 1}}});
+  EXPECT_NE(html.find("class=\"s1\"></span>second"), std::string::npos);
+  EXPECT_NE(html.find("class=\"s2\"></span>third"), std::string::npos);
+}
+
+TEST(ReportMachine, NamesAreReadFromTheSystemsFiles) {
+  EXPECT_EQ(processor_name("processor\t: 0\nmodel\t\t: 143\nmodel name\t: Some: CPU @ 2 GHz\r\n"
+                           "model name\t: Other\n"),
+            "Some: CPU @ 2 GHz");
+  EXPECT_EQ(processor_name("model name\t:"), "");
+  EXPECT_EQ(processor_name("CPU part\t: 0xd40\n"), "");
+  EXPECT_EQ(processor_name(""), "");
+  EXPECT_EQ(system_name("NAME=\"A\"\nPRETTY_NAME=\"A system 1 (x)\"\n"), "A system 1 (x)");
+  EXPECT_EQ(system_name("PRETTY_NAME=plain"), "plain");
+  EXPECT_EQ(system_name("PRETTY_NAME=\"\x1b[1m\""), "\\x1b[1m");
+  EXPECT_FALSE(describe_machine().empty());
 }
 
 class ReportFile : public testing::Test {

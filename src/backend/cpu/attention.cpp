@@ -12,6 +12,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -332,7 +333,11 @@ const KernelTable& selected_kernels() {
     for (const KernelTable* kernels : available) {
       if (std::string_view(forced) == kernels->name) return *kernels;
     }
-    fail("SAGELM_CPU_ISA={} is not an instruction set of this machine's attention kernels", forced);
+    std::string names;
+    for (const KernelTable* kernels : available) {
+      names += fmt::format("{}{}", names.empty() ? "" : ", ", kernels->name);
+    }
+    fail_usage("SAGELM_CPU_ISA is '{}'; on this machine it can be one of {}", forced, names);
   }();
   return selected;
 }
@@ -372,7 +377,7 @@ void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> s
     dim = std::max(dim, padded_dim(args.head_dim));
     longest = std::max(longest, args.q_len);
     work += static_cast<double>(args.num_kv_heads * measure.used()) +
-            static_cast<double>(args.num_heads * padded_dim(args.head_dim) / 16) *
+            static_cast<double>(args.num_heads * padded_dim(args.head_dim)) / 16 *
                 static_cast<double>(args.q_len) * static_cast<double>(args.kv_len);
   }
   if (scratch.units.empty()) return;

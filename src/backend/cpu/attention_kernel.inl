@@ -29,6 +29,7 @@ constexpr bool kPacksBytes = false;
 constexpr int32_t kByteOffset = 128;  // dpbusd wants one operand unsigned: K
 constexpr float kNoMax = -1e30f;      // finite, so that -inf logits give exp2(-inf), not NaN
 constexpr int64_t kHalfAccKeys = 16;  // keys of one FP16 mma step
+constexpr int64_t kKeyPadding = 64;   // prepared keys are padded with zeros to a multiple of this
 
 #include "backend/cpu/attention_prepare.inl"
 
@@ -318,6 +319,7 @@ void attend(const Plan& plan, const QueryBlock& block, const Workspace& work) {
   const int64_t last_key = block.causal ? block.position + block.rows : kv.kv_len;
   // Whole register blocks and whole FP16 accumulation steps.
   constexpr int64_t kStep = kMaxVecs * kLanes > kHalfAccKeys ? kMaxVecs * kLanes : kHalfAccKeys;
+  static_assert(kKeyPadding % kStep == 0);
   for (int64_t first_key = 0; first_key < last_key; first_key += plan.key_tile) {
     if (plan.smooth_q) smoothing_bias(plan, block, work, first_key);
     const bool page = first_key < kv.first_prepared;

@@ -42,7 +42,8 @@ struct Plan {
 };
 
 // One key/value head of one sequence and its prepared operands, tile after tile of key_tile keys
-// (zero padded) from the key first_prepared on; dim is head_dim padded to kDimAlign.
+// (the last one padded with zeros as far as attend() reads it) from the key first_prepared on; dim
+// is head_dim padded to kDimAlign.
 struct KvHead {
   const uint16_t* const* k_pages;
   const uint16_t* const* v_pages;

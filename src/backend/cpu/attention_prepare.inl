@@ -171,6 +171,7 @@ void prepare_keys(const Plan& plan, const KvHead& kv, const Workspace& work) {
   const int64_t length = kv.kv_len - kv.first_prepared;
   for (int64_t first = 0; first < length; first += tile) {
     const int64_t count = length - first < tile ? length - first : tile;
+    const int64_t padded = (count + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
     VecI amax[kMaxKeyTile];
     for (int32_t g = 0; g < plan.num_k_groups; ++g) amax[g] = VecI{};
     for (int64_t r = 0; r < count; ++r) {
@@ -184,14 +185,14 @@ void prepare_keys(const Plan& plan, const KvHead& kv, const Workspace& work) {
       }
       amax[plan.k_group[r]] = max(amax[plan.k_group[r]], row_max);
     }
-    for (int64_t r = count; r < tile; ++r) zero_row(work.rows + r * dim, dim);
-    if (plan.smooth_q) transpose(work.rows, dim, kv.k_exact + first * dim, tile, tile, dim);
+    for (int64_t r = count; r < padded; ++r) zero_row(work.rows + r * dim, dim);
+    if (plan.smooth_q) transpose(work.rows, dim, kv.k_exact + first * dim, tile, padded, dim);
 
     float* scale = kv.k_scale + first;
     if (quantized) {
       Quantizer quantizers[kMaxKeyTile];
       make_quantizers(plan, amax, plan.num_k_groups, quantizers);
-      for (int64_t r = 0; r < tile; ++r) {
+      for (int64_t r = 0; r < padded; ++r) {
         const Quantizer& quantizer = quantizers[plan.k_group[r]];
         scale[r] = quantizer.scale;
         if (to_bytes) {
@@ -201,12 +202,13 @@ void prepare_keys(const Plan& plan, const KvHead& kv, const Workspace& work) {
         }
       }
     } else {
-      for (int64_t r = 0; r < tile; ++r) scale[r] = 1.0f;
+      for (int64_t r = 0; r < padded; ++r) scale[r] = 1.0f;
     }
     if (to_bytes) {
-      transpose(work.bytes, dim / 4, static_cast<int8_t*>(kv.k) + first * dim, tile, tile, dim / 4);
+      transpose(work.bytes, dim / 4, static_cast<int8_t*>(kv.k) + first * dim, tile, padded,
+                dim / 4);
     } else {
-      transpose(work.rows, dim, static_cast<float*>(kv.k) + first * dim, tile, tile, dim);
+      transpose(work.rows, dim, static_cast<float*>(kv.k) + first * dim, tile, padded, dim);
     }
   }
 }
@@ -262,7 +264,7 @@ void prepare_values(const Plan& plan, const KvHead& kv, const Workspace& work) {
     convert_values<PvKind::kHalf>(kv, inverse);
   }
   const int64_t length = kv.kv_len - kv.first_prepared;
-  const int64_t padded = (length + plan.key_tile - 1) / plan.key_tile * plan.key_tile;
+  const int64_t padded = (length + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
   for (int64_t j = length; j < padded; ++j) zero_row(kv.v + j * kv.dim, kv.dim);
 }
 

@@ -13,10 +13,10 @@ constexpr int kLanes = 4;
 constexpr int kMaxVecs = 2;
 #endif
 
-typedef float VecF __attribute__((vector_size(4 * kLanes)));
-typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Quad __attribute__((vector_size(16)));
+using VecF [[gnu::vector_size(4 * kLanes)]] = float;
+using VecI [[gnu::vector_size(4 * kLanes)]] = int32_t;
+using VecU [[gnu::vector_size(4 * kLanes)]] = uint32_t;
+using Quad [[gnu::vector_size(16)]] = int32_t;
 
 inline VecF as_float(VecI v) { return reinterpret_cast<VecF>(v); }
 // For exponent arithmetic, which wraps around for NaN.
@@ -92,7 +92,7 @@ inline VecF load_half(const uint16_t* p) {
 #elif defined(__AVX2__) && defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
+  using VecH [[gnu::vector_size(2 * kLanes)]] = uint16_t;
   const VecI h = __builtin_convertvector(load<VecH>(p), VecI);
   const VecI magnitude = (h & 0x7FFF) << 13;
   // The exponent moves from bias 15 to 127 by a multiplication, which also handles subnormals.
@@ -145,7 +145,7 @@ inline void store_low_bytes(void* p, VecI x) {
 #if defined(__AVX512F__)
   store(p, _mm512_maskz_cvtepi32_epi8(0xFFFF, reinterpret_cast<__m512i>(x)));
 #else
-  typedef int8_t VecB __attribute__((vector_size(kLanes)));
+  using VecB [[gnu::vector_size(kLanes)]] = int8_t;
   store(p, __builtin_convertvector(x, VecB));
 #endif
 }
@@ -188,7 +188,7 @@ inline VecF load_e4m3(const uint8_t* p) {
   const __m128i half = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(-0x4080));
   return _mm256_cvtph_ps(half);
 #else
-  typedef uint8_t VecB __attribute__((vector_size(kLanes)));
+  using VecB [[gnu::vector_size(kLanes)]] = uint8_t;
   const VecI code = __builtin_convertvector(load<VecB>(p), VecI);
   const VecF magnitude = as_float((code & 0x7F) << 20) * 0x1p112f;
   return as_float(as_int(magnitude) | ((code & 0x80) << 24));

@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "backend/cpu/attention.h"
+#include "backend/cpu/attention_runner.h"
+#include "backend/cpu/ceilings.h"
 #include "backend/cpu/kv_storage.h"
 #include "backend/cpu/linear.h"
 #include "backend/cpu/ops.h"
@@ -225,6 +227,13 @@ class CpuBackend : public Backend {
   }
 
   bool all_finite(Matrix x) override { return cpu::ops().all_finite(floats(x), x.rows * x.cols); }
+  std::unique_ptr<AttentionRunner> make_attention_runner(const AttentionCall& call,
+                                                         std::span<const uint16_t> q,
+                                                         std::span<const uint16_t> k,
+                                                         std::span<const uint16_t> v) override {
+    return cpu::make_attention_runner(call, q, k, v);
+  }
+  Ceilings measure_ceilings() override { return cpu::measure_ceilings(linear_); }
 
  private:
   struct Embedding {

@@ -1,5 +1,7 @@
 #include "backend/cpu/linear.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -17,6 +19,14 @@ using dnnl::memory;
 // Up to this many rows (one decode step) high and low halves go through one product, so that the
 // weights are read once; beyond it two products of rounded row counts move fewer bytes.
 constexpr int64_t kStackedRows = 16;
+
+// Larger products are computed this many rows at a time for every two threads: what a block of rows
+// writes then stays in the caches until its low halves are added, and reading the weights again for
+// every block takes less than computing with them.
+constexpr int64_t kBlockRows = 64;
+static_assert(kBlockRows % kRowPadding == 0);
+
+int64_t block_rows() { return kBlockRows * ((omp_get_max_threads() + 1) / 2); }
 
 int64_t rounded_rows(int64_t rows) {
   return rows <= kStackedRows ? rows : (rows + kRowPadding - 1) / kRowPadding * kRowPadding;
@@ -120,13 +130,17 @@ void LinearEngine::run(const float* x, int64_t rows, const LinearWeight& weight,
                        bool accumulate) {
   const int64_t in = weight.in_features;
   const int64_t padded = rounded_rows(rows);
+  const int64_t block = block_rows();
   if (!weight.bf16) {
     if (padded != rows) {
       padded_.resize(static_cast<size_t>(padded * in));
       std::copy_n(x, rows * in, padded_.begin());
       x = padded_.data();
     }
-    execute(weight, padded, x, out, accumulate);
+    for (int64_t row = 0; row < padded; row += block) {
+      execute(weight, std::min(block, padded - row), x + row * in, out + row * weight.out_features,
+              accumulate);
+    }
     return;
   }
   split_.resize(static_cast<size_t>(2 * padded * in));
@@ -138,8 +152,12 @@ void LinearEngine::run(const float* x, int64_t rows, const LinearWeight& weight,
     op.split_bf16(x + row * in, in, high + row * in, low + row * in);
   }
   if (rows > kStackedRows) {
-    execute(weight, padded, high, out, accumulate);
-    execute(weight, padded, low, out, true);
+    for (int64_t row = 0; row < padded; row += block) {
+      const int64_t count = std::min(block, padded - row);
+      float* to = out + row * weight.out_features;
+      execute(weight, count, high + row * in, to, accumulate);
+      execute(weight, count, low + row * in, to, true);
+    }
     return;
   }
   const int64_t count = rows * weight.out_features;

@@ -2,6 +2,10 @@
 // defines SAGELM_OPS_TABLE and SAGELM_OPS_ISA. Plain loops that the compiler vectorises; everything
 // is in an unnamed namespace so that no copy built for a newer CPU can be linked into an older
 // path.
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -31,7 +35,20 @@ void split_bf16(const float* x, int64_t n, uint16_t* hi, uint16_t* lo) {
 
 // Branch-free float_to_half of base/dtype.h.
 void half_from_float(const float* x, int64_t n, uint16_t* out) {
-  for (int64_t i = 0; i < n; ++i) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) {
+    const __m256i half =
+        _mm512_maskz_cvtps_ph(0xFFFF, _mm512_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), half);
+  }
+#elif defined(__AVX2__) && defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
+  }
+#endif
+  for (; i < n; ++i) {
     const uint32_t bits = bits_of(x[i]);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7FFFFFFFu;

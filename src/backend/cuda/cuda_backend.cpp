@@ -7,6 +7,8 @@
 #include <optional>
 #include <vector>
 
+#include "backend/cuda/attention_runner.h"
+#include "backend/cuda/ceilings.h"
 #include "backend/cuda/check.h"
 #include "backend/cuda/device.h"
 #include "backend/cuda/element.h"
@@ -29,14 +31,15 @@ namespace {
 // Keys and values in the activations' type, [layer][page][kPageTokens][kv_head][head_dim] each.
 struct CudaKv : KvStorage {
   void copy_open_page(int32_t from, int32_t to) override {
-    const int64_t num_layers = static_cast<int64_t>(keys.bytes()) / layer_bytes;
+    const auto layers = static_cast<int64_t>(keys.bytes()) / layer_bytes;
     const int64_t page_bytes = layer_bytes / num_tokens * kPageTokens;
     for (const DeviceBuffer* buffer : {&keys, &values}) {
-      // One row per layer.
-      check(cudaMemcpy2DAsync(buffer->get<std::byte>() + to * page_bytes, layer_bytes,
-                              buffer->get<std::byte>() + from * page_bytes, layer_bytes, page_bytes,
-                              num_layers, cudaMemcpyDeviceToDevice, stream),
-            "copying a page of the KV cache");
+      for (int64_t layer = 0; layer < layers; ++layer) {
+        std::byte* pages = buffer->get<std::byte>() + layer * layer_bytes;
+        check(cudaMemcpyAsync(pages + to * page_bytes, pages + from * page_bytes,
+                              static_cast<size_t>(page_bytes), cudaMemcpyDeviceToDevice, stream),
+              "copying a page of the KV cache");
+      }
     }
   }
 
@@ -45,20 +48,6 @@ struct CudaKv : KvStorage {
   int64_t num_tokens = 0;
   DeviceBuffer keys, values;
 };
-
-sagelm_attention_variant attention_variant(AttentionVariant variant) {
-  switch (variant) {
-    case AttentionVariant::kFp16:
-      return SAGELM_ATTENTION_FP16;
-    case AttentionVariant::kSage1B:
-      return SAGELM_ATTENTION_SAGE1;
-    case AttentionVariant::kSage2_8b:
-      return SAGELM_ATTENTION_SAGE2;
-    default:
-      fail_usage("--attention {} has no CUDA kernel: fp16, sage1-b and sage2-8b have",
-                 attention_variant_name(variant));
-  }
-}
 
 class CudaBackend : public Backend {
  public:
@@ -311,6 +300,19 @@ class CudaBackend : public Backend {
           "looking for NaN");
     const std::byte* host = read(flag_.get(), sizeof(int32_t), "looking for NaN");
     return *reinterpret_cast<const int32_t*>(host) == 0;
+  }
+
+  std::unique_ptr<AttentionRunner> make_attention_runner(const AttentionCall& call,
+                                                         std::span<const uint16_t> q,
+                                                         std::span<const uint16_t> k,
+                                                         std::span<const uint16_t> v) override {
+    use_device();
+    return cuda::make_attention_runner(call, q, k, v, stream_.get());
+  }
+
+  Ceilings measure_ceilings() override {
+    use_device();
+    return cuda::measure_ceilings(stream_.get());
   }
 
  private:

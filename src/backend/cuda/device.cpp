@@ -1,6 +1,7 @@
 #include "backend/cuda/device.h"
 
 #include "backend/cuda/check.h"
+#include "backend/cuda/cublas_lt.h"
 #include "backend/cuda/cuda_backend.h"
 #include "kernels/ops/probe.h"
 
@@ -60,7 +61,8 @@ std::string cuda_problem(int device) {
         "-DSAGELM_CUDA_ARCHITECTURES={}{}",
         properties.name, properties.major, properties.minor, properties.major, properties.minor);
   }
-  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  return cuda::cublas_lt_problem();
 }
 
 }  // namespace sagelm

@@ -1,0 +1,238 @@
+#include "bench_model.h"
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <span>
+
+#include "base/error.h"
+#include "engine/device.h"
+#include "engine/open_checkpoint.h"
+#include "model/kv_cache.h"
+
+namespace sagelm::cli {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+std::vector<int32_t> random_ids(int64_t count, int64_t vocab_size) {
+  std::mt19937 random(3);
+  std::vector<int32_t> ids(static_cast<size_t>(count));
+  // The first ids are control tokens in Llama's vocabularies.
+  const auto first = std::min<int64_t>(3, vocab_size - 1);
+  for (int32_t& id : ids) {
+    id = static_cast<int32_t>(
+        first + static_cast<int64_t>(random() % static_cast<uint64_t>(vocab_size - first)));
+  }
+  return ids;
+}
+
+GenerateOptions greedy(int64_t tokens) {
+  GenerateOptions options;
+  options.max_tokens = tokens;
+  options.sampling.temperature = 0;
+  options.sampling.repeat_penalty = 1;
+  options.ignore_eos = true;
+  return options;
+}
+
+// The linear layers of one Llama layer on activations of a model's kind.
+class LinearLayers {
+ public:
+  LinearLayers(Backend& backend, const Checkpoint& checkpoint)
+      : backend_(&backend), config_(checkpoint.config()) {
+    const ModelWeights& weights = checkpoint.weights();
+    const LayerWeights& layer = weights.layers.front();
+    embedding_ = backend.add_embedding(weights.embedding);
+    norm_ = backend.add_vector(layer.input_norm);
+    query_ = backend.add_linear({&layer.q_proj, 1});
+    qkv_ = backend.add_linear(std::vector{layer.q_proj, layer.k_proj, layer.v_proj});
+    o_ = backend.add_linear({&layer.o_proj, 1});
+    gate_up_ = backend.add_linear(std::vector{layer.gate_proj, layer.up_proj});
+    down_ = backend.add_linear({&layer.down_proj, 1});
+  }
+
+  // Of all layers for `rows` tokens; the median of `runs`.
+  double seconds(int64_t rows, int runs) {
+    enum Slot : int { kHidden, kNormed, kQkv, kAttended, kGateUp, kActivated, kOne };
+    const auto matrix = [&](Slot slot, int64_t cols, Holds holds) {
+      return backend_->scratch(slot, rows, cols, holds);
+    };
+    const Matrix hidden = matrix(kHidden, config_.hidden_size, Holds::kResidual);
+    const Matrix normed = matrix(kNormed, config_.hidden_size, Holds::kActivations);
+    const Matrix qkv = matrix(kQkv, config_.q_size() + 2 * config_.kv_size(), Holds::kActivations);
+    const Matrix attended = matrix(kAttended, config_.q_size(), Holds::kActivations);
+    const Matrix gate_up = matrix(kGateUp, 2 * config_.intermediate_size, Holds::kActivations);
+    const Matrix activated = matrix(kActivated, config_.intermediate_size, Holds::kActivations);
+
+    Batch batch;
+    batch.tokens = random_ids(rows, config_.vocab_size);
+    std::vector<int32_t> pages(static_cast<size_t>(KvCache::pages_for(rows)));
+    std::iota(pages.begin(), pages.end(), 0);
+    batch.sequences.push_back({.first_row = 0, .q_len = rows, .kv_len = rows, .pages = pages});
+    backend_->begin(batch);
+    backend_->embed(embedding_, batch, hidden);
+    backend_->rmsnorm(hidden, norm_, config_.rms_norm_eps, normed);
+    backend_->linear(normed, query_, attended);
+    backend_->linear(normed, gate_up_, gate_up);
+    backend_->swiglu(gate_up, activated);
+
+    const int32_t first = 0;
+    std::vector<float> one_row(static_cast<size_t>(config_.hidden_size));
+    const auto wait = [&] {
+      const Matrix one = backend_->scratch(kOne, 1, config_.hidden_size, Holds::kResidual);
+      backend_->gather_rows(hidden, {&first, 1}, one);
+      backend_->read_logits(one, one_row);
+    };
+    const auto layer = [&] {
+      backend_->linear(normed, qkv_, qkv);
+      backend_->linear_add(attended, o_, hidden);
+      backend_->linear(normed, gate_up_, gate_up);
+      backend_->linear_add(activated, down_, hidden);
+    };
+    layer();  // chooses the algorithms
+    wait();
+    std::vector<double> times;
+    for (int run = 0; run < runs; ++run) {
+      times.push_back(seconds_of([&] {
+        for (int64_t i = 0; i < config_.num_layers; ++i) layer();
+        wait();
+      }));
+    }
+    return spread_of(std::move(times)).median;
+  }
+
+ private:
+  Backend* backend_;
+  ModelConfig config_;
+  WeightHandle embedding_, norm_, query_, qkv_, o_, gate_up_, down_;
+};
+
+// What a decode step reads of the weights: all but the embedding, of which it reads one row.
+int64_t decode_weight_bytes(const ModelConfig& config, const Backend& backend) {
+  const auto product = static_cast<int64_t>(dtype_size(backend.product_type(config.dtype)));
+  const int64_t layer = config.hidden_size *
+                        (2 * config.q_size() + 2 * config.kv_size() + 3 * config.intermediate_size);
+  const int64_t norms =
+      (2 * config.num_layers + 1) * config.hidden_size * static_cast<int64_t>(sizeof(float));
+  return product * (config.num_layers * layer + config.vocab_size * config.hidden_size) + norms;
+}
+
+}  // namespace
+
+int64_t ModelBenchPlan::context() const {
+  int64_t most = 1;
+  for (const int64_t tokens : prompt_tokens) most = std::max(most, tokens + 1);
+  for (const int64_t at : decode_at) most = std::max(most, at + decode_tokens + 1);
+  return most;
+}
+
+double prefill_ops(const ModelInfo& info, int64_t tokens) {
+  const auto hidden = static_cast<double>(info.hidden_size);
+  const auto q_size = static_cast<double>(info.num_heads * info.head_dim);
+  const auto kv_size = static_cast<double>(info.num_kv_heads * info.head_dim);
+  const auto n = static_cast<double>(tokens);
+  const double weights =
+      hidden * (2 * q_size + 2 * kv_size + 3 * static_cast<double>(info.intermediate_size));
+  const double attention = 4 * q_size * n * (n + 1) / 2;  // every query sees those before it
+  return static_cast<double>(info.num_layers) * (2 * weights * n + attention) +
+         2 * hidden * static_cast<double>(info.vocab_size);
+}
+
+DeviceBounds measure_bounds(const LoadOptions& options, const ModelBenchPlan& plan,
+                            const std::vector<std::string>& attention) {
+  const std::unique_ptr<Backend> backend = make_backend(options.device, options.threads);
+  const Checkpoint checkpoint = open_checkpoint(options);
+  const ModelConfig& config = checkpoint.config();
+  for (const std::string& name : attention) {
+    backend->check_attention(
+        {.num_heads = config.num_heads,
+         .num_kv_heads = config.num_kv_heads,
+         .head_dim = config.head_dim,
+         .spec = {.variant = parse_attention_variant(name), .smooth_k = options.smooth_k}});
+  }
+  DeviceBounds bounds;
+  bounds.device = backend->device_name();
+  bounds.ceilings = backend->measure_ceilings();
+  bounds.weight_bytes_per_token = decode_weight_bytes(config, *backend);
+  LinearLayers layers(*backend, checkpoint);
+  for (const int64_t tokens : plan.prompt_tokens) {
+    // In the chunks that the model runs.
+    double seconds = 0;
+    const int64_t chunks = tokens / options.batch_tokens, rest = tokens % options.batch_tokens;
+    if (chunks > 0) {
+      seconds += static_cast<double>(chunks) * layers.seconds(options.batch_tokens, plan.runs);
+    }
+    if (rest > 0) seconds += layers.seconds(rest, plan.runs);
+    bounds.linear_seconds.push_back(seconds);
+  }
+  return bounds;
+}
+
+std::vector<PrefillResult> bench_prefill(const Model& model, Session& session,
+                                         const ModelBenchPlan& plan, const DeviceBounds& bounds) {
+  const ModelInfo info = model.info();
+  std::vector<PrefillResult> results;
+  for (size_t i = 0; i < plan.prompt_tokens.size(); ++i) {
+    const int64_t tokens = plan.prompt_tokens[i];
+    const std::vector<int32_t> ids = random_ids(tokens, info.vocab_size);
+    std::vector<double> rates;
+    for (int run = -1; run < plan.runs; ++run) {  // the first chooses algorithms, grows buffers
+      session.truncate(0);
+      const Generation result = session.generate(ids, greedy(1));
+      if (run >= 0) rates.push_back(result.prefill_tokens_per_second());
+    }
+    PrefillResult result;
+    result.tokens = tokens;
+    result.tokens_per_second = spread_of(std::move(rates));
+    result.ops_per_second =
+        prefill_ops(info, tokens) / static_cast<double>(tokens) * result.tokens_per_second.median;
+    result.linear_tokens_per_second = static_cast<double>(tokens) / bounds.linear_seconds[i];
+    results.push_back(result);
+  }
+  return results;
+}
+
+std::vector<DecodeResult> bench_decode(const Model& model, Session& session,
+                                       const ModelBenchPlan& plan, const DeviceBounds& bounds) {
+  const ModelInfo info = model.info();
+  std::vector<DecodeResult> results;
+  for (const int64_t at : plan.decode_at) {
+    const std::vector<int32_t> ids = random_ids(at, info.vocab_size);
+    std::vector<double> rates, steps;
+    for (int run = -1; run < plan.runs; ++run) {
+      // The prompt stays in the cache: its last token alone is run again, and not timed.
+      session.truncate(run < 0 ? 0 : at - 1);
+      std::vector<Clock::time_point> times;
+      const std::span<const int32_t> prompt =
+          run < 0 ? std::span(ids) : std::span(ids).subspan(static_cast<size_t>(at - 1));
+      // max_tokens ids need a step fewer: the last one isn't run.
+      const Generation result =
+          session.generate(prompt, greedy(plan.decode_tokens + 1), [&](std::string_view) {
+            times.push_back(Clock::now());
+            return true;
+          });
+      if (run < 0) continue;
+      rates.push_back(result.decode_tokens_per_second());
+      // One call per id, and one for what the detokenizer held back.
+      const size_t ids_timed = std::min(times.size(), static_cast<size_t>(plan.decode_tokens) + 1);
+      for (size_t i = 1; i < ids_timed; ++i) {
+        steps.push_back(std::chrono::duration<double>(times[i] - times[i - 1]).count());
+      }
+    }
+    DecodeResult result;
+    result.at = at;
+    result.tokens_per_second = spread_of(std::move(rates));
+    result.step_seconds = spread_of(std::move(steps));
+    const double cache = static_cast<double>(info.kv_bytes_per_token) *
+                         (static_cast<double>(at) + static_cast<double>(plan.decode_tokens) / 2);
+    result.bytes_per_second = (static_cast<double>(bounds.weight_bytes_per_token) + cache) *
+                              result.tokens_per_second.median;
+    results.push_back(result);
+  }
+  return results;
+}
+
+}  // namespace sagelm::cli

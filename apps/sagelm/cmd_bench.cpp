@@ -1,0 +1,197 @@
+// sagelm bench: how fast models run here, beside what the device does at best.
+#include <spdlog/fmt/fmt.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bench_model.h"
+#include "bench_output.h"
+#include "commands.h"
+#include "json_output.h"
+#include "options.h"
+#include "progress.h"
+
+namespace sagelm::cli {
+namespace {
+
+struct ModelFlags {
+  CommonOptions common;
+  std::vector<std::string> attention = {"fp16", "sage1", "sage2"};
+  ModelBenchPlan plan;  // lists that are empty: what fits of the defaults
+  int64_t batch_tokens = LoadOptions{}.batch_tokens;
+};
+
+std::string shown(const Spread& spread) {
+  return fmt::format("{:.1f} ({:.1f} to {:.1f})", spread.median, spread.smallest, spread.largest);
+}
+
+std::string in_gib(int64_t bytes) {
+  return fmt::format("{:.3f} GiB", static_cast<double>(bytes) / (1 << 30));
+}
+
+// A list that was not given gets what of the defaults fits the model, or the longest that does.
+void fill_in(std::vector<int64_t>& list, const std::vector<int64_t>& defaults, int64_t longest) {
+  if (!list.empty()) return;
+  for (const int64_t tokens : defaults) {
+    if (tokens <= longest) list.push_back(tokens);
+  }
+  if (list.empty()) list.push_back(std::max<int64_t>(1, longest));
+}
+
+// One line and one JSON object of each result.
+struct Shown {
+  std::string text;
+  Json json;
+};
+
+Shown show(const PrefillResult& r, const Ceilings& best) {
+  const double of_products = percent(r.ops_per_second, best.half_ops);
+  const double of_linear = percent(r.tokens_per_second.median, r.linear_tokens_per_second);
+  return {fmt::format("  prefill {:>6}: {} tokens/s, {:.4g} TFLOPS, {:.1f} % of large products, "
+                      "{:.1f} % of its linear layers alone ({:.1f} tokens/s)\n",
+                      r.tokens, shown(r.tokens_per_second), r.ops_per_second * 1e-12, of_products,
+                      of_linear, r.linear_tokens_per_second),
+          {{"tokens", r.tokens},
+           {"tokens_per_second", spread_json(r.tokens_per_second)},
+           {"tflops", r.ops_per_second * 1e-12},
+           {"percent_of_products", of_products},
+           {"linear_layers_tokens_per_second", r.linear_tokens_per_second},
+           {"percent_of_linear_layers", of_linear}}};
+}
+
+Shown show(const DecodeResult& r, const Ceilings& best) {
+  const Spread step = {r.step_seconds.median * 1e3, r.step_seconds.smallest * 1e3,
+                       r.step_seconds.largest * 1e3};
+  const double of_copy = percent(r.bytes_per_second, best.copy_bytes);
+  return {fmt::format("  decode at {:>4}: {} tokens/s, steps {:.3f} ms ({:.3f} to {:.3f}), {:.1f} "
+                      "GB/s, {:.1f} % of a copy\n",
+                      r.at, shown(r.tokens_per_second), step.median, step.smallest, step.largest,
+                      r.bytes_per_second * 1e-9, of_copy),
+          {{"at", r.at},
+           {"tokens_per_second", spread_json(r.tokens_per_second)},
+           {"step_ms", spread_json(step)},
+           {"gb_per_s", r.bytes_per_second * 1e-9},
+           {"percent_of_copy", of_copy}}};
+}
+
+Shown show_memory(const Model& model, const ModelInfo& expected) {
+  // Buffers only grow: what they are now is the most they were.
+  const ModelInfo info = model.info();
+  const int64_t activations = model.memory_bytes() - info.weight_bytes;
+  const int64_t total = model.memory_bytes() + info.kv_bytes;
+  const int64_t predicted = expected.weight_bytes + expected.activation_bytes + expected.kv_bytes;
+  return {fmt::format("memory: weights {}, activations {}, KV cache {}, together {} (predicted: "
+                      "{})\n",
+                      in_gib(info.weight_bytes), in_gib(activations), in_gib(info.kv_bytes),
+                      in_gib(total), in_gib(predicted)),
+          {{"weight_bytes", info.weight_bytes},
+           {"activation_bytes", activations},
+           {"kv_bytes", info.kv_bytes},
+           {"total_bytes", total},
+           {"predicted_bytes", predicted}}};
+}
+
+void run_model(const ModelFlags& flags) {
+  CommonOptions common = flags.common;
+  common.attention = flags.attention.front();
+  ModelBenchPlan plan = flags.plan;
+  const int64_t longest = Model::inspect(load_options(common)).max_context - plan.decode_tokens - 1;
+  fill_in(plan.prompt_tokens, {512, 2048}, longest);
+  fill_in(plan.decode_at, {512}, longest);
+  common.context = plan.context();
+  LoadOptions load = load_options(common);
+  load.batch_tokens = flags.batch_tokens;
+  const ModelInfo expected = Model::inspect(load);  // refuses what doesn't fit before the work
+  ResultOutput output(common.json);
+
+  const DeviceBounds bounds = measure_bounds(load, plan, flags.attention);
+  const Ceilings& best = bounds.ceilings;
+  const auto begin = std::chrono::steady_clock::now();
+  Model model = load_model(common, flags.batch_tokens);
+  const double load_seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  const ModelInfo info = model.info();
+  const double load_rate = static_cast<double>(info.checkpoint_bytes) / load_seconds * 1e-9;
+  output.text(fmt::format("{}: {} parameters, {}, loaded in {:.1f} s ({:.2f} GB/s)\non {}\n{}",
+                          info.name, info.num_parameters, info.dtype, load_seconds, load_rate,
+                          info.device, describe_ceilings(best)));
+  Json json = {{"model", info.name},
+               {"parameters", info.num_parameters},
+               {"dtype", info.dtype},
+               {"device", info.device},
+               {"load_seconds", load_seconds},
+               {"load_gb_per_s", load_rate},
+               {"ceilings", ceilings_json(best)},
+               {"batch_tokens", flags.batch_tokens},
+               {"runs", plan.runs},
+               {"decode_tokens", plan.decode_tokens},
+               {"results", Json::array()}};
+  Progress progress("measuring", "settings", static_cast<int64_t>(flags.attention.size()));
+  int64_t done = 0;
+  for (const std::string& name : flags.attention) {
+    model.set_attention(name, !common.no_smooth_k, common.kv_cache);
+    Session session = model.start_session();  // with the cache that goes with the attention
+    Json result = {{"attention", name},
+                   {"kernel", model.info().attention},
+                   {"kv_cache", model.info().kv_cache},
+                   {"prefill", Json::array()},
+                   {"decode", Json::array()}};
+    output.text(fmt::format("{}, {} cache\n", model.info().attention, model.info().kv_cache));
+    const auto add = [&](const char* key, const auto& results) {
+      for (const auto& one : results) {
+        Shown shown = show(one, best);
+        output.text(shown.text);
+        result[key].push_back(std::move(shown.json));
+      }
+    };
+    add("prefill", bench_prefill(model, session, plan, bounds));
+    add("decode", bench_decode(model, session, plan, bounds));
+    json["results"].push_back(std::move(result));
+    progress.update(++done);
+  }
+  Shown memory = show_memory(model, expected);
+  output.text(memory.text);
+  json["memory"] = std::move(memory.json);
+  output.json(json);
+}
+
+void add_bench_model(CLI::App& bench) {
+  CLI::App* command = bench.add_subcommand(
+      "model", "Prefill and decode speed, with what share of the device's own speed each is");
+  auto flags = std::make_shared<ModelFlags>();
+  add_common_options(
+      *command, flags->common,
+      kModelGroup | kRandomGroup | kCacheGroup | kDeviceGroup | kJsonGroup | kVerboseGroup);
+  add_attention_list(*command, flags->attention);
+  command->add_flag("--no-smooth-k", flags->common.no_smooth_k,
+                    "quantize K as it is, its mean left in");
+  add_number_list(*command, "--prompt-tokens", flags->plan.prompt_tokens,
+                  "lengths of prompts to run", "512,2048");
+  add_number_list(*command, "--decode-at", flags->plan.decode_at,
+                  "tokens in the cache when decoding starts", "512");
+  command->add_option("--decode-tokens", flags->plan.decode_tokens, "decode steps of a run")
+      ->option_text("N (default: 64)")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
+  command->add_option("--runs", flags->plan.runs, "measurements of each, after one to warm up")
+      ->option_text("N (default: 5)")
+      ->check(CLI::Range(1, 1000));
+  command->add_option("--batch-tokens", flags->batch_tokens, "tokens of a prompt run in one step")
+      ->option_text(fmt::format("N (default: {})", flags->batch_tokens))
+      ->check(CLI::Range(int64_t{2}, int64_t{1} << 24));
+  command->callback([flags] { run_model(*flags); });
+}
+
+}  // namespace
+
+void add_bench(CLI::App& app) {
+  CLI::App* command = app.add_subcommand("bench", "Measure the speed of this build and machine");
+  command->require_subcommand(1);
+  add_bench_model(*command);
+  add_bench_attention(*command);
+}
+
+}  // namespace sagelm::cli
