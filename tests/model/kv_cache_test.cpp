@@ -35,6 +35,7 @@ class Mirror {
   // Appends counts[i] new numbers to sequence i as one step does; false if the cache is full.
   bool extend(std::vector<Mirrored*> to, const std::vector<int64_t>& counts) {
     std::vector<Sequence*> sequences;
+    sequences.reserve(to.size());
     for (Mirrored* one : to) sequences.push_back(&one->sequence);
     try {
       Sequence::extend_all(sequences, counts);
