@@ -222,7 +222,8 @@ Table result_rows(const CompareResult& result) {
 std::string samples_note(const CompareResult& result) {
   const Comparison& comparison = result.comparison;
   return fmt::format(
-      "{} of {} {}, {} tokens scored{}. ±: standard error. Differences are paired: to {} on the "
+      "{} of {} {}, {} tokens scored{}. ±: standard error, samples taken as independent. "
+      "Differences are paired: to {} on the "
       "same tokens. KL: KL({} || this), in nats, of the next-token distribution. Δp: change of the "
       "correct token's probability.",
       comparison.inputs(), comparison.inputs_planned, result.units,

@@ -3,9 +3,12 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cstddef>
 
 #include "kernels/attention/recipe.h"
 #include "kernels/attention/sage2_sm90.h"
+#include "kernels/attention/sage2_softmax_sm90.cuh"
+#include "kernels/attention/sage2_work_sm90.cuh"
 #include "kernels/attention/sage_quantize_sm90.h"
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/sm90.cuh"
@@ -14,192 +17,13 @@ namespace sagelm::kernels {
 namespace {
 
 using namespace sm90;
+using namespace sage2;
 
-constexpr int kConsumers = 2;  // warp groups that compute, 64 query rows each
-constexpr int kQueryTile = 64 * kConsumers;
-constexpr int kKeyTile = kTileTokens;
-constexpr int kThreads = 128 * (kConsumers + 1);
-constexpr int kQuerySlots = 2;
-constexpr int kConsumerRegisters = 240;
-constexpr int kProducerRegisters = 24;
-// Arrivals that free a stage: one per consumer warp, since each warp reads all of a tile.
-constexpr int kReleases = 4 * kConsumers;
-static_assert(kQueryTile == kTileTokens);
-
-// Running maxima are raised only when a logit exceeds them by this many bits, which makes rescaling
-// rare; P is scaled by so much less that it cannot exceed e4m3's range.
-constexpr float kSlack = 2.0f;
-constexpr float kProbabilityBits = recipe::kLog2E4m3Max - kSlack;
-// Finite, so that no difference of two of them is NaN. A row's maximum starts above a masked logit:
-// a row that has seen no key yet has P = 0.
-constexpr float kMasked = -1e30f;
-constexpr float kNoKeyYet = -1e29f;
+// Two-level accumulation: products of so many tiles are summed by the matrix unit, then in float32.
+constexpr int kFlushTiles = 4;
 
 template <int kDim>
-struct SharedTiles {
-  static constexpr int kStages = kDim == 128 ? 4 : 6;
-  static constexpr int kTileBytes = kKeyTile * kDim;
-
-  alignas(1024) int8_t keys[kStages][kTileBytes];
-  alignas(1024) uint8_t values[kStages][kTileBytes];
-  alignas(1024) int8_t queries[kQuerySlots][kTileBytes];
-  alignas(1024) uint16_t out[4 * kConsumers][16][kDim + 8];  // per warp; padded against conflicts
-  alignas(16) float scales[kStages][kTileScales];
-  uint64_t keys_full[kStages], keys_empty[kStages];
-  uint64_t values_full[kStages], values_empty[kStages];
-  uint64_t queries_full[kQuerySlots], queries_empty[kQuerySlots];
-};
-
-// A position in a ring of stages, with the parity of its next full barrier.
-struct RingCursor {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// One unit of work: 128 query rows of a head.
-struct WorkItem {
-  int b, head, kv_head, tile;
-  int q_len, kv_len;
-  int kv_tiles;  // key tiles that a row of this item sees
-
-  // The key after the last one that query row `row` sees.
-  __device__ int key_end(const Problem& p, int row) const {
-    return p.causal ? min(kv_len, row + 1 + kv_len - q_len) : kv_len;
-  }
-};
-
-// Items in the order in which they are taken: heads in sections whose keys and values fit the L2
-// cache together; within a section the longest rows of all heads first, so that the short ones fill
-// the end. False past the last item; kv_tiles < 0 for a tile beyond its sequence.
-struct Schedule {
-  int section_heads;  // query heads (of all sequences) per section
-
-  __device__ bool get(const Problem& p, int query_tiles, int index, WorkItem& item) const {
-    const int heads = p.batch * p.num_heads;
-    if (index >= heads * query_tiles) return false;
-    const int section = index / (section_heads * query_tiles);
-    const int first = section * section_heads;
-    const int width = min(section_heads, heads - first);
-    const int rest = index - first * query_tiles;
-    const int sequence_head = first + rest % width;
-    item.tile = query_tiles - 1 - rest / width;
-    item.b = sequence_head / p.num_heads;
-    item.head = sequence_head % p.num_heads;
-    item.kv_head = item.head / (p.num_heads / p.num_kv_heads);
-    item.q_len = p.q_len(item.b);
-    item.kv_len = p.kv_len(item.b);
-    const int rows = min(kQueryTile, item.q_len - item.tile * kQueryTile);
-    if (rows <= 0) {
-      item.kv_tiles = -1;
-      return true;
-    }
-    const int last = item.tile * kQueryTile + rows - 1;
-    item.kv_tiles = (max(0, item.key_end(p, last)) + kKeyTile - 1) / kKeyTile;
-    return true;
-  }
-};
-
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
-}
-__device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-  return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
-}
-
-// What a consumer thread carries along its two query rows, g and g + 8 of its warp's 16.
-template <int kDim>
-struct RowState {
-  float out[kDim / 2];
-  float largest[2];  // running maximum of logits, in bits; shared by the row's four threads
-  float sum[2];      // of this thread's columns
-};
-
-// Turns logits into P: updates maxima and sums, rescales the output where a maximum rose. `scale`
-// turns integers to bits for each row. ends: keys from there on are masked, relative to the first
-// key of this thread (4c of the tile).
-template <int kDim, bool kMask>
-__device__ inline void softmax(int32_t (&logits)[64], uint32_t (&p)[16], RowState<kDim>& rows,
-                               const float (&scale)[2], const int (&ends)[2]) {
-  float tile_max[2];
-  if constexpr (kMask) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float most = kMasked;
-#pragma unroll
-      for (int j = 0; j < 16; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          int32_t& slot = logits[4 * j + 2 * r + e];
-          const int key = 16 * (j >> 1) + 2 * (j & 1) + e;
-          const float bits = key < ends[r] ? static_cast<float>(slot) * scale[r] : kMasked;
-          most = fmaxf(most, bits);
-          slot = __float_as_int(bits);
-        }
-      }
-      tile_max[r] = most;
-    }
-  } else {
-    // The scale is positive, so the largest integer is the largest logit of this thread.
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      int32_t most = max(logits[2 * r], logits[2 * r + 1]);
-#pragma unroll
-      for (int j = 1; j < 16; ++j) {
-        most = __vimax3_s32(most, logits[4 * j + 2 * r], logits[4 * j + 2 * r + 1]);
-      }
-      tile_max[r] = static_cast<float>(most) * scale[r];
-    }
-  }
-  bool raised = false;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    tile_max[r] = quad_max(tile_max[r]);
-    raised |= tile_max[r] > rows.largest[r] + kSlack;
-  }
-  if (__any_sync(0xFFFFFFFFu, raised)) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (tile_max[r] <= rows.largest[r] + kSlack) tile_max[r] = rows.largest[r];
-      const float factor = ptx::exp2_fast(rows.largest[r] - tile_max[r]);
-      rows.largest[r] = tile_max[r];
-      rows.sum[r] *= factor;
-#pragma unroll
-      for (int j = 0; j < kDim / 8; ++j) {
-        rows.out[4 * j + 2 * r] *= factor;
-        rows.out[4 * j + 2 * r + 1] *= factor;
-      }
-    }
-  }
-  const float offset[2] = {rows.largest[0] - kProbabilityBits, rows.largest[1] - kProbabilityBits};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float x[16];
-#pragma unroll
-    for (int k = 0; k < 16; ++k) {
-      const int r = (k >> 1) & 1;
-      const int32_t slot = logits[16 * i + k];
-      const float exponent = kMask ? __int_as_float(slot) - offset[r]
-                                   : fmaf(static_cast<float>(slot), scale[r], -offset[r]);
-      x[k] = ptx::exp2_fast(exponent);
-      rows.sum[r] += x[k];
-    }
-    p[4 * i] = ptx::to_e4m3(x[0], x[1], x[4], x[5]);
-    p[4 * i + 1] = ptx::to_e4m3(x[2], x[3], x[6], x[7]);
-    p[4 * i + 2] = ptx::to_e4m3(x[8], x[9], x[12], x[13]);
-    p[4 * i + 3] = ptx::to_e4m3(x[10], x[11], x[14], x[15]);
-  }
-}
-
-template <int kDim>
-__device__ inline void issue_qk(int32_t (&logits)[64], const int8_t* queries, const int8_t* keys) {
+__device__ inline void issue_qk(int32_t (&logits)[64], uint32_t queries, uint32_t keys) {
   constexpr Swizzle kSwizzle = kDim == 128 ? Swizzle::k128B : Swizzle::k64B;
   const uint64_t a = wgmma_descriptor(queries, kSwizzle);
   const uint64_t b = wgmma_descriptor(keys, kSwizzle);
@@ -212,20 +36,20 @@ __device__ inline void issue_qk(int32_t (&logits)[64], const int8_t* queries, co
 
 template <int kDim>
 __device__ inline void issue_pv(float (&products)[kDim / 2], const uint32_t (&p)[16],
-                                const uint8_t* values) {
+                                uint32_t values, bool accumulate) {
   const uint64_t b = wgmma_descriptor(values, Swizzle::k128B);
   wgmma_fence();
-  wgmma_e4m3<true>(products, p, b);
+  wgmma_e4m3(products, p, b, accumulate);
 #pragma unroll
-  for (int k = 1; k < kKeyTile / 32; ++k) wgmma_e4m3<false>(products, p + 4 * k, b + 2 * k);
+  for (int k = 1; k < kKeyTile / 32; ++k) wgmma_e4m3(products, p + 4 * k, b + 2 * k, true);
   wgmma_commit();
 }
 
 // Divides by the sum and stores a warp's 16 rows, through shared memory for whole-row writes.
 template <int kDim>
 __device__ void store_rows(const Problem& p, const WorkItem& item, int first_row,
-                           const RowState<kDim>& rows, uint16_t (&staging)[16][kDim + 8],
-                           const float* biases) {
+                           const RowState& rows, const float (&out)[kDim / 2],
+                           uint16_t (&staging)[16][kDim + 8], const float* biases) {
   const int lane = threadIdx.x % 32, g = lane >> 2, c = lane & 3;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -233,8 +57,8 @@ __device__ void store_rows(const Problem& p, const WorkItem& item, int first_row
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
     for (int j = 0; j < kDim / 8; ++j) {
-      const float low = rows.out[4 * j + 2 * r] * inverse;
-      const float high = rows.out[4 * j + 2 * r + 1] * inverse;
+      const float low = out[4 * j + 2 * r] * inverse;
+      const float high = out[4 * j + 2 * r + 1] * inverse;
       uint32_t* slot = reinterpret_cast<uint32_t*>(&staging[g + 8 * r][8 * j + 2 * c]);
       if (p.bf16) {
         const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -248,8 +72,7 @@ __device__ void store_rows(const Problem& p, const WorkItem& item, int first_row
     if (p.lse != nullptr && c == 0 && row < item.q_len) {
       const float bias = biases != nullptr ? biases[g + 8 * r] : 0.0f;
       p.lse[(static_cast<int64_t>(item.b) * p.num_heads + item.head) * p.max_q_len + row] =
-          sum == 0.0f ? -INFINITY
-                      : (rows.largest[r] + log2f(sum) - kProbabilityBits + bias) * recipe::kLn2;
+          sum == 0.0f ? -INFINITY : (rows.reference[r] + log2f(sum) + bias) * recipe::kLn2;
     }
   }
   __syncwarp();
@@ -271,147 +94,232 @@ __device__ void store_rows(const Problem& p, const WorkItem& item, int first_row
 
 template <int kDim>
 __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule& schedule,
-                        SharedTiles<kDim>& shared) {
+                        const Places<kDim>& places) {
   using Shared = SharedTiles<kDim>;
+  constexpr int kQueryTile = Shared::kQueryTile;
   RingCursor ring, query_ring;
   ring.parity = query_ring.parity = 1;  // all stages start empty
   WorkItem item;
-  for (int index = blockIdx.x; schedule.get(p, tiles.query_tiles, index, item);
-       index += gridDim.x) {
+  for (int index = blockIdx.x;
+       schedule.get<kQueryTile>(p, items_per_head<kDim>(tiles), index, item); index += gridDim.x) {
     if (item.kv_tiles < 0) continue;
-    mbarrier_wait(&shared.queries_empty[query_ring.stage], query_ring.parity);
-    mbarrier_expect_bytes(&shared.queries_full[query_ring.stage], Shared::kTileBytes);
-    const int64_t query =
-        (static_cast<int64_t>(item.b) * p.num_heads + item.head) * tiles.query_tiles + item.tile;
-    bulk_copy(shared.queries[query_ring.stage], tiles.queries + query * Shared::kTileBytes,
-              Shared::kTileBytes, &shared.queries_full[query_ring.stage]);
+    const int slot = query_ring.stage;
+    mbarrier_wait_idle(places.queries_empty(slot), query_ring.parity);
     query_ring.advance(kQuerySlots);
+    // The last item may reach beyond the tiles that a head has room for.
+    const int rows = min(kQueryTile, tiles.query_tiles * kTileTokens - item.tile * kQueryTile);
+    mbarrier_expect_bytes(places.queries_full(slot), rows * kDim);
+    bulk_copy(places.queries(slot), tiles.queries + first_query<kQueryTile>(p, tiles, item) * kDim,
+              rows * kDim, places.queries_full(slot));
     const int64_t first =
         (static_cast<int64_t>(item.b) * p.num_kv_heads + item.kv_head) * tiles.kv_tiles;
-    for (int j = item.kv_tiles - 1; j >= 0; --j) {
+    for (int i = 0; i < item.kv_tiles; ++i) {
       const int s = ring.stage;
-      mbarrier_wait(&shared.keys_empty[s], ring.parity);
-      mbarrier_expect_bytes(&shared.keys_full[s], Shared::kTileBytes + sizeof(shared.scales[s]));
-      bulk_copy(shared.scales[s], tiles.scales + (first + j) * kTileScales,
-                sizeof(shared.scales[s]), &shared.keys_full[s]);
-      bulk_copy(shared.keys[s], tiles.keys + (first + j) * Shared::kTileBytes, Shared::kTileBytes,
-                &shared.keys_full[s]);
-      mbarrier_wait(&shared.values_empty[s], ring.parity);
-      mbarrier_expect_bytes(&shared.values_full[s], Shared::kTileBytes);
-      bulk_copy(shared.values[s], tiles.values + (first + j) * Shared::kTileBytes,
-                Shared::kTileBytes, &shared.values_full[s]);
+      const int64_t tile = first + item.tile_at(i);
+      mbarrier_wait_idle(places.keys_empty(s), ring.parity);
+      mbarrier_expect_bytes(places.keys_full(s), Shared::kTileBytes + sizeof(Shared::scales[0]));
+      bulk_copy(places.scales(s), tiles.scales + tile * kTileScales, sizeof(Shared::scales[0]),
+                places.keys_full(s));
+      bulk_copy(places.keys(s), tiles.keys + tile * Shared::kTileBytes, Shared::kTileBytes,
+                places.keys_full(s));
+      mbarrier_wait_idle(places.values_empty(s), ring.parity);
+      mbarrier_expect_bytes(places.values_full(s), Shared::kTileBytes);
+      bulk_copy(places.values(s), tiles.values + tile * Shared::kTileBytes, Shared::kTileBytes,
+                places.values_full(s));
       ring.advance(Shared::kStages);
     }
   }
+}
+
+// Adds the sums of the matrix unit to those in shared memory, or puts them there.
+template <int kDim>
+__device__ inline void flush(const float (&products)[kDim / 2], float4 (&sums)[kDim / 8][32],
+                             const RowState& rows, float (&flushed)[2], bool& any) {
+  const int lane = threadIdx.x % 32;
+  const float factor[2] = {ptx::exp2_fast(flushed[0] - rows.reference[0]),
+                           ptx::exp2_fast(flushed[1] - rows.reference[1])};
+#pragma unroll
+  for (int j = 0; j < kDim / 8; ++j) {
+    float4 value =
+        make_float4(products[4 * j], products[4 * j + 1], products[4 * j + 2], products[4 * j + 3]);
+    if (any) {
+      const float4 old = sums[j][lane];
+      value.x = fmaf(old.x, factor[0], value.x);
+      value.y = fmaf(old.y, factor[0], value.y);
+      value.z = fmaf(old.z, factor[1], value.z);
+      value.w = fmaf(old.w, factor[1], value.w);
+    }
+    sums[j][lane] = value;
+  }
+  any = true;
+  flushed[0] = rows.reference[0];
+  flushed[1] = rows.reference[1];
 }
 
 template <int kDim>
 __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule& schedule,
-                        SharedTiles<kDim>& shared, int group) {
+                        SharedTiles<kDim>& shared, const Places<kDim>& places, int group) {
   using Shared = SharedTiles<kDim>;
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane >> 2, c = lane & 3;
+  constexpr int kQueryTile = Shared::kQueryTile;
+  auto& out = shared.out[group * 4 + warp];
   RingCursor ring, query_ring;
   int32_t logits[64];
   float products[kDim / 2];
-  uint32_t probabilities[16];
+  uint32_t even[16], odd[16];  // P of a tile and of the next
   WorkItem item;
-  for (int index = blockIdx.x; schedule.get(p, tiles.query_tiles, index, item);
-       index += gridDim.x) {
+  for (int index = blockIdx.x;
+       schedule.get<kQueryTile>(p, items_per_head<kDim>(tiles), index, item); index += gridDim.x) {
     if (item.kv_tiles < 0) continue;
-    RowState<kDim> rows = {};
-    rows.largest[0] = rows.largest[1] = kNoKeyYet;
-    const int64_t query =
-        (static_cast<int64_t>(item.b) * p.num_heads + item.head) * tiles.query_tiles + item.tile;
-    const int64_t scale_index = query * kTileTokens + group * 64 + warp * 16;
-    const float query_scale[2] = {tiles.query_scales[scale_index + g],
-                                  tiles.query_scales[scale_index + g + 8]};
+    RowState rows = {};
     const int first_row = item.tile * kQueryTile + group * 64 + warp * 16;
-    const int row_end[2] = {item.key_end(p, first_row + g), item.key_end(p, first_row + g + 8)};
-    // Tiles from here on need masks: the warp group's first row does not see all of their keys.
+    const bool present = first_row < tiles.query_tiles * kTileTokens;
+    const int64_t query = first_query<kQueryTile>(p, tiles, item) + group * 64 + warp * 16;
+    const float query_scale[2] = {present ? tiles.query_scales[query + g] : 0.0f,
+                                  present ? tiles.query_scales[query + g + 8] : 0.0f};
+    // Keys from there on are masked, relative to this thread's first of tile 0.
+    const int row_end[2] = {item.key_end(p, first_row + g) - 4 * c,
+                            item.key_end(p, first_row + g + 8) - 4 * c};
+    // Tiles from there on need masks: the warp group's first row does not see all of their keys.
     const int first_masked = item.key_end(p, item.tile * kQueryTile + group * 64) / kKeyTile;
+    const int slot = query_ring.stage;
+    const uint32_t queries = places.queries(slot) + group * 64 * kDim;
+    int summed = 0;  // tiles in products
+    bool any_flushed = false, keys_ready = false, values_ready = false;
+    float flushed[2];
+    TileScales tile;
 
-    mbarrier_wait(&shared.queries_full[query_ring.stage], query_ring.parity);
-    const int8_t* queries = shared.queries[query_ring.stage] + group * 64 * kDim;
-    // Takes the key tile's scales and gives its stage back; the logits are in registers.
-    float scale[2], value_scale = 0;
-    const auto take_scales = [&](int s) {
-      const float key_scale = shared.scales[s][c];
-      value_scale = shared.scales[s][kKeyGroups];
-      scale[0] = query_scale[0] * key_scale;
-      scale[1] = query_scale[1] * key_scale;
+    const auto release = [&](uint32_t barrier) {
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(&shared.keys_empty[s]);
+      if (lane == 0) mbarrier_arrive(barrier);
     };
-    const auto mask_and_softmax = [&](int j) {
-      const int ends[2] = {row_end[0] - j * kKeyTile - 4 * c, row_end[1] - j * kKeyTile - 4 * c};
-      softmax<kDim, true>(logits, probabilities, rows, scale, ends);
+    // With the logits of the tile at the ring's stage.
+    const auto take_logits = [&] {
+      pin(logits);
+      const float* scales = shared.scales[ring.stage];
+      const float key_scale = scales[c];
+      tile.value_bits = scales[kKeyGroups + 1];
+      tile.value_inverse = scales[kKeyGroups + 2];
+      tile.scale[0] = query_scale[0] * key_scale;
+      tile.scale[1] = query_scale[1] * key_scale;
+      release(places.keys_empty(ring.stage));
     };
-    const auto add_products = [&](int s, float by) {
+    // Logits of tile j to P. Products of the tile before may be in flight; finish waits for them.
+    const auto softmax = [&](int j, uint32_t(&to)[16], const auto& finish) {
+      const int ends[2] = {row_end[0] - j * kKeyTile, row_end[1] - j * kKeyTile};
+      const float offset[2] = {rows.reference[0] - tile.value_bits,
+                               rows.reference[1] - tile.value_bits};
+      // Asked early, so that the answer is there when it is needed.
+      RingCursor next = ring;
+      next.advance(Shared::kStages);
+      values_ready = mbarrier_test(places.values_full(ring.stage), ring.parity);
+      keys_ready = mbarrier_test(places.keys_full(next.stage), next.parity);
+      float sum[2];
+      if (j >= first_masked) {
+        exponentiate<true>(logits, to, tile.scale, offset, ends, sum);
+      } else {
+        exponentiate<false>(logits, to, tile.scale, offset, ends, sum);
+      }
+      finish();
+      if (__any_sync(0xFFFFFFFFu, !sums_fit(sum))) {
+        move_references(logits, to, rows, products, tile, ends, sum);
+      }
+      rows.sum[0] = fmaf(sum[0], tile.value_inverse, rows.sum[0]);
+      rows.sum[1] = fmaf(sum[1], tile.value_inverse, rows.sum[1]);
+    };
+    // From P of a tile to P of the next one, j.
+    const auto step = [&](int j, const uint32_t(&from)[16], uint32_t(&to)[16]) {
+      const RingCursor now = ring;
+      ring.advance(Shared::kStages);
+      if (!keys_ready) mbarrier_wait(places.keys_full(ring.stage), ring.parity);
+      issue_qk<kDim>(logits, queries, places.keys(ring.stage));
+      if (!values_ready) mbarrier_wait(places.values_full(now.stage), now.parity);
+      issue_pv<kDim>(products, from, places.values(now.stage), summed > 0);
+      ++summed;
+      wgmma_wait<1>();
+      take_logits();
+      softmax(j, to, [&] {
+        wgmma_wait<0>();
+        pin(products);
+        release(places.values_empty(now.stage));
+        if (summed == kFlushTiles) {
+          flush<kDim>(products, out.sums, rows, flushed, any_flushed);
+          summed = 0;
+        }
+      });
+    };
+    const auto last_step = [&](const uint32_t(&from)[16]) {
+      release(places.queries_empty(slot));
+      mbarrier_wait(places.values_full(ring.stage), ring.parity);
+      issue_pv<kDim>(products, from, places.values(ring.stage), summed > 0);
+      wgmma_wait<0>();
       pin(products);
-      if (lane == 0) mbarrier_arrive(&shared.values_empty[s]);
-#pragma unroll
-      for (int i = 0; i < kDim / 2; ++i) rows.out[i] = fmaf(products[i], by, rows.out[i]);
+      release(places.values_empty(ring.stage));
+      ring.advance(Shared::kStages);
     };
 
-    if (item.kv_tiles > 0) {
-      int j = item.kv_tiles - 1;
-      mbarrier_wait(&shared.keys_full[ring.stage], ring.parity);
-      issue_qk<kDim>(logits, queries, shared.keys[ring.stage]);
-      wgmma_wait<0>();
-      pin(logits);
-      take_scales(ring.stage);
-      mask_and_softmax(j);
-      // The products with the values of tile j run beside those with the keys of tile j - 1.
-      while (j > 0) {
-        const int s = ring.stage;
-        const float previous_scale = value_scale;
-        mbarrier_wait(&shared.values_full[s], ring.parity);
-        ring.advance(Shared::kStages);
-        mbarrier_wait(&shared.keys_full[ring.stage], ring.parity);
-        issue_pv<kDim>(products, probabilities, shared.values[s]);
-        issue_qk<kDim>(logits, queries, shared.keys[ring.stage]);
-        wgmma_wait<1>();
-        add_products(s, previous_scale);
-        wgmma_wait<0>();
-        pin(logits);
-        --j;
-        take_scales(ring.stage);
-        if (j >= first_masked) {
-          mask_and_softmax(j);
-        } else {
-          softmax<kDim, false>(logits, probabilities, rows, scale, row_end);
-        }
-      }
-      mbarrier_wait(&shared.values_full[ring.stage], ring.parity);
-      issue_pv<kDim>(products, probabilities, shared.values[ring.stage]);
-      wgmma_wait<0>();
-      add_products(ring.stage, value_scale);
-      ring.advance(Shared::kStages);
-    }
-    if (lane == 0) mbarrier_arrive(&shared.queries_empty[query_ring.stage]);
+    mbarrier_wait(places.queries_full(slot), query_ring.parity);
     query_ring.advance(kQuerySlots);
-    store_rows<kDim>(p, item, first_row, rows, shared.out[group * 4 + warp],
-                     tiles.query_biases != nullptr ? tiles.query_biases + scale_index : nullptr);
+    if (item.kv_tiles > 0) {
+      const int j = item.tile_at(0);
+      mbarrier_wait(places.keys_full(ring.stage), ring.parity);
+      issue_qk<kDim>(logits, queries, places.keys(ring.stage));
+      wgmma_wait<0>();
+      take_logits();
+      const int ends[2] = {row_end[0] - j * kKeyTile, row_end[1] - j * kKeyTile};
+      set_references(logits, rows, tile, ends);
+      softmax(j, even, [] {});
+      int i = 1;
+      for (; i + 1 < item.kv_tiles; i += 2) {
+        step(item.tile_at(i), even, odd);
+        step(item.tile_at(i + 1), odd, even);
+      }
+      if (i < item.kv_tiles) {
+        step(item.tile_at(i), even, odd);
+        last_step(odd);
+      } else {
+        last_step(even);
+      }
+      if (any_flushed) {
+        const float factor[2] = {ptx::exp2_fast(flushed[0] - rows.reference[0]),
+                                 ptx::exp2_fast(flushed[1] - rows.reference[1])};
+#pragma unroll
+        for (int i = 0; i < kDim / 8; ++i) {
+          const float4 old = out.sums[i][lane];
+          products[4 * i] = fmaf(old.x, factor[0], products[4 * i]);
+          products[4 * i + 1] = fmaf(old.y, factor[0], products[4 * i + 1]);
+          products[4 * i + 2] = fmaf(old.z, factor[1], products[4 * i + 2]);
+          products[4 * i + 3] = fmaf(old.w, factor[1], products[4 * i + 3]);
+        }
+        __syncwarp();
+      }
+    } else {
+      release(places.queries_empty(slot));
+#pragma unroll
+      for (int i = 0; i < kDim / 2; ++i) products[i] = 0.0f;
+    }
+    store_rows<kDim>(p, item, first_row, rows, products, out.rows,
+                     tiles.query_biases != nullptr ? tiles.query_biases + query : nullptr);
   }
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
     sage2_kernel(const __grid_constant__ Problem p, const __grid_constant__ SageTiles tiles,
                  const Schedule schedule) {
-  extern __shared__ uint8_t raw_shared[];
-  auto& shared = *reinterpret_cast<SharedTiles<kDim>*>(
-      (reinterpret_cast<uintptr_t>(raw_shared) + 1023) / 1024 * 1024);
+  extern __shared__ __align__(1024) uint8_t raw_shared[];
+  auto& shared = *reinterpret_cast<SharedTiles<kDim>*>(raw_shared);
+  const Places<kDim> places(shared);
   if (threadIdx.x == 0) {
     for (int s = 0; s < SharedTiles<kDim>::kStages; ++s) {
-      mbarrier_init(&shared.keys_full[s], 1);
-      mbarrier_init(&shared.keys_empty[s], kReleases);
-      mbarrier_init(&shared.values_full[s], 1);
-      mbarrier_init(&shared.values_empty[s], kReleases);
+      mbarrier_init(places.keys_full(s), 1);
+      mbarrier_init(places.keys_empty(s), Groups<kDim>::kReleases);
+      mbarrier_init(places.values_full(s), 1);
+      mbarrier_init(places.values_empty(s), Groups<kDim>::kReleases);
     }
     for (int s = 0; s < kQuerySlots; ++s) {
-      mbarrier_init(&shared.queries_full[s], 1);
-      mbarrier_init(&shared.queries_empty[s], kReleases);
+      mbarrier_init(places.queries_full(s), 1);
+      mbarrier_init(places.queries_empty(s), Groups<kDim>::kReleases);
     }
     fence_barrier_init();
   }
@@ -419,16 +327,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int group = threadIdx.x / 128;
   if (group == 0) {
     set_fewer_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce<kDim>(p, tiles, schedule, shared);
+    if (threadIdx.x == 0) produce<kDim>(p, tiles, schedule, places);
   } else {
-    set_more_registers<kConsumerRegisters>();
-    consume<kDim>(p, tiles, schedule, shared, group - 1);
+    set_more_registers<Groups<kDim>::kConsumerRegisters>();
+    consume<kDim>(p, tiles, schedule, shared, places, group - 1);
   }
 }
 
 template <int kDim>
 cudaError_t attend(const Problem& p, const SageTiles& tiles, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(SharedTiles<kDim>) + 1024;
+  constexpr int kBytes = sizeof(SharedTiles<kDim>);
   int device = 0, processors = 0, l2_bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
@@ -450,9 +358,9 @@ cudaError_t attend(const Problem& p, const SageTiles& tiles, cudaStream_t stream
   Schedule schedule;
   schedule.section_heads =
       static_cast<int>(std::min<int64_t>(heads, kv_heads * (p.num_heads / p.num_kv_heads)));
-  const int64_t items = static_cast<int64_t>(heads) * tiles.query_tiles;
+  const int64_t items = static_cast<int64_t>(heads) * items_per_head<kDim>(tiles);
   const int grid = static_cast<int>(std::min<int64_t>(items, processors));
-  sage2_kernel<kDim><<<grid, kThreads, kBytes, stream>>>(p, tiles, schedule);
+  sage2_kernel<kDim><<<grid, Groups<kDim>::kThreads, kBytes, stream>>>(p, tiles, schedule);
   return cudaGetLastError();
 }
 
@@ -462,7 +370,8 @@ int padded_dim(const Problem& p) { return p.head_dim <= 64 ? 64 : 128; }
 
 const char* sage2_sm90_refusal(const Problem& p) {
   if (p.head_dim > 128) return "the Hopper sage2 kernel takes head_dim up to 128";
-  if (int64_t{p.batch} * p.num_heads * ((p.max_q_len + kQueryTile - 1) / kQueryTile) >= INT32_MAX) {
+  if (int64_t{p.batch} * p.num_heads * ((p.max_q_len + kTileTokens - 1) / kTileTokens) >=
+      INT32_MAX) {
     return "the Hopper sage2 kernel takes fewer than 2^31 tiles of 128 query rows";
   }
   return nullptr;

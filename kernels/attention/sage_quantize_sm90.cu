@@ -306,7 +306,10 @@ __device__ void quantize_values(const Problem& p, const SageTiles& tiles, int ti
         make_uint4(tokens[0], tokens[1], tokens[2], tokens[3]);
   }
   if (threadIdx.x == 0) {
-    tiles.scales[index * kTileScales + kKeyGroups] = amax * (1.0f / recipe::kE4m3Max);
+    const float scale = amax * (1.0f / recipe::kE4m3Max);
+    tiles.scales[index * kTileScales + kKeyGroups] = scale;
+    tiles.scales[index * kTileScales + kKeyGroups + 1] = log2f(scale);
+    tiles.scales[index * kTileScales + kKeyGroups + 2] = 1.0f / scale;
   }
 }
 

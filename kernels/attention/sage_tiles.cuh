@@ -16,7 +16,8 @@ namespace sagelm::kernels {
 
 inline constexpr int kTileTokens = 128;
 inline constexpr int kKeyGroups = 4;
-inline constexpr int kTileScales = 8;  // floats per tile: 4 key groups, the values', 3 unused
+inline constexpr int kTileScales = 8;  // floats per tile: 4 key groups; the values', its
+                                       // log2 and its inverse; 1 unused
 
 // Where the chunk of 16 bytes lies in a row of kRowBytes.
 template <int kRowBytes>

@@ -147,6 +147,13 @@ __device__ __forceinline__ int thread_not_kept() {
   return thread;
 }
 
+// x, of which the compiler knows nothing: it keeps the value in a register.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+  uint32_t y;
+  asm volatile("mov.u32 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // 2^x; denormals are zero.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
