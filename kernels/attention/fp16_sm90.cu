@@ -236,6 +236,11 @@ __device__ void consume(const Problem& p, const Schedule& schedule, int query_ti
   float logits[64];
   float products[kDim / 2];
   uint32_t weights[32];  // P of a tile
+  // The two warp groups take turns to issue a step's products, so that those of one run while the
+  // other is at its softmax. Both have the same steps; the first one begins.
+  constexpr int kTakers = 128 * kConsumers;
+  const int turn = 1 + group, next_turn = 2 - group;
+  if (group == 1) named_barrier_arrive(next_turn, kTakers);
   WorkItem item;
   for (int index = blockIdx.x; schedule.get<kQueryTile>(p, query_tiles, index, item);
        index += gridDim.x) {
@@ -278,9 +283,11 @@ __device__ void consume(const Problem& p, const Schedule& schedule, int query_ti
         const RingCursor now = ring;
         ring.advance(Shared::kStages);
         mbarrier_wait(places.keys_full(ring.stage), ring.parity);
+        named_barrier_wait(turn, kTakers);
         issue_qk<kDim, kBf16>(logits, queries, places.keys(ring.stage));
         mbarrier_wait(places.values_full(now.stage), now.parity);
         issue_pv<kDim, kBf16>(products, weights, places.values(now.stage), j + 2 < item.kv_tiles);
+        named_barrier_arrive(next_turn, kTakers);
         wgmma_wait<1>();
         const Rescale rescale = take_logits(j);
         pin(logits);
