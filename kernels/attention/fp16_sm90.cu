@@ -106,7 +106,6 @@ __device__ inline void load_tile(const Problem& p, const Tensor& x, int b, int h
       ptx::copy_async(to + (i + j) * kRowBytes, rows + j * x.token_stride, i + j < left);
     }
   }
-  ptx::commit_copies();
 }
 
 template <int kDim>
@@ -115,27 +114,9 @@ __device__ void produce(const Problem& p, const Schedule& schedule, int query_ti
   using Shared = SharedTiles<kDim>;
   RingCursor keys, values, queries;
   keys.parity = values.parity = queries.parity = 1;  // all stages start empty
-  // The copies that were started last are announced once the next ones are on their way.
-  uint32_t unannounced = 0;
-  const auto announce = [&] {
-    if (unannounced == 0) return;
-    fence_proxy_async();
-    mbarrier_arrive(unannounced);
-    unannounced = 0;
-  };
-  const auto acquire = [&](uint32_t empty, uint32_t parity) {
-    if (!mbarrier_test(empty, parity)) {
-      // What frees the stage may need those copies.
-      ptx::wait_copies<0>();
-      announce();
-      mbarrier_wait_idle(empty, parity);
-    }
+  const auto acquire = [](uint32_t empty, uint32_t parity) {
+    mbarrier_wait_idle(empty, parity);
     __syncwarp();
-  };
-  const auto started = [&](uint32_t full) {
-    ptx::wait_copies<1>();
-    announce();
-    unannounced = full;
   };
   WorkItem item;
   for (int index = blockIdx.x; schedule.get<kQueryTile>(p, query_tiles, index, item);
@@ -145,27 +126,27 @@ __device__ void produce(const Problem& p, const Schedule& schedule, int query_ti
       acquire(places.values_empty(values.stage), values.parity);
       load_tile<kDim, false>(p, p.v, item.b, item.kv_head, tile * kKeyTile, item.kv_len,
                              places.values(values.stage));
-      started(places.values_full(values.stage));
+      arrive_after_copies(places.values_full(values.stage));
       values.advance(Shared::kStages);
     };
     acquire(places.queries_empty(queries.stage), queries.parity);
     load_tile<kDim, true>(p, p.q, item.b, item.head, item.tile * kQueryTile, item.q_len,
                           places.queries(queries.stage));
-    started(places.queries_full(queries.stage));
+    arrive_after_copies(places.queries_full(queries.stage));
     queries.advance(kQuerySlots);
     // In the order of their use: keys of a tile, then values of the tile before.
     for (int tile = item.kv_tiles - 1; tile >= 0; --tile) {
       acquire(places.keys_empty(keys.stage), keys.parity);
       load_tile<kDim, false>(p, p.k, item.b, item.kv_head, tile * kKeyTile, item.kv_len,
                              places.keys(keys.stage));
-      started(places.keys_full(keys.stage));
+      arrive_after_copies(places.keys_full(keys.stage));
       keys.advance(Shared::kStages);
       if (tile + 1 < item.kv_tiles) load_values(tile + 1);
     }
     if (item.kv_tiles > 0) load_values(0);
   }
+  ptx::commit_copies();
   ptx::wait_copies<0>();
-  announce();
 }
 
 // What the rows' weights so far must be multiplied by after their maxima rose.
@@ -226,6 +207,8 @@ __device__ inline void mask(float (&logits)[64], const int (&ends)[2]) {
   }
 }
 
+// Copies are written as ordinary stores are: whoever reads them by asynchronous products does so
+// after a fence_proxy_async of its own, since nobody waits for them at the writers.
 template <int kDim, bool kBf16>
 __device__ void consume(const Problem& p, const Schedule& schedule, int query_tiles,
                         SharedTiles<kDim>& shared, const Places<kDim>& places, int group) {
@@ -274,6 +257,7 @@ __device__ void consume(const Problem& p, const Schedule& schedule, int query_ti
     if (item.kv_tiles > 0) {
       int j = item.kv_tiles - 1;
       mbarrier_wait(places.keys_full(ring.stage), ring.parity);
+      fence_proxy_async();
       issue_qk<kDim, kBf16>(logits, queries, places.keys(ring.stage));
       wgmma_wait<0>();
       take_logits(j);
@@ -283,9 +267,10 @@ __device__ void consume(const Problem& p, const Schedule& schedule, int query_ti
         const RingCursor now = ring;
         ring.advance(Shared::kStages);
         mbarrier_wait(places.keys_full(ring.stage), ring.parity);
+        mbarrier_wait(places.values_full(now.stage), now.parity);
+        fence_proxy_async();
         named_barrier_wait(turn, kTakers);
         issue_qk<kDim, kBf16>(logits, queries, places.keys(ring.stage));
-        mbarrier_wait(places.values_full(now.stage), now.parity);
         issue_pv<kDim, kBf16>(products, weights, places.values(now.stage), j + 2 < item.kv_tiles);
         named_barrier_arrive(next_turn, kTakers);
         wgmma_wait<1>();
@@ -302,6 +287,7 @@ __device__ void consume(const Problem& p, const Schedule& schedule, int query_ti
       }
       release(places.queries_empty(slot));
       mbarrier_wait(places.values_full(ring.stage), ring.parity);
+      fence_proxy_async();
       issue_pv<kDim, kBf16>(products, weights, places.values(ring.stage), item.kv_tiles > 1);
       wgmma_wait<0>();
       pin(products);

@@ -30,6 +30,11 @@ __device__ inline void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Arrives once all of this thread's copies so far (ptx::copy_async) are in shared memory.
+__device__ inline void arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // Whether the phase of this parity is complete; does not wait.
 __device__ inline bool mbarrier_test(uint32_t barrier, uint32_t parity) {
   uint32_t done;
@@ -77,7 +82,8 @@ __device__ inline void bulk_copy(uint32_t to, const void* from, uint32_t bytes, 
       : "memory");
 }
 
-// Lets asynchronous products and copies see this thread's earlier writes of shared memory.
+// Lets asynchronous products and copies of this thread see writes of shared memory that it has seen
+// or made.
 __device__ inline void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
