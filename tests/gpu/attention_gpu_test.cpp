@@ -150,6 +150,22 @@ TEST_P(AttentionGpu, DecodeRows) {
   }
 }
 
+TEST_P(AttentionGpu, MoreWorkThanProcessors) {
+  // Several blocks of rows for each processor, of different lengths, some of them past their end.
+  for (const int dim : {64, 128}) {
+    for (const bool causal : {true, false}) {
+      expect_close({.q_lens = {700, 5, 0, 385, 700},
+                    .kv_lens = {700, 1030, 9, 385, 1300},
+                    .num_heads = 32,
+                    .num_kv_heads = 8,
+                    .head_dim = dim,
+                    .causal = causal,
+                    .layout = GpuLayout::kRagged},
+                   4, 1.5);
+    }
+  }
+}
+
 TEST_P(AttentionGpu, SequenceWithoutKeys) {
   GpuShape shape{.q_lens = {3, 3},
                  .kv_lens = {0, 40},
