@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<SharedTiles<kDim>*>(raw_shared);
   const Places<kDim> places(shared);
-  if (threadIdx.x == 0) init_barriers(places, kProducers, kReleases);
+  if (threadIdx.x == 0) init_barriers(places, kProducers, kReleases, kReleases);
   __syncthreads();
   const int group = threadIdx.x / 128;
   if (group == 0) {

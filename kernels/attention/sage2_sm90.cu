@@ -152,7 +152,8 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
       tile.value_inverse = scales[kKeyGroups + 2];
       tile.scale[0] = query_scale[0] * key_scale;
       tile.scale[1] = query_scale[1] * key_scale;
-      release(places.keys_empty(ring.stage));
+      // From every lane: all of them read the scales.
+      mbarrier_arrive(places.keys_empty(ring.stage));
     };
     // Logits of tile j to P. Products of the tile before may be in flight; finish waits for them.
     const auto softmax = [&](int j, uint32_t(&to)[16], const auto& finish) {
@@ -260,7 +261,8 @@ __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<SharedTiles<kDim>*>(raw_shared);
   const Places<kDim> places(shared);
-  if (threadIdx.x == 0) init_barriers(places, 1, Groups<kDim>::kReleases);
+  if (threadIdx.x == 0)
+    init_barriers(places, 1, 32 * Groups<kDim>::kReleases, Groups<kDim>::kReleases);
   __syncthreads();
   const int group = threadIdx.x / 128;
   if (group == 0) {

@@ -57,12 +57,14 @@ struct TilePlaces {
   }
 };
 
-// By one thread, before the others use them. `fills` arrivals make a stage full, `releases` empty.
+// By one thread, before the others use them. `fills` arrivals make a stage full, `releases` empty,
+// `key_releases` one of keys.
 template <typename Shared>
-__device__ inline void init_barriers(const TilePlaces<Shared>& places, int fills, int releases) {
+__device__ inline void init_barriers(const TilePlaces<Shared>& places, int fills, int key_releases,
+                                     int releases) {
   for (int s = 0; s < Shared::kStages; ++s) {
     sm90::mbarrier_init(places.keys_full(s), fills);
-    sm90::mbarrier_init(places.keys_empty(s), releases);
+    sm90::mbarrier_init(places.keys_empty(s), key_releases);
     sm90::mbarrier_init(places.values_full(s), fills);
     sm90::mbarrier_init(places.values_empty(s), releases);
   }

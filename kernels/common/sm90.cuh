@@ -47,9 +47,21 @@ __device__ inline bool mbarrier_test(uint32_t barrier, uint32_t parity) {
       : "memory");
   return done != 0;
 }
+// The same; may wait for a while that the hardware chooses.
+__device__ inline bool mbarrier_try(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, done;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
 // Waits without taking issue slots from the other warps of the scheduler.
 __device__ inline void mbarrier_wait_idle(uint32_t barrier, uint32_t parity) {
-  while (!mbarrier_test(barrier, parity)) __nanosleep(64);
+  while (!mbarrier_try(barrier, parity)) __nanosleep(64);
 }
 
 // Returns once the phase of that parity has completed.
