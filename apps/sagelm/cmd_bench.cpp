@@ -130,16 +130,17 @@ void run_model(const ModelFlags& flags) {
                {"runs", plan.runs},
                {"decode_tokens", plan.decode_tokens},
                {"results", Json::array()}};
-  Session session = model.start_session();
   Progress progress("measuring", "settings", static_cast<int64_t>(flags.attention.size()));
   int64_t done = 0;
   for (const std::string& name : flags.attention) {
-    model.set_attention(name, !common.no_smooth_k);
+    model.set_attention(name, !common.no_smooth_k, common.kv_cache);
+    Session session = model.start_session();  // with the cache that goes with the attention
     Json result = {{"attention", name},
                    {"kernel", model.info().attention},
+                   {"kv_cache", model.info().kv_cache},
                    {"prefill", Json::array()},
                    {"decode", Json::array()}};
-    output.text(fmt::format("{}\n", model.info().attention));
+    output.text(fmt::format("{}, {} cache\n", model.info().attention, model.info().kv_cache));
     const auto add = [&](const char* key, const auto& results) {
       for (const auto& one : results) {
         Shown shown = show(one, best);

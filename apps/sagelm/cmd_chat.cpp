@@ -94,12 +94,13 @@ double rate(int64_t count, double seconds) {
 
 void Chat::banner() const {
   const ModelInfo info = model_.info();
-  say(
-      fmt::format("model      {} ({}, {:.1f}M parameters)\nattention  {}\ndevice     {}\n"
-                  "context    {} tokens of {}\ntemplate   {}\nsampling   {}\nseed       {}",
-                  info.name, info.dtype, static_cast<double>(info.num_parameters) / 1e6,
-                  info.attention, info.device, info.context, info.max_context, template_.name(),
-                  describe_sampling(options_.sampling), options_.sampling.seed));
+  say(fmt::format(
+      "model      {} ({}, {:.1f}M parameters)\nattention  {}\nKV cache   {}, {} bytes "
+      "per token\ndevice     {}\n"
+      "context    {} tokens of {}\ntemplate   {}\nsampling   {}\nseed       {}",
+      info.name, info.dtype, static_cast<double>(info.num_parameters) / 1e6, info.attention,
+      info.kv_cache, info.kv_bytes_per_token, info.device, info.context, info.max_context,
+      template_.name(), describe_sampling(options_.sampling), options_.sampling.seed));
 }
 
 void Chat::answer(const std::string& user) {
@@ -160,12 +161,13 @@ void Chat::load(const std::string& path) {
 }
 
 std::string Chat::stats() const {
+  const ModelInfo info = model_.info();
   return fmt::format(
       "{} turns, {} of {} tokens in use; read {} tokens at {:.1f} tokens/s, wrote {} at {:.1f} "
-      "tokens/s",
+      "tokens/s; KV cache {}, {} bytes per token",
       conversation_.num_turns(), conversation_.tokens_used(), conversation_.context(),
       prefill_tokens_, rate(prefill_tokens_, prefill_seconds_), decode_steps_,
-      rate(decode_steps_, decode_seconds_));
+      rate(decode_steps_, decode_seconds_), info.kv_cache, info.kv_bytes_per_token);
 }
 
 bool Chat::command(const std::string& line) {
@@ -222,6 +224,8 @@ void Chat::finish() {
     Json result = conversation_.to_json();
     result["attention"] = info.attention;
     result["device"] = info.device;
+    result["kv_cache"] = info.kv_cache;
+    result["kv_bytes_per_token"] = info.kv_bytes_per_token;
     result["context"] = info.context;
     result["template"] = template_.name();
     result["seed"] = options_.sampling.seed;

@@ -118,46 +118,45 @@ std::vector<Setting> parse_settings(const CommonOptions& common) {
   return settings;
 }
 
-// The settings' models. Those on one device with one type of cache share one: only the attention
-// kernel is switched.
+// The settings' models. Those on one device share one: only the attention kernel and the type of
+// cache are switched.
 class Models {
  public:
   Models(const std::vector<Setting>& settings, int64_t context, int64_t batch_tokens) {
     for (const Setting& setting : settings) {
       auto found = std::find_if(loaded_.begin(), loaded_.end(), [&setting](const Loaded& other) {
-        return other.device == setting.common.device && other.kv_cache == setting.common.kv_cache;
+        return other.device == setting.common.device;
       });
       if (found == loaded_.end()) {
         CommonOptions common = setting.common;
         common.context = context;
-        loaded_.push_back({.device = common.device,
-                           .kv_cache = common.kv_cache,
-                           .model = load_model(common, batch_tokens)});
+        loaded_.push_back({.device = common.device, .model = load_model(common, batch_tokens)});
         found = std::prev(loaded_.end());
       }
       users_.push_back({.model = &found->model,
                         .attention = setting.common.attention,
-                        .smooth_k = !setting.common.no_smooth_k});
+                        .smooth_k = !setting.common.no_smooth_k,
+                        .kv_cache = setting.common.kv_cache});
     }
   }
 
   // The setting's model, its kernel switched on.
   Model& use(size_t setting) {
     const User& user = users_[setting];
-    user.model->set_attention(user.attention, user.smooth_k);
+    user.model->set_attention(user.attention, user.smooth_k, user.kv_cache);
     return *user.model;
   }
 
  private:
   struct Loaded {
     std::string device;
-    std::string kv_cache;
     Model model;
   };
   struct User {
     Model* model;
     std::string attention;
     bool smooth_k;
+    std::string kv_cache;
   };
   std::deque<Loaded> loaded_;  // users point into it
   std::vector<User> users_;
@@ -167,7 +166,7 @@ SettingInfo describe_setting(const Setting& setting, const ModelInfo& info) {
   return {.name = setting.name,
           .attention = info.attention,
           .device = info.device,
-          .kv_cache = setting.common.kv_cache,
+          .kv_cache = info.kv_cache,
           .smooth_k = !setting.common.no_smooth_k,
           .memory_bytes = info.weight_bytes + info.kv_bytes + info.activation_bytes};
 }

@@ -25,6 +25,7 @@ void report(const ModelInfo& info, const Generation& generation, const GenerateO
             bool bos, ResultOutput& output) {
   Json result = {{"model", info.name},
                  {"attention", info.attention},
+                 {"kv_cache", info.kv_cache},
                  {"device", info.device},
                  {"context", info.context},
                  {"prompt_ids", generation.prompt_ids},

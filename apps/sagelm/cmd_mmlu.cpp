@@ -170,6 +170,7 @@ void run(const MmluFlags& flags) {
 
   Json json = {{"model", info.name},
                {"attention", info.attention},
+               {"kv_cache", info.kv_cache},
                {"device", info.device},
                {"bos", adds_bos(tokenizer)},
                {"data", flags.eval.file},

@@ -96,7 +96,9 @@ const std::array kCommonFlags = {
                add_value<&CommonOptions::attention>},
     CommonFlag{kKernelGroup, "--no-smooth-k", "", "", "quantize K as it is, its mean left in",
                add_switch<&CommonOptions::no_smooth_k>},
-    CommonFlag{kCacheGroup, "--kv-cache", "auto|fp16", "auto", "type of the KV cache",
+    CommonFlag{kCacheGroup, "--kv-cache", "auto|fp16|int8", "auto",
+               "KV cache: fp16, int8 (8-bit keys and values, half the memory; with sage2), or auto "
+               "(int8 where it can be had)",
                add_kv_cache},
     CommonFlag{kDeviceGroup, "--device", "auto|cpu|cuda[:N]", "auto", "where to compute",
                add_value<&CommonOptions::device>},
@@ -149,9 +151,6 @@ Tokenizer open_tokenizer(const CommonOptions& options) {
 }
 
 LoadOptions load_options(const CommonOptions& options) {
-  if (options.kv_cache == "int8") {
-    throw UsageError("--kv-cache int8 is not available yet: use auto or fp16");
-  }
   LoadOptions load;
   if (options.random_weights.empty()) {
     load.model = model_path(options);
@@ -161,6 +160,7 @@ LoadOptions load_options(const CommonOptions& options) {
   load.random_weights = options.random_weights;
   load.attention = options.attention;
   load.smooth_k = !options.no_smooth_k;
+  load.kv_cache = options.kv_cache;
   load.device = options.device;
   load.threads = options.threads;
   load.context = options.context;
@@ -179,9 +179,9 @@ Model load_model(const CommonOptions& options, int64_t batch_tokens) {
     const ModelInfo info = model.info();
     std::cerr << fmt::format(
         "model {} ({}, {} parameters, {})\ndevice {}\nattention {}\ncontext {} of {} tokens, "
-        "KV cache {} bytes per token\nweights {} bytes\n",
+        "KV cache {}, {} bytes per token\nweights {} bytes\n",
         info.name, info.architecture, info.num_parameters, info.dtype, info.device, info.attention,
-        info.context, info.max_context, info.kv_bytes_per_token, info.weight_bytes);
+        info.context, info.max_context, info.kv_cache, info.kv_bytes_per_token, info.weight_bytes);
   }
   return model;
 }

@@ -52,8 +52,7 @@ std::filesystem::path model_path(const CommonOptions& options);
 // The tokenizer alone: data is checked and tokenized before any weights are read.
 Tokenizer open_tokenizer(const CommonOptions& options);
 
-// options as the engine takes them, without progress. Throws UsageError for what cannot be had
-// (--kv-cache int8).
+// options as the engine takes them, without progress.
 LoadOptions load_options(const CommonOptions& options);
 
 // Loads the model with a progress bar; with -v says on stderr what was loaded. batch_tokens as in

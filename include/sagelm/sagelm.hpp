@@ -28,6 +28,9 @@ struct LoadOptions {
   std::string random_weights = {};
   std::string attention = "sage";  // fp16, sage, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b]
   bool smooth_k = true;
+  // fp16, int8 (full pages quantized: half the bytes; for sage2) or auto, which is int8 where the
+  // attention and the device can read it. docs/kv-cache.md
+  std::string kv_cache = "auto";
   std::string device = "auto";  // auto, cpu, cuda or cuda:N
   int threads = 0;              // 0: one per core
   int64_t context = 0;          // tokens of a session at most; 0: the model's own
@@ -53,9 +56,10 @@ struct ModelInfo {
   int64_t context = 0;           // as loaded
   int64_t checkpoint_bytes = 0;  // of the weights, as stored
   int64_t weight_bytes = 0;      // of the weights, as the backend holds them; estimated by inspect
-  int64_t kv_bytes_per_token = 0;
-  int64_t kv_bytes = 0;          // of a session of `context` tokens, whole pages
-  int64_t activation_bytes = 0;  // of one step at most, estimated
+  std::string kv_cache;          // "fp16" or "int8"
+  int64_t kv_bytes_per_token = 0;  // of a full page
+  int64_t kv_bytes = 0;            // of a session of `context` tokens, whole pages
+  int64_t activation_bytes = 0;    // of one step at most, estimated
   double rope_theta = 0;
   bool tied_embeddings = false;
 };
@@ -130,7 +134,12 @@ class Session {
   // nothing.
   Generation generate(std::span<const int32_t> ids, const GenerateOptions& options,
                       const TextCallback& on_text = {});
-  void truncate(int64_t length);  // back to the first `length` tokens
+  // Back to the first `length` tokens. Where that leaves part of a quantized page of the KV cache,
+  // the tokens of that part run again when the session goes on.
+  void truncate(int64_t length);
+  // A session that goes on from here by itself. Both share the pages of the KV cache that they have
+  // in common; generate() throws Error when that cache, whose room start_session() took, is full.
+  Session fork() const;
 
  private:
   friend class Model;
@@ -157,7 +166,8 @@ class Model {
   std::vector<int32_t> tokenize(std::string_view text, bool add_bos = true) const;
   std::string detokenize(std::span<const int32_t> ids) const;
 
-  Session start_session();
+  // With room for so many forks of it, each of a whole context.
+  Session start_session(int64_t forks = 0);
   // A session for one prompt; on_text gets the continuation only.
   Generation generate(std::string_view prompt, const GenerateOptions& options = {},
                       const TextCallback& on_text = {});
@@ -211,8 +221,10 @@ class Model {
   // Returns how many tokens were run through the model.
   int64_t score_choices(std::span<const int32_t> prefix, std::span<const ChoiceInput> inputs,
                         const ChoiceCallback& take);
-  // Changes the attention kernel for what follows; A/B on one loaded model.
-  void set_attention(std::string_view name, bool smooth_k);
+  // Changes the attention kernel and the type of KV cache (as LoadOptions have them) for what
+  // follows; A/B on one loaded model. A session goes on with the cache that it began with, and
+  // throws Error if the kernel cannot read that.
+  void set_attention(std::string_view name, bool smooth_k, std::string_view kv_cache = "auto");
 
  private:
   friend class Session;

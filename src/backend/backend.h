@@ -16,13 +16,11 @@
 #include "backend/attention_runner.h"
 #include "backend/attention_variant.h"
 #include "backend/batch.h"
+#include "backend/kv_layout.h"
 #include "base/dtype.h"
 #include "base/tensor_view.h"
 
 namespace sagelm {
-
-// Tokens per page of the KV cache: two 64-key attention tiles.
-inline constexpr int64_t kPageTokens = 128;
 
 // What a matrix holds. The residual stream and logits are float32 everywhere; activations are what
 // the backend's products read: float32 on the CPU, the weights' 16-bit type on a GPU.
@@ -42,20 +40,13 @@ struct WeightHandle {
   int32_t index = -1;
 };
 
-struct KvLayout {
-  int64_t num_layers = 0;
-  int64_t num_kv_heads = 0;
-  int64_t head_dim = 0;
-  int64_t num_pages = 0;   // of kPageTokens tokens each, shared by all layers
-  int64_t bytes() const {  // FP16 keys and values
-    return num_layers * num_pages * kPageTokens * num_kv_heads * head_dim * 2 * 2;
-  }
-};
-
 // The bytes of a KV cache; which page belongs to which sequence is the model's business.
 class KvStorage {
  public:
   virtual ~KvStorage() = default;
+  // Copies what all layers hold in FP16 on page (kFp16) or tail (kInt8, with its mean) `from` to
+  // `to`, before the operations that follow.
+  virtual void copy_open_page(int32_t from, int32_t to) = 0;
 };
 
 struct AttentionShape {
@@ -102,6 +93,8 @@ class Backend {
   virtual size_t element_size(Holds holds) const = 0;
   // Throws UsageError for a variant, Error for a shape, that attention() could not compute.
   virtual void check_attention(const AttentionShape& shape) const = 0;
+  // Whether attention() can read a kInt8 cache.
+  virtual bool reads_int8_kv(const AttentionShape& shape) const = 0;
 
   // Starts a step over batch, which must outlive it: operations that take a batch take this one.
   virtual void begin(const Batch& batch) = 0;
@@ -115,7 +108,8 @@ class Backend {
   virtual void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) = 0;
 
   // Rotates the query and key columns of qkv [rows, q + k + v] in place by each row's position and
-  // appends keys and values to the pages of the row's sequence.
+  // appends keys and values, rounded to FP16, to the pages of the row's sequence. In a kInt8 cache
+  // the pages that become full are quantized, and the tail then holds the tokens past them.
   virtual void rope_append(Matrix qkv, const Batch& batch, const AttentionShape& shape,
                            std::span<const float> inverse_frequencies, int64_t layer,
                            KvStorage& kv) = 0;

@@ -60,26 +60,29 @@ double log_sum_exp(std::span<const float> row) {
   return largest + std::log(sum);
 }
 
-// Neighbouring runs that are computed together, and the pages they need.
+// Neighbouring runs that are computed together, and the room they need.
 struct RunBatch {
   size_t first = 0;
   size_t last = 0;
-  int64_t pages = 0;
+  KvRoom room = {};
 };
 
-std::vector<RunBatch> pack(std::span<const Run> runs, int64_t batch_tokens) {
+std::vector<RunBatch> pack(std::span<const Run> runs, int64_t batch_tokens, KvType type) {
   const int64_t max_pages = kPagesFactor * KvCache::pages_for(batch_tokens);
   std::vector<RunBatch> batches;
   int64_t tokens = 0;
+  int64_t pages = 0;
   for (size_t i = 0; i < runs.size(); ++i) {
-    const int64_t pages = KvCache::pages_for(size_of(runs[i]));
+    const int64_t more_pages = KvCache::pages_for(size_of(runs[i]));
     if (batches.empty() || tokens + size_of(runs[i]) > batch_tokens ||
-        batches.back().pages + pages > max_pages) {
+        pages + more_pages > max_pages) {
       batches.push_back({.first = i, .last = i});
       tokens = 0;
+      pages = 0;
     }
     batches.back().last = i + 1;
-    batches.back().pages += pages;
+    batches.back().room += kv_room(type, size_of(runs[i]));
+    pages += more_pages;
     tokens += size_of(runs[i]);
   }
   return batches;
@@ -138,10 +141,14 @@ int64_t Model::score_choices(std::span<const int32_t> prefix, std::span<const Ch
     append_runs(prefix.subspan(static_cast<size_t>(shared)), i, input, runs);
   }
 
-  const std::vector<RunBatch> batches = pack(runs, batch_tokens);
-  int64_t most_pages = 0;
-  for (const RunBatch& batch : batches) most_pages = std::max(most_pages, batch.pages);
-  KvCache& cache = impl.cache_for_scoring(KvCache::pages_for(shared) + most_pages);
+  const std::vector<RunBatch> batches = pack(runs, batch_tokens, impl.kv_type);
+  KvRoom room;  // of the largest batch
+  for (const RunBatch& batch : batches) {
+    room.pages = std::max(room.pages, batch.room.pages);
+    room.tails = std::max(room.tails, batch.room.tails);
+  }
+  room += kv_room(impl.kv_type, shared);
+  KvCache& cache = impl.cache_for_scoring(room);
   Sequence beginning(cache);
   const auto always = [] { return true; };
   if (!runs.empty()) {
@@ -158,7 +165,7 @@ int64_t Model::score_choices(std::span<const int32_t> prefix, std::span<const Ch
     std::vector<int64_t> first_scored;
     sequences.reserve(batch_runs.size());  // steps point into it
     for (const Run& run : batch_runs) {
-      sequences.push_back(beginning.share(beginning.length()));
+      sequences.push_back(beginning.fork(beginning.length()));
       // A run longer than a step is alone in its batch; its scored tokens are in its last step.
       const int64_t before = std::max<int64_t>(0, size_of(run) - batch_tokens);
       const auto split = static_cast<size_t>(before);

@@ -59,11 +59,42 @@ AttentionSpec attention_spec(std::string_view name, bool smooth_k) {
   return {.variant = parse_attention_variant(name), .smooth_k = smooth_k};
 }
 
-void check_attention(const AttentionSpec& spec, const ModelConfig& config, const Backend& backend) {
-  backend.check_attention({.num_heads = config.num_heads,
-                           .num_kv_heads = config.num_kv_heads,
-                           .head_dim = config.head_dim,
-                           .spec = spec});
+constexpr std::string_view kv_type_name(KvType type) {
+  return type == KvType::kInt8 ? "int8" : "fp16";
+}
+
+// Checks that the backend has the attention and the cache that goes with it; the type of that.
+KvType check_attention(const AttentionSpec& spec, std::string_view kv_cache,
+                       const ModelConfig& config, const Backend& backend) {
+  const AttentionShape shape{.num_heads = config.num_heads,
+                             .num_kv_heads = config.num_kv_heads,
+                             .head_dim = config.head_dim,
+                             .spec = spec};
+  backend.check_attention(shape);
+  if (kv_cache == kv_type_name(KvType::kFp16)) return KvType::kFp16;
+  const bool reads_int8 = backend.reads_int8_kv(shape);
+  if (kv_cache == "auto") return reads_int8 ? KvType::kInt8 : KvType::kFp16;
+  if (kv_cache != kv_type_name(KvType::kInt8)) {
+    fail_usage("unknown type of KV cache '{}': use auto, fp16 or int8", kv_cache);
+  }
+  if (!reads_int8) {
+    fail_usage("attention {} on {} cannot read an 8-bit KV cache: use --kv-cache auto or fp16",
+               attention_variant_name(spec.variant), backend.device_name());
+  }
+  return KvType::kInt8;
+}
+
+void set_kv_info(KvType type, const ModelConfig& config, ModelInfo& info) {
+  const KvRoom room = kv_room(type, info.context);
+  const KvLayout layout{.type = type,
+                        .num_layers = config.num_layers,
+                        .num_kv_heads = config.num_kv_heads,
+                        .head_dim = config.head_dim,
+                        .num_pages = room.pages,
+                        .num_tails = room.tails};
+  info.kv_cache = kv_type_name(type);
+  info.kv_bytes_per_token = (layout.page_bytes() + kPageTokens - 1) / kPageTokens;
+  info.kv_bytes = layout.bytes();
 }
 
 // Checks the options that need the config, and reports the rest.
@@ -78,7 +109,8 @@ ModelInfo describe(const Checkpoint& checkpoint, const LoadOptions& options,
   if (options.batch_tokens < 2) {
     fail_usage("a step must take 2 tokens or more, not {}", options.batch_tokens);
   }
-  check_attention(attention_spec(options.attention, options.smooth_k), config, backend);
+  const KvType kv_type = check_attention(attention_spec(options.attention, options.smooth_k),
+                                         options.kv_cache, config, backend);
   ModelInfo info;
   info.name = config.name;
   info.architecture = "LlamaForCausalLM";
@@ -97,12 +129,7 @@ ModelInfo describe(const Checkpoint& checkpoint, const LoadOptions& options,
   info.context = options.context > 0 ? options.context : config.max_position_embeddings;
   info.checkpoint_bytes = checkpoint.bytes();
   info.weight_bytes = estimate_weights(checkpoint.weights(), backend);
-  const KvLayout one_page{.num_layers = config.num_layers,
-                          .num_kv_heads = config.num_kv_heads,
-                          .head_dim = config.head_dim,
-                          .num_pages = 1};
-  info.kv_bytes_per_token = one_page.bytes() / kPageTokens;
-  info.kv_bytes = one_page.bytes() * KvCache::pages_for(info.context);
+  set_kv_info(kv_type, config, info);
   info.activation_bytes =
       estimate_activations(config, std::min(options.batch_tokens, info.context), backend);
   info.rope_theta = config.rope_theta;
@@ -120,14 +147,13 @@ void append_scores(const StepInput& step, int64_t first, std::span<const TokenSc
   }
 }
 
-// A step over ids[begin, end) that also scores the token after them if it is the last of ids and
-// finds no place in the context, which is where end is then.
-StepInput scoring_step(Sequence& sequence, std::span<const int32_t> ids, int64_t begin, int64_t end,
-                       int64_t context) {
-  const bool scores_next = end == context && end + 1 == static_cast<int64_t>(ids.size());
+// A step over ids[begin, end) that also scores the token after them, if there is one.
+StepInput scoring_step(Sequence& sequence, std::span<const int32_t> ids, int64_t begin,
+                       int64_t end) {
+  const auto last = static_cast<size_t>(end);
   return {.sequence = &sequence,
           .tokens = ids.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin)),
-          .next_token = scores_next ? ids.back() : -1};
+          .next_token = last < ids.size() ? ids[last] : -1};
 }
 
 }  // namespace
@@ -146,6 +172,7 @@ Model Model::load(const LoadOptions& options) {
   const Checkpoint checkpoint = open_checkpoint(options);
   const ModelConfig& config = checkpoint.config();
   impl->info = describe(checkpoint, options, *impl->backend);
+  impl->kv_type = check_attention(attention, options.kv_cache, config, *impl->backend);
   if (options.random_weights.empty()) {
     impl->tokenizer = std::make_unique<Tokenizer>(Tokenizer::open(checkpoint.directory()));
     impl->tokenizer->check_fits(config.vocab_size);
@@ -180,10 +207,12 @@ std::string Model::detokenize(std::span<const int32_t> ids) const {
   return tokenizer().decode(ids);
 }
 
-void Model::set_attention(std::string_view name, bool smooth_k) {
+void Model::set_attention(std::string_view name, bool smooth_k, std::string_view kv_cache) {
   const AttentionSpec spec = attention_spec(name, smooth_k);
-  check_attention(spec, impl_->llama->config(), *impl_->backend);
+  const ModelConfig& config = impl_->llama->config();
+  impl_->kv_type = check_attention(spec, kv_cache, config, *impl_->backend);
   impl_->llama->set_attention(spec);
+  set_kv_info(impl_->kv_type, config, impl_->info);
   impl_->info.attention = describe_attention(spec);
 }
 
@@ -232,7 +261,7 @@ void Model::probe_attention(std::span<const int32_t> ids,
     fail("a sequence of {} tokens cannot be probed: 1 to {} can", length, most);
   }
   impl_->check_ids(ids);
-  Sequence sequence(impl_->cache_for_scoring(KvCache::pages_for(length)));
+  Sequence sequence(impl_->cache_for_scoring(kv_room(impl_->kv_type, length)));
   impl_->llama->probe_attention(
       {.sequence = &sequence, .tokens = ids},
       [&](int64_t layer, std::span<const float> qkv, std::span<const float> out) {
@@ -248,10 +277,11 @@ void Model::Impl::check_ids(std::span<const int32_t> ids) const {
   }
 }
 
-KvCache& Model::Impl::cache_for_scoring(int64_t num_pages) {
-  if (!score_cache || score_cache->num_pages() < num_pages) {
+KvCache& Model::Impl::cache_for_scoring(const KvRoom& room) {
+  if (!score_cache || score_cache->type() != kv_type || score_cache->room().pages < room.pages ||
+      score_cache->room().tails < room.tails) {
     score_cache.reset();  // not both at once
-    score_cache.emplace(llama->make_cache(num_pages));
+    score_cache.emplace(llama->make_cache(kv_type, room));
   }
   return *score_cache;
 }
@@ -270,7 +300,7 @@ void Model::Impl::for_each_step(std::span<const ScoreInput> inputs, const ScoreS
   for (size_t first = 0; first < inputs.size();) {
     const auto length = static_cast<int64_t>(inputs[first].ids.size());
     if (length > batch_tokens) {
-      KvCache& cache = cache_for_scoring(KvCache::pages_for(length));
+      KvCache& cache = cache_for_scoring(kv_room(kv_type, length));
       Sequence sequence(cache);
       for_each_chunk(sequence, inputs[first].ids, inputs[first].first_scored, first, run_step);
       ++first;
@@ -279,13 +309,15 @@ void Model::Impl::for_each_step(std::span<const ScoreInput> inputs, const ScoreS
     size_t last = first;
     int64_t tokens = 0;
     int64_t pages = 0;
+    KvRoom room;
     for (; last < inputs.size(); ++last) {
       const auto next = static_cast<int64_t>(inputs[last].ids.size());
       if (tokens + next > batch_tokens || pages + KvCache::pages_for(next) > max_pages) break;
       tokens += next;
       pages += KvCache::pages_for(next);
+      room += kv_room(kv_type, next);
     }
-    KvCache& cache = cache_for_scoring(std::max<int64_t>(pages, 1));
+    KvCache& cache = cache_for_scoring(room);
     std::vector<Sequence> sequences;
     std::vector<StepInput> steps;
     std::vector<int64_t> first_scored;
@@ -295,8 +327,8 @@ void Model::Impl::for_each_step(std::span<const ScoreInput> inputs, const ScoreS
       if (inputs[i].first_scored >= static_cast<int64_t>(inputs[i].ids.size())) continue;
       sequences.emplace_back(cache);
       const auto size = static_cast<int64_t>(inputs[i].ids.size());
-      steps.push_back(scoring_step(sequences.back(), inputs[i].ids, 0, std::min(size, info.context),
-                                   info.context));
+      steps.push_back(
+          scoring_step(sequences.back(), inputs[i].ids, 0, std::min(size, info.context)));
       first_scored.push_back(inputs[i].first_scored);
       places.push_back({.input = i});
     }
@@ -310,16 +342,14 @@ void Model::Impl::for_each_chunk(Sequence& sequence, std::span<const int32_t> to
   const auto length = static_cast<int64_t>(tokens.size());
   if (first_scored >= length) return;
   const int64_t to_run = std::min(length, info.context);
-  // A chunk starts with the last token of the one before: the score of its second token needs the
-  // logits after it.
   for (int64_t start = 0; start < to_run;) {
     const int64_t end = std::min(start + options.batch_tokens, to_run);
-    sequence.truncate(start);
-    const StepInput step = scoring_step(sequence, tokens, start, end, info.context);
-    const int64_t skip = std::clamp(first_scored - start, int64_t{1}, end - start);
+    const StepInput step = scoring_step(sequence, tokens, start, end);
+    // The first token of a chunk was scored with the chunk before.
+    const int64_t skip = std::clamp(first_scored - start, int64_t{1}, end - start + 1);
     const StepPlace place{.input = input, .start = start};
     run_step({&step, 1}, {&skip, 1}, {&place, 1});
-    start = end == to_run ? to_run : end - 1;
+    start = end;
   }
 }
 

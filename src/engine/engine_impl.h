@@ -23,6 +23,7 @@ struct Model::Impl {
   std::unique_ptr<Tokenizer> tokenizer;  // null: made-up weights have none
   std::unique_ptr<Backend> backend;
   std::unique_ptr<Llama> llama;
+  KvType kv_type = KvType::kFp16;      // of caches made from now on
   std::optional<KvCache> score_cache;  // grows to what the largest batch of score() needed
 
   // Runs tokens in chunks of at most batch_tokens, appending them to sequence; the logits after the
@@ -51,8 +52,8 @@ struct Model::Impl {
   void for_each_chunk(Sequence& sequence, std::span<const int32_t> tokens, int64_t first_scored,
                       size_t input, const ScoreStep& run_step);
 
-  // A cache of at least num_pages pages that no sequence uses.
-  KvCache& cache_for_scoring(int64_t num_pages);
+  // A cache of the current type, with at least this room, that no sequence uses.
+  KvCache& cache_for_scoring(const KvRoom& room);
   void check_ids(std::span<const int32_t> ids) const;
 };
 

@@ -34,10 +34,15 @@ void check_options(const GenerateOptions& options) {
 }  // namespace
 
 struct Session::Impl {
-  explicit Impl(std::shared_ptr<Model::Impl> shared_model)
+  Impl(std::shared_ptr<Model::Impl> shared_model, const KvRoom& room)
       : model(std::move(shared_model)),
-        cache(model->llama->make_cache(KvCache::pages_for(model->info.context))),
-        sequence(cache) {}
+        cache(std::make_shared<KvCache>(model->llama->make_cache(model->kv_type, room))),
+        sequence(*cache) {}
+  Impl(const Impl& other)
+      : model(other.model),
+        cache(other.cache),
+        sequence(other.sequence.fork(other.sequence.length())),
+        ids(other.ids) {}
 
   std::vector<float> run_prompt(const GenerateOptions& options, const TextCallback& on_text,
                                 Generation& result);
@@ -45,9 +50,9 @@ struct Session::Impl {
               const TextCallback& on_text, Generation& result);
 
   std::shared_ptr<Model::Impl> model;
-  KvCache cache;
-  Sequence sequence;         // the first of ids, those that went through the model
-  std::vector<int32_t> ids;  // all
+  std::shared_ptr<KvCache> cache;  // of this session and its forks
+  Sequence sequence;               // the first of ids, those that went through the model
+  std::vector<int32_t> ids;        // all
 };
 
 std::string_view stop_reason_name(StopReason reason) {
@@ -77,7 +82,14 @@ Session::~Session() = default;
 Session::Session(Session&&) noexcept = default;
 Session& Session::operator=(Session&&) noexcept = default;
 
-Session Model::start_session() { return Session(std::make_unique<Session::Impl>(impl_)); }
+Session Model::start_session(int64_t forks) {
+  if (forks < 0) fail("a session cannot have {} forks", forks);
+  const KvRoom one = kv_room(impl_->kv_type, impl_->info.context);
+  const KvRoom room{.pages = one.pages * (forks + 1), .tails = one.tails * (forks + 1)};
+  return Session(std::make_unique<Session::Impl>(impl_, room));
+}
+
+Session Session::fork() const { return Session(std::make_unique<Impl>(*impl_)); }
 
 std::span<const int32_t> Session::ids() const { return impl_->ids; }
 

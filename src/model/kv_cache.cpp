@@ -1,20 +1,45 @@
 #include "model/kv_cache.h"
 
+#include <map>
 #include <utility>
 
 #include "base/error.h"
 
 namespace sagelm {
 
-KvCache::KvCache(Backend& backend, int64_t num_layers, int64_t num_kv_heads, int64_t head_dim,
-                 int64_t num_pages)
-    : layout_{num_layers, num_kv_heads, head_dim, num_pages},
+KvRoom kv_room(KvType type, int64_t tokens) {
+  if (type == KvType::kFp16) return {.pages = KvCache::pages_for(tokens)};
+  return {.pages = tokens / kPageTokens, .tails = tokens > 0 ? 1 : 0};
+}
+
+KvCache::Pool::Pool(int64_t count) : owners_(static_cast<size_t>(count)) {
+  free_.reserve(owners_.size());
+  for (int64_t id = count - 1; id >= 0; --id) free_.push_back(static_cast<int32_t>(id));
+}
+
+int32_t KvCache::Pool::take() {
+  const int32_t id = free_.back();
+  free_.pop_back();
+  owners_[static_cast<size_t>(id)] = 1;
+  return id;
+}
+
+void KvCache::Pool::release(int32_t id) {
+  if (--owners_[static_cast<size_t>(id)] == 0) free_.push_back(id);
+}
+
+KvCache::KvCache(Backend& backend, KvType type, int64_t num_layers, int64_t num_kv_heads,
+                 int64_t head_dim, const KvRoom& room)
+    : layout_{type, num_layers, num_kv_heads, head_dim, room.pages, room.tails},
       storage_(backend.make_kv(layout_)),
-      owners_(static_cast<size_t>(num_pages)) {
-  free_.reserve(static_cast<size_t>(num_pages));
-  for (int64_t page = num_pages - 1; page >= 0; --page) {
-    free_.push_back(static_cast<int32_t>(page));
-  }
+      pages_(room.pages),
+      tails_(room.tails) {}
+
+void KvCache::unshare(Pool& pool, int32_t& id) {
+  const int32_t copy = pool.take();
+  storage_->copy_open_page(id, copy);
+  pool.release(id);
+  id = copy;
 }
 
 Sequence::~Sequence() { truncate(0); }
@@ -22,7 +47,8 @@ Sequence::~Sequence() { truncate(0); }
 Sequence::Sequence(Sequence&& other) noexcept
     : cache_(other.cache_),
       length_(std::exchange(other.length_, 0)),
-      pages_(std::exchange(other.pages_, {})) {}
+      pages_(std::exchange(other.pages_, {})),
+      tail_(std::exchange(other.tail_, -1)) {}
 
 Sequence& Sequence::operator=(Sequence&& other) noexcept {
   if (this != &other) {
@@ -30,50 +56,92 @@ Sequence& Sequence::operator=(Sequence&& other) noexcept {
     cache_ = other.cache_;
     length_ = std::exchange(other.length_, 0);
     pages_ = std::exchange(other.pages_, {});
+    tail_ = std::exchange(other.tail_, -1);
   }
   return *this;
 }
 
 void Sequence::extend(int64_t count) {
-  const int64_t needed = KvCache::pages_for(length_ + count) - static_cast<int64_t>(pages_.size());
-  if (needed > cache_->free_pages()) {
-    fail("the KV cache is full: {} more tokens need {} pages of {} tokens, and {} of {} are free",
-         count, needed, kPageTokens, cache_->free_pages(), cache_->num_pages());
-  }
-  if (count > 0 && length_ % kPageTokens != 0 &&
-      cache_->owners_[static_cast<size_t>(pages_.back())] > 1) {
-    fail("position {} of a sequence is on a page of the KV cache that another one shares", length_);
-  }
-  for (int64_t i = 0; i < needed; ++i) {
-    pages_.push_back(cache_->free_.back());
-    cache_->free_.pop_back();
-    cache_->owners_[static_cast<size_t>(pages_.back())] = 1;
-  }
-  length_ += count;
+  Sequence* const self = this;
+  extend_all({&self, 1}, {&count, 1});
 }
 
-Sequence Sequence::share(int64_t length) const {
-  if (length < 0 || length > length_ || length % kPageTokens != 0) {
-    fail("{} tokens of a sequence of {} cannot be shared: whole pages of {} can", length, length_,
-         kPageTokens);
+void Sequence::extend_all(std::span<Sequence* const> sequences, std::span<const int64_t> counts) {
+  if (sequences.empty()) return;
+  KvCache& cache = *sequences.front()->cache_;
+  const bool quantized = cache.quantized();
+  KvCache::Pool& open_pages = quantized ? cache.tails_ : cache.pages_;
+  // The FP16 page or tail that a sequence appends to first; null if it must take one.
+  const auto open_page = [quantized](Sequence& sequence) {
+    if (quantized) return sequence.tail_ < 0 ? nullptr : &sequence.tail_;
+    return sequence.length_ % kPageTokens == 0 ? nullptr : &sequence.pages_.back();
+  };
+
+  KvRoom needed;
+  int64_t tokens = 0;
+  std::map<int32_t, int32_t> appended_by;  // how many of the sequences append to an open page
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    Sequence& sequence = *sequences[i];
+    if (counts[i] == 0) continue;
+    tokens += counts[i];
+    const KvRoom room = kv_room(cache.type(), sequence.length_ + counts[i]);
+    needed.pages += room.pages - static_cast<int64_t>(sequence.pages_.size());
+    const int32_t* open = open_page(sequence);
+    if (open == nullptr) {
+      needed.tails += room.tails;
+    } else if (++appended_by[*open] < open_pages.owners(*open)) {
+      ++(quantized ? needed.tails : needed.pages);  // a copy; the last owner keeps the original
+    }
+  }
+  const KvRoom free = cache.free_room();
+  if (needed.pages > free.pages) {
+    fail("the KV cache is full: {} more tokens need {} pages of {} tokens, and {} of {} are free",
+         tokens, needed.pages, kPageTokens, free.pages, cache.room().pages);
+  }
+  if (needed.tails > free.tails) {
+    fail("the KV cache is full: {} more sequences begin in it, and it has room for {} of {}",
+         needed.tails, free.tails, cache.room().tails);
+  }
+
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    Sequence& sequence = *sequences[i];
+    if (counts[i] == 0) continue;
+    int32_t* open = open_page(sequence);
+    if (open == nullptr) {
+      if (quantized) sequence.tail_ = cache.tails_.take();
+    } else if (open_pages.owners(*open) > 1) {
+      cache.unshare(open_pages, *open);
+    }
+    sequence.length_ += counts[i];
+    const auto pages = static_cast<size_t>(kv_room(cache.type(), sequence.length_).pages);
+    while (sequence.pages_.size() < pages) sequence.pages_.push_back(cache.pages_.take());
+  }
+}
+
+Sequence Sequence::fork(int64_t length) const {
+  if (length < 0 || length > length_) {
+    fail("a sequence of {} tokens cannot be forked at {}", length_, length);
   }
   Sequence other(*cache_);
-  other.length_ = length;
-  other.pages_.assign(pages_.begin(), pages_.begin() + KvCache::pages_for(length));
-  for (const int32_t page : other.pages_) ++cache_->owners_[static_cast<size_t>(page)];
+  other.length_ = length_;
+  other.pages_ = pages_;
+  other.tail_ = tail_;
+  for (const int32_t page : pages_) cache_->pages_.add_owner(page);
+  if (tail_ >= 0) cache_->tails_.add_owner(tail_);
+  other.truncate(length);
   return other;
 }
 
 void Sequence::truncate(int64_t length) {
   if (length >= length_) return;
-  length_ = length;
-  const auto kept = static_cast<size_t>(KvCache::pages_for(length));
+  const bool in_tail = length >= length_ / kPageTokens * kPageTokens;
+  length_ = cache_->quantized() && !in_tail ? length / kPageTokens * kPageTokens : length;
+  const auto kept = static_cast<size_t>(kv_room(cache_->type(), length_).pages);
   while (pages_.size() > kept) {
-    if (--cache_->owners_[static_cast<size_t>(pages_.back())] == 0) {
-      cache_->free_.push_back(pages_.back());
-    }
+    cache_->pages_.release(pages_.back());
     pages_.pop_back();
   }
+  if (length_ == 0 && tail_ >= 0) cache_->tails_.release(std::exchange(tail_, -1));
 }
 
 }  // namespace sagelm

@@ -18,23 +18,18 @@ enum Slot : int { kHidden, kNormed, kQkv, kAttended, kGateUp, kActivated, kGathe
 constexpr int64_t kScoreRows = 256;
 
 void advance(std::span<const StepInput> inputs, const ModelConfig& config) {
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    Sequence& sequence = *inputs[i].sequence;
-    const auto count = static_cast<int64_t>(inputs[i].tokens.size());
-    try {
-      if (sequence.length() + count > config.max_position_embeddings) {
-        fail("{} tokens do not fit: the sequence holds {} and the model's context is {}", count,
-             sequence.length(), config.max_position_embeddings);
-      }
-      sequence.extend(count);
-    } catch (...) {
-      for (size_t j = 0; j < i; ++j) {
-        Sequence& done = *inputs[j].sequence;
-        done.truncate(done.length() - static_cast<int64_t>(inputs[j].tokens.size()));
-      }
-      throw;
+  std::vector<Sequence*> sequences;
+  std::vector<int64_t> counts;
+  for (const StepInput& input : inputs) {
+    const auto count = static_cast<int64_t>(input.tokens.size());
+    if (input.sequence->length() + count > config.max_position_embeddings) {
+      fail("{} tokens do not fit: the sequence holds {} and the model's context is {}", count,
+           input.sequence->length(), config.max_position_embeddings);
     }
+    sequences.push_back(input.sequence);
+    counts.push_back(count);
   }
+  Sequence::extend_all(sequences, counts);
 }
 
 // Tokens that score knows of: those of the input and the one after them, if it is given.
@@ -114,8 +109,8 @@ Llama::Llama(const ModelConfig& config, const ModelWeights& weights, Backend& ba
   if (progress) progress(1.0);
 }
 
-KvCache Llama::make_cache(int64_t num_pages) {
-  return KvCache(*backend_, config_.num_layers, config_.num_kv_heads, config_.head_dim, num_pages);
+KvCache Llama::make_cache(KvType type, const KvRoom& room) {
+  return KvCache(*backend_, type, config_.num_layers, config_.num_kv_heads, config_.head_dim, room);
 }
 
 Batch Llama::begin(std::span<const StepInput> inputs) {
@@ -127,6 +122,7 @@ Batch Llama::begin(std::span<const StepInput> inputs) {
     chunk.q_len = static_cast<int64_t>(input.tokens.size());
     chunk.kv_len = input.sequence->length();
     chunk.pages = input.sequence->pages();
+    chunk.tail = input.sequence->tail();
     batch.tokens.insert(batch.tokens.end(), input.tokens.begin(), input.tokens.end());
     batch.sequences.push_back(chunk);
   }

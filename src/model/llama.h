@@ -46,13 +46,14 @@ class Llama {
   const AttentionSpec& attention() const { return spec_; }
   void set_attention(const AttentionSpec& attention) { spec_ = attention; }
   Backend& backend() { return *backend_; }
-  KvCache make_cache(int64_t num_pages);
+  KvCache make_cache(KvType type, const KvRoom& room);
 
   // All inputs' sequences are of one cache and distinct.
 
   // Appends every input's tokens to its sequence and returns the logits after each input's last
   // token: [inputs.size(), vocab_size]. Throws Error (NaN or Inf: names the layer; cache full;
-  // context beyond the model's) and leaves the sequences' lengths as they were.
+  // context beyond the model's) and leaves the sequences as they were, or, where a page of a
+  // quantized cache was filled, as Sequence::truncate leaves them.
   std::vector<float> step(std::span<const StepInput> inputs);
 
   // Appends tokens likewise and scores them given all before them in their sequence: out[i][j] is

@@ -181,7 +181,12 @@ TEST(Engine, InspectAgreesWithLoad) {
   EXPECT_EQ(inspected.num_parameters, loaded.num_parameters);
   EXPECT_EQ(inspected.num_parameters, 13767552);
   EXPECT_EQ(inspected.context, 2048);
-  EXPECT_EQ(inspected.kv_bytes_per_token, 2 * 2 * 6 * 384);
+  EXPECT_EQ(inspected.kv_cache, "int8");
+  // Per layer and head: two 8-bit rows of 64, and 5 scales for every 128 tokens.
+  EXPECT_EQ(inspected.kv_bytes_per_token, (6 * 6 * (128 * 128 + 20) + 127) / 128);
+  options.attention = "fp16";
+  EXPECT_EQ(Model::inspect(options).kv_cache, "fp16");
+  EXPECT_EQ(Model::inspect(options).kv_bytes_per_token, 2 * 2 * 6 * 384);
   EXPECT_GT(loaded.weight_bytes, 0);
   // oneDNN may pad what it packs.
   EXPECT_NEAR(static_cast<double>(inspected.weight_bytes), static_cast<double>(loaded.weight_bytes),

@@ -152,13 +152,16 @@ TEST_P(Reference, SagePerplexityIsThatOfFp16) {
   if (text.empty()) GTEST_SKIP() << "there is no " << shared_directory();
   Model model = load("fp16");
   const auto ids = model.tokenize(text);
-  const auto perplexity = [&](const char* attention) {
-    model.set_attention(attention, true);
+  const auto perplexity = [&](const char* attention, const char* kv_cache = "fp16") {
+    model.set_attention(attention, true, kv_cache);
     return run_perplexity(ids, sampled_protocol(), {}, scorer_of(model)).perplexity;
   };
   const double fp16 = perplexity("fp16");
   EXPECT_NEAR(perplexity("sage1") / fp16, 1, 0.003);
-  EXPECT_NEAR(perplexity("sage2") / fp16, 1, 0.005);
+  const double sage2 = perplexity("sage2");
+  EXPECT_NEAR(sage2 / fp16, 1, 0.005);
+  // The tokens are few: over 82,000 the two agree within 0.1 % (docs/kv-cache.md).
+  EXPECT_NEAR(perplexity("sage2", "int8") / sage2, 1, 0.005);
 }
 
 // Windows alone, several in one step, and each in chunks of 100 tokens.

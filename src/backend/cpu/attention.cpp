@@ -79,6 +79,10 @@ Workspace carve_workspace(Carver& carver, int64_t dim) {
   Workspace work;
   work.rows = carver.take(kMaxQueryBlock * dim);
   work.bytes = reinterpret_cast<int8_t*>(carver.take(kMaxQueryBlock * dim / 4));
+  work.integers = carver.take(kMaxQueryBlock * dim);
+  work.tile_k = carver.take(kMaxKeyTile * dim);
+  work.tile_v = carver.take(kMaxKeyTile * dim);
+  work.tile_scale = carver.take(kMaxKeyTile);
   work.out = carver.take(kMaxQueryBlock * dim);
   work.scores = carver.take(kRowBlock * kMaxKeyTile);
   work.bias = carver.take(kMaxKeyTile);
@@ -95,15 +99,28 @@ int64_t padded_dim(int64_t head_dim) { return (head_dim + kDimAlign - 1) / kDimA
 KvHead carve_kv(Carver& carver, const KernelTable& kernels, const Plan& plan,
                 const AttentionArgs& args, int64_t head) {
   KvHead kv = {};
-  kv.k_pages = args.kv.k_pages.data();
-  kv.v_pages = args.kv.v_pages.data();
-  kv.page_size = args.kv.page_size;
   kv.head = head;
   kv.head_dim = args.head_dim;
   kv.dim = padded_dim(args.head_dim);
   kv.kv_len = args.kv_len;
-  const int64_t keys = (args.kv_len + plan.key_tile - 1) / plan.key_tile * plan.key_tile;
-  const bool bytes = kernels.packs_bytes && plan.qk_levels != 0;
+  if (plan.paged) {
+    kv.k_pages = &args.quantized.tail_k;
+    kv.v_pages = &args.quantized.tail_v;
+    kv.page_size = kPageTokens;
+    kv.first_prepared = args.kv_len / kPageTokens * kPageTokens;
+    kv.operands = args.quantized.operands;
+    kv.scales = args.quantized.scales;
+    kv.page_ids = args.quantized.pages.data();
+    kv.num_kv_heads = args.num_kv_heads;
+    kv.mean = args.quantized.mean;
+  } else {
+    kv.k_pages = args.kv.k_pages.data();
+    kv.v_pages = args.kv.v_pages.data();
+    kv.page_size = args.kv.page_size;
+  }
+  const int64_t prepared = args.kv_len - kv.first_prepared;
+  const int64_t keys = (prepared + plan.key_tile - 1) / plan.key_tile * plan.key_tile;
+  const bool bytes = kernels.packs_bytes && plan.qk_levels != 0 && !plan.paged;
   kv.k = carver.take(bytes ? keys * kv.dim / 4 : keys * kv.dim);
   kv.k_exact = plan.smooth_q ? carver.take(keys * kv.dim) : nullptr;
   kv.k_scale = carver.take(keys);
@@ -113,7 +130,7 @@ KvHead carve_kv(Carver& carver, const KernelTable& kernels, const Plan& plan,
   return kv;
 }
 
-void check(const AttentionArgs& args, size_t index) {
+void check(const AttentionArgs& args, size_t index, KvType cache) {
   const auto refuse = [index](std::string_view what) {
     fail("attention of sequence {} of the batch: {}", index, what);
   };
@@ -137,6 +154,21 @@ void check(const AttentionArgs& args, size_t index) {
                        args.q_row_stride, args.out_row_stride, width));
   }
   if (args.kv_len == 0) return;
+  if (cache == KvType::kInt8) {
+    const QuantizedKv& kv = args.quantized;
+    const int64_t full = args.kv_len / kPageTokens;
+    if (full > static_cast<int64_t>(kv.pages.size())) {
+      refuse(fmt::format("{} pages of {} tokens do not hold {} keys", kv.pages.size(), kPageTokens,
+                         args.kv_len));
+    }
+    if (full > 0 && (kv.operands == nullptr || kv.scales == nullptr || kv.mean == nullptr)) {
+      refuse("the quantized pages are missing");
+    }
+    if (args.kv_len % kPageTokens != 0 && (kv.tail_k == nullptr || kv.tail_v == nullptr)) {
+      refuse("the tail of the cache is missing");
+    }
+    return;
+  }
   const auto pages = static_cast<int64_t>(std::min(args.kv.k_pages.size(), args.kv.v_pages.size()));
   if (args.kv.page_size < 1 || (args.kv_len - 1) / args.kv.page_size >= pages) {
     refuse(fmt::format("{} pages of {} tokens do not hold {} keys", pages, args.kv.page_size,
@@ -325,8 +357,8 @@ std::span<const KernelTable* const> available_attention_kernels() {
 }
 
 void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> sequences,
-                    const AttentionSpec& spec) {
-  const Plan plan = make_plan(spec);
+                    const AttentionSpec& spec, KvType cache) {
+  const Plan plan = make_plan(spec, cache);
   thread_local Scratch scratch;
   scratch.units.clear();
   int64_t dim = 0;
@@ -334,7 +366,7 @@ void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> s
   double work = 0;
   for (size_t i = 0; i < sequences.size(); ++i) {
     const AttentionArgs& args = sequences[i];
-    check(args, i);
+    check(args, i, cache);
     clear_masked_rows(args);
     if (count_masked_rows(args) == args.q_len) continue;
     Carver measure(nullptr);
@@ -366,8 +398,13 @@ void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> s
   }
 }
 
-void attention(std::span<const AttentionArgs> sequences, const AttentionSpec& spec) {
-  attention_with(selected_kernels(), sequences, spec);
+void attention(std::span<const AttentionArgs> sequences, const AttentionSpec& spec, KvType cache) {
+  attention_with(selected_kernels(), sequences, spec, cache);
+}
+
+void quantize_page(const uint16_t* k, const uint16_t* v, const float* mean, int64_t head_dim,
+                   uint8_t* operands, float* scales) {
+  selected_kernels().quantize_page(k, v, mean, head_dim, operands, scales);
 }
 
 const char* attention_isa() { return selected_kernels().name; }

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "backend/attention_variant.h"
+#include "backend/kv_layout.h"
 
 namespace sagelm::cpu {
 
@@ -18,13 +19,29 @@ struct PagedKv {
   int64_t page_size = 0;
 };
 
+// One sequence in a KvType::kInt8 cache, of one layer. A head of a quantized page is K as unsigned
+// bytes, each plus 128, [dim / 4][kPageTokens][4], then V as e4m3 [kPageTokens][dim], where dim is
+// head_dim rounded up as KvLayout::padded_dim does.
+struct QuantizedKv {
+  const uint8_t* operands = nullptr;  // [page][num_kv_heads][2][kPageTokens * dim]
+  const float* scales = nullptr;      // [page][num_kv_heads][kPageScales]
+  std::span<const int32_t> pages;     // the first kv_len / kPageTokens are the sequence's
+  // The keys past those pages, FP16 [num_kv_heads][kPageTokens][head_dim].
+  const uint16_t* tail_k = nullptr;
+  const uint16_t* tail_v = nullptr;
+  // [num_kv_heads][head_dim], what was subtracted from the keys of quantized pages; null: the
+  // sequence has none.
+  const float* mean = nullptr;
+};
+
 struct AttentionArgs {
   const float* q = nullptr;  // [q_len, num_heads, head_dim], rows q_row_stride elements apart
   int64_t q_row_stride = 0;
   float* out = nullptr;  // [q_len, num_heads, head_dim], rows out_row_stride elements apart
   int64_t out_row_stride = 0;
   float* lse = nullptr;  // optional [num_heads, q_len]: natural-log sum of exp of scaled logits
-  PagedKv kv;
+  PagedKv kv;            // for a call with KvType::kFp16, else:
+  QuantizedKv quantized;
   int64_t q_len = 0;
   int64_t kv_len = 0;  // when causal the last query row sees the last key; see below
   int64_t num_heads = 0;
@@ -43,6 +60,8 @@ struct AttentionArgs {
 // scale group that holds one makes NaN of everything computed with it (with smoothed K, of all rows
 // of the head; for quantized V, of its channel), which may include rows that do not see the value.
 //
+// cache says which cache all sequences are in; kInt8 is for sage2-8b only.
+//
 // Numbers, all variants: Q is rounded to FP16 first; softmax, its sum (of unrounded P) and O are
 // FP32; each tile of 64 keys is summed in a fresh accumulator that is then added to O.
 //   fp16      QK and PV of FP16 values in FP32, P rounded to FP16.
@@ -56,14 +75,27 @@ struct AttentionArgs {
 //             V (one scale per channel). sage2-4b also subtracts the mean of every 64 queries and
 //             adds its exact product with the smoothed keys.
 // When causal, query groups and blocks are counted from the start of the sequence.
-void attention(std::span<const AttentionArgs> sequences, const AttentionSpec& spec);
+// sage2-8b with a kInt8 cache: Q has a scale per row; the keys and values of quantized pages are
+// used as they are stored, a page being one tile with e4m3 P; those of the tail are FP16 (K minus
+// the same mean), with unquantized Q and FP16 P. A row's result does not depend on the rows beside
+// it.
+void attention(std::span<const AttentionArgs> sequences, const AttentionSpec& spec,
+               KvType cache = KvType::kFp16);
+
+// Quantizes a full page of one head, FP16 k and v [kPageTokens][head_dim], into operands and scales
+// as QuantizedKv has them. mean [head_dim] is subtracted from K. Bit for bit the same on every
+// instruction set: K to the nearest integer of (k - mean) * (127 / amax), ties to even, rounded
+// once; V to the nearest e4m3 of v * (448 / amax).
+void quantize_page(const uint16_t* k, const uint16_t* v, const float* mean, int64_t head_dim,
+                   uint8_t* operands, float* scales);
 
 // Splitting a sequence into chunks or single tokens gives the same result as one pass within this
 // relative L1 distance of the outputs (sum |a - b| / sum |b|). 0: bit for bit. Query scale groups
 // sit at absolute positions, so what remains is: the K mean and the per-channel V scales follow the
 // keys seen so far, a scale group cut by a chunk's end has fewer members, and for sage2-4b so does
-// the mean of a query block.
-double attention_split_bound(const AttentionSpec& spec);
+// the mean of a query block. With a kInt8 cache: rows whose page is not yet full see its keys in
+// FP16, later the quantized ones.
+double attention_split_bound(const AttentionSpec& spec, KvType cache = KvType::kFp16);
 
 // The instruction set the kernels use on this machine: "avx512-vnni", "avx2" or "generic".
 const char* attention_isa();

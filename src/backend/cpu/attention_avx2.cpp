@@ -5,7 +5,7 @@
 namespace sagelm::cpu {
 
 const KernelTable* attention_kernels_avx2() {
-  static constexpr KernelTable kTable = {"avx2", kPacksBytes, prepare_kv, attend};
+  static constexpr KernelTable kTable = {"avx2", kPacksBytes, prepare_kv, attend, write_page};
   return &kTable;
 }
 

@@ -6,7 +6,8 @@
 namespace sagelm::cpu {
 
 const KernelTable* attention_kernels_avx512() {
-  static constexpr KernelTable kTable = {"avx512-vnni", kPacksBytes, prepare_kv, attend};
+  static constexpr KernelTable kTable = {"avx512-vnni", kPacksBytes, prepare_kv, attend,
+                                         write_page};
   return &kTable;
 }
 

@@ -4,7 +4,7 @@
 namespace sagelm::cpu {
 
 const KernelTable* attention_kernels_generic() {
-  static constexpr KernelTable kTable = {"generic", kPacksBytes, prepare_kv, attend};
+  static constexpr KernelTable kTable = {"generic", kPacksBytes, prepare_kv, attend, write_page};
   return &kTable;
 }
 

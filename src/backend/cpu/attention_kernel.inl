@@ -29,18 +29,22 @@ constexpr bool kPacksBytes = false;
 constexpr int32_t kByteOffset = 128;  // dpbusd wants one operand unsigned: K
 constexpr float kNoMax = -1e30f;      // finite, so that -inf logits give exp2(-inf), not NaN
 constexpr int64_t kHalfAccKeys = 16;  // keys of one FP16 mma step
+constexpr int64_t kKeyPadding = 64;   // prepared keys are padded with zeros to a multiple of this
 
 #include "backend/cpu/attention_prepare.inl"
 
-// acc += a [kRows][depth] * b [depth][kVecs vectors]. With kRoundHalf the accumulator is rounded
-// to FP16 after every kHalfAccKeys terms.
-template <int kRows, int kVecs, bool kRoundHalf = false>
-inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                     int64_t depth, VecF (&acc)[kRows][kVecs]) {
+inline VecF load_column(const float* p) { return load<VecF>(p); }
+inline VecF load_column(const uint8_t* p) { return load_e4m3(p); }
+
+// acc += a [kRows][depth] * b [depth][kVecs vectors], floats or codes of e4m3. With kRoundHalf the
+// accumulator is rounded to FP16 after every kHalfAccKeys terms.
+template <int kRows, int kVecs, bool kRoundHalf = false, typename T = float>
+inline void multiply(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth,
+                     VecF (&acc)[kRows][kVecs]) {
   for (int64_t k = 0; k < depth; ++k) {
     VecF column[kVecs];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) column[v] = load<VecF>(b + k * b_stride + v * kLanes);
+    for (int v = 0; v < kVecs; ++v) column[v] = load_column(b + k * b_stride + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const float factor = a[r * a_stride + k];
@@ -84,6 +88,12 @@ struct TileView {
   int64_t first_key;
   int64_t columns;  // keys to look at, rounded up as attend() says; the rest is masked for all
   bool has_bias;
+  bool integers;         // Q and K are; else both are FP16
+  const void* k;         // packed bytes where the kernels pack integers, else float [dim][key_tile]
+  const float* k_scale;  // [key_tile]
+  const float* v;        // [key_tile][dim], or null:
+  const uint8_t* v_codes;  // the same as codes of e4m3, in units of kE4m3Unit
+  float v_scale;           // of all values of the tile
 };
 
 // Raw products of rows row0 .. row0 + kRows of the query block with the tile's keys, as floats.
@@ -95,8 +105,8 @@ void scores_of(const Plan& plan, const QueryBlock& block, const Workspace& work,
   for (int64_t j = 0; j < tile.columns; j += kStep) {
     float* out = work.scores + j;
 #if defined(__AVX512VNNI__)
-    if (plan.qk_levels != 0) {
-      const auto* b = static_cast<const uint8_t*>(kv.k) + tile.first_key * kv.dim + 4 * j;
+    if (tile.integers) {
+      const auto* b = static_cast<const uint8_t*>(tile.k) + 4 * j;
       __m512i acc[kRows][kMaxVecs];
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -116,9 +126,10 @@ void scores_of(const Plan& plan, const QueryBlock& block, const Workspace& work,
       continue;
     }
 #endif
-    const float* b = static_cast<const float*>(kv.k) + tile.first_key * kv.dim + j;
+    const float* b = static_cast<const float*>(tile.k) + j;
+    const float* a = tile.integers && !kPacksBytes ? work.integers : work.rows;
     VecF acc[kRows][kMaxVecs] = {};
-    multiply(work.rows + row0 * kv.dim, kv.dim, b, plan.key_tile, kv.head_dim, acc);
+    multiply(a + row0 * kv.dim, kv.dim, b, plan.key_tile, kv.head_dim, acc);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -142,8 +153,8 @@ float softmax_row(const Plan& plan, const QueryBlock& block, const Workspace& wo
   const KvHead& kv = *block.kv;
   const int64_t visible_keys =
       block.causal ? block.position + row + 1 - tile.first_key : kv.kv_len - tile.first_key;
-  const float* k_scale = kv.k_scale + tile.first_key;
-  const float q_scale = work.q_scale[row];
+  const float* k_scale = tile.k_scale;
+  const float q_scale = tile.integers ? work.q_scale[row] : block.softmax_scale * recipe::kLog2E;
   VecF row_max = VecF{} + kNoMax;
   for (int64_t j = 0; j < tile.columns; j += kLanes) {
     VecF t = load<VecF>(scores + j) * (load<VecF>(k_scale + j) * q_scale);
@@ -160,7 +171,7 @@ float softmax_row(const Plan& plan, const QueryBlock& block, const Workspace& wo
   const float old_max = work.row_max[row];
   const float new_max = tile_max > old_max ? tile_max : old_max;
   work.row_max[row] = new_max;
-  const float shift = kPv == PvKind::kE4m3 ? new_max - recipe::kLog2E4m3Max : new_max;
+  const float shift = plan.pv == PvKind::kE4m3 ? new_max - recipe::kLog2E4m3Max : new_max;
   VecF sum = {};
   for (int64_t j = 0; j < tile.columns; j += kLanes) {
     const VecF p = exp2(load<VecF>(scores + j) - shift);
@@ -173,10 +184,10 @@ float softmax_row(const Plan& plan, const QueryBlock& block, const Workspace& wo
   return alpha;
 }
 
-// out = out * alpha + P V, the product in a fresh accumulator.
-template <int kRows, int kVecs, bool kRoundHalf>
-inline void accumulate(const float* p, const float* v, int64_t dim, int64_t keys,
-                       const float* alpha, float* out) {
+// out = out * alpha + P V scale, the product in a fresh accumulator.
+template <int kRows, int kVecs, bool kRoundHalf, typename T>
+inline void accumulate(const float* p, const T* v, int64_t dim, int64_t keys, const float* alpha,
+                       float scale, float* out) {
   VecF acc[kRows][kVecs] = {};
   multiply<kRows, kVecs, kRoundHalf>(p, kMaxKeyTile, v, dim, keys, acc);
 #pragma GCC unroll 8
@@ -184,24 +195,24 @@ inline void accumulate(const float* p, const float* v, int64_t dim, int64_t keys
 #pragma GCC unroll 8
     for (int i = 0; i < kVecs; ++i) {
       float* o = out + r * dim + i * kLanes;
-      store(o, load<VecF>(o) * alpha[r] + acc[r][i]);
+      store(o, load<VecF>(o) * alpha[r] + acc[r][i] * scale);
     }
   }
 }
 
-template <int kRows, bool kRoundHalf>
-void accumulate_columns(const float* p, const float* v, int64_t dim, int64_t keys,
-                        const float* alpha, float* out) {
+template <int kRows, bool kRoundHalf, typename T>
+void accumulate_columns(const float* p, const T* v, int64_t dim, int64_t keys, const float* alpha,
+                        float scale, float* out) {
   int64_t c = 0;
   for (; c + kMaxVecs * kLanes <= dim; c += kMaxVecs * kLanes) {
-    accumulate<kRows, kMaxVecs, kRoundHalf>(p, v + c, dim, keys, alpha, out + c);
+    accumulate<kRows, kMaxVecs, kRoundHalf>(p, v + c, dim, keys, alpha, scale, out + c);
   }
   if constexpr (kLanes == kDimAlign) {  // narrower vectors always divide the padded head size
     for (; c + 2 * kLanes <= dim; c += 2 * kLanes) {
-      accumulate<kRows, 2, kRoundHalf>(p, v + c, dim, keys, alpha, out + c);
+      accumulate<kRows, 2, kRoundHalf>(p, v + c, dim, keys, alpha, scale, out + c);
     }
     for (; c < dim; c += kLanes) {
-      accumulate<kRows, 1, kRoundHalf>(p, v + c, dim, keys, alpha, out + c);
+      accumulate<kRows, 1, kRoundHalf>(p, v + c, dim, keys, alpha, scale, out + c);
     }
   }
 }
@@ -216,9 +227,16 @@ void attend_rows(const Plan& plan, const QueryBlock& block, const Workspace& wor
     alpha[r] = softmax_row<kPv>(plan, block, work, row0 + r, tile, work.scores + r * kMaxKeyTile);
   }
   const int64_t dim = block.kv->dim;
-  accumulate_columns<kRows, kPv == PvKind::kHalfAccHalf>(
-      work.scores, block.kv->v + tile.first_key * dim, dim, tile.columns, alpha,
-      work.out + row0 * dim);
+  float* out = work.out + row0 * dim;
+  if constexpr (kPv == PvKind::kE4m3) {
+    if (tile.v_codes != nullptr) {
+      accumulate_columns<kRows, false>(work.scores, tile.v_codes, dim, tile.columns, alpha,
+                                       tile.v_scale, out);
+      return;
+    }
+  }
+  accumulate_columns<kRows, kPv == PvKind::kHalfAccHalf>(work.scores, tile.v, dim, tile.columns,
+                                                         alpha, tile.v_scale, out);
 }
 
 using AttendRows = void (*)(const Plan&, const QueryBlock&, const Workspace&, int64_t,
@@ -272,6 +290,24 @@ void finish_row(const Plan& plan, const QueryBlock& block, const Workspace& work
   block.lse[row] += (work.row_max[row] - extra + __builtin_log2f(sum)) * recipe::kLn2;
 }
 
+#include "backend/cpu/attention_page.inl"
+
+// The prepared tile that begins at first_key.
+TileView view_prepared(const Plan& plan, const KvHead& kv, int64_t first_key) {
+  const int64_t key = first_key - kv.first_prepared;
+  TileView tile = {};
+  tile.first_key = first_key;
+  tile.has_bias = plan.smooth_q;
+  tile.integers = plan.qk_levels != 0 && !plan.paged;
+  tile.k = tile.integers && kPacksBytes
+               ? static_cast<const void*>(static_cast<const uint8_t*>(kv.k) + key * kv.dim)
+               : static_cast<const float*>(kv.k) + key * kv.dim;
+  tile.k_scale = kv.k_scale + key;
+  tile.v = kv.v + key * kv.dim;
+  tile.v_scale = 1.0f;  // prepared values have scales per channel
+  return tile;
+}
+
 void attend(const Plan& plan, const QueryBlock& block, const Workspace& work) {
   const KvHead& kv = *block.kv;
   prepare_queries(plan, block, work);
@@ -283,15 +319,20 @@ void attend(const Plan& plan, const QueryBlock& block, const Workspace& work) {
   const int64_t last_key = block.causal ? block.position + block.rows : kv.kv_len;
   // Whole register blocks and whole FP16 accumulation steps.
   constexpr int64_t kStep = kMaxVecs * kLanes > kHalfAccKeys ? kMaxVecs * kLanes : kHalfAccKeys;
+  static_assert(kKeyPadding % kStep == 0);
   for (int64_t first_key = 0; first_key < last_key; first_key += plan.key_tile) {
     if (plan.smooth_q) smoothing_bias(plan, block, work, first_key);
+    const bool page = first_key < kv.first_prepared;
+    TileView tile = page ? view_page(kv, work, first_key, block.rows <= kRowBlock)
+                         : view_prepared(plan, kv, first_key);
+    const PvKind pv = plan.paged && !page ? PvKind::kHalf : plan.pv;
     for (int64_t r = 0; r < block.rows; r += kRowBlock) {
       const int64_t rows = block.rows - r < kRowBlock ? block.rows - r : kRowBlock;
       int64_t visible = (block.causal ? block.position + r + rows : kv.kv_len) - first_key;
       if (visible <= 0) continue;
       if (visible > plan.key_tile) visible = plan.key_tile;
-      const TileView tile = {first_key, (visible + kStep - 1) / kStep * kStep, plan.smooth_q};
-      select_attend_rows(plan.pv, rows)(plan, block, work, r, tile);
+      tile.columns = (visible + kStep - 1) / kStep * kStep;
+      select_attend_rows(pv, rows)(plan, block, work, r, tile);
     }
   }
   for (int64_t r = 0; r < block.rows; ++r) finish_row(plan, block, work, r);

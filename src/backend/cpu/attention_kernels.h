@@ -30,6 +30,7 @@ struct Plan {
   int32_t qk_levels;  // largest integer of Q and K: 127 or 7; 0 = FP16 operands
   bool smooth_k;
   bool smooth_q;
+  bool paged;  // a kInt8 cache: tiles are quantized pages, and the tail's, in FP16
   PvKind pv;
   int32_t query_block;  // rows that are scaled (and for smooth_q, averaged) together
   int32_t key_tile;     // keys of one softmax step and one first-level PV accumulator
@@ -41,7 +42,8 @@ struct Plan {
 };
 
 // One key/value head of one sequence and its prepared operands, tile after tile of key_tile keys
-// (zero padded); dim is head_dim padded to kDimAlign.
+// (the last one padded with zeros as far as attend() reads it) from the key first_prepared on; dim
+// is head_dim padded to kDimAlign.
 struct KvHead {
   const uint16_t* const* k_pages;
   const uint16_t* const* v_pages;
@@ -50,10 +52,17 @@ struct KvHead {
   int64_t head_dim;
   int64_t dim;
   int64_t kv_len;
+  int64_t first_prepared;  // 0; when paged, the first key of the tail, which k_pages[0] then holds
+  // When paged: the quantized pages before it, as QuantizedKv has them.
+  const uint8_t* operands;
+  const float* scales;
+  const int32_t* page_ids;
+  int64_t num_kv_heads;
+  const float* mean;
   // Outputs of prepare_kv.
   void* k;         // the QK operand, see KernelTable::packs_bytes
   float* k_exact;  // smooth_q only: [tile][dim][key_tile] K minus its mean, not quantized
-  float* k_scale;  // [tiles * key_tile]
+  float* k_scale;  // [tiles * key_tile]; 1 for FP16 keys
   float* k_mean;   // [dim], zeros without smoothing
   float* v;        // [tiles * key_tile][dim] the values that PV multiplies
   float* v_scale;  // [dim]
@@ -77,7 +86,11 @@ struct QueryBlock {
 // Scratch of one thread, 64-byte aligned.
 struct Workspace {
   float* rows;        // [max(kMaxQueryBlock, kMaxKeyTile)][dim] rows before quantization
-  int8_t* bytes;      // the same rows as integers
+  int8_t* bytes;      // the same rows as integers, where the kernels pack bytes
+  float* integers;    // [kMaxQueryBlock][dim] the same where they do not
+  float* tile_k;      // paged: [dim][kMaxKeyTile] the integers of a page, where they do not
+  float* tile_v;      // paged: [kMaxKeyTile][dim] the values of a page
+  float* tile_scale;  // paged: [kMaxKeyTile] the scales of its keys
   float* out;         // [kMaxQueryBlock][dim] unnormalised output
   float* scores;      // [kRowBlock][kMaxKeyTile]
   float* bias;        // [kMaxKeyTile] smoothed-Q correction
@@ -95,6 +108,9 @@ struct KernelTable {
   bool packs_bytes;
   void (*prepare_kv)(const Plan& plan, const KvHead& kv, const Workspace& work);
   void (*attend)(const Plan& plan, const QueryBlock& block, const Workspace& work);
+  // See quantize_page() in attention.h.
+  void (*quantize_page)(const uint16_t* k, const uint16_t* v, const float* mean, int64_t head_dim,
+                        uint8_t* operands, float* scales);
 };
 
 // Null when this build does not contain the instruction set.
@@ -104,7 +120,7 @@ const KernelTable* attention_kernels_generic();
 
 // attention() with given kernels: tests compare the instruction sets of one machine.
 void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> sequences,
-                    const AttentionSpec& spec);
+                    const AttentionSpec& spec, KvType cache = KvType::kFp16);
 
 // The kernels this build has and this CPU can run, best first.
 std::span<const KernelTable* const> available_attention_kernels();

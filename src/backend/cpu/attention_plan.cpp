@@ -1,5 +1,6 @@
 #include "backend/cpu/attention_plan.h"
 
+#include "base/error.h"
 #include "kernels/attention/recipe.h"
 
 namespace sagelm::cpu {
@@ -35,7 +36,7 @@ void set_groups(Plan& plan, Granularity granularity) {
 
 }  // namespace
 
-Plan make_plan(const AttentionSpec& spec) {
+Plan make_plan(const AttentionSpec& spec, KvType cache) {
   Plan plan = {};
   plan.amax_floor = recipe::kAmaxFloor;
   plan.qk_levels = static_cast<int32_t>(recipe::kInt8Max);
@@ -70,10 +71,20 @@ Plan make_plan(const AttentionSpec& spec) {
   if (spec.variant == AttentionVariant::kSage1VT || spec.variant == AttentionVariant::kSage1VB) {
     plan.pv = PvKind::kInt8;
   }
+  if (cache == KvType::kInt8) {
+    if (spec.variant != AttentionVariant::kSage2_8b) {
+      fail("attention {} cannot read an 8-bit KV cache: it holds what sage2-8b multiplies",
+           attention_variant_name(spec.variant));
+    }
+    plan.paged = true;
+    set_groups(plan, Granularity::kToken);
+    plan.key_tile = static_cast<int32_t>(kPageTokens);
+  }
   return plan;
 }
 
-double attention_split_bound(const AttentionSpec& spec) {
+double attention_split_bound(const AttentionSpec& spec, KvType cache) {
+  if (cache == KvType::kInt8) return 0.08;
   switch (spec.variant) {
     case AttentionVariant::kFp16:
       return 0.0;

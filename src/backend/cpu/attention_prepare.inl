@@ -70,9 +70,9 @@ inline VecF quantize(const float* row, const Quantizer& quantizer) {
   return round_to_integer(load<VecF>(row) * quantizer.inverse);
 }
 
-// To float in place, or to bytes plus offset.
-inline void quantize_row(float* row, int64_t dim, const Quantizer& quantizer) {
-  for (int64_t c = 0; c < dim; c += kLanes) store(row + c, quantize(row + c, quantizer));
+// To float (out may be row), or to bytes plus offset.
+inline void quantize_row(const float* row, int64_t dim, const Quantizer& quantizer, float* out) {
+  for (int64_t c = 0; c < dim; c += kLanes) store(out + c, quantize(row + c, quantizer));
 }
 
 inline void quantize_row(const float* row, int64_t dim, const Quantizer& quantizer, int32_t offset,
@@ -159,16 +159,19 @@ inline void mean_of_keys(const KvHead& kv, int64_t tile, float* mean) {
 void prepare_keys(const Plan& plan, const KvHead& kv, const Workspace& work) {
   const int64_t tile = plan.key_tile;
   const int64_t dim = kv.dim;
-  const bool quantized = plan.qk_levels != 0;
+  const bool quantized = plan.qk_levels != 0 && !plan.paged;
   const bool to_bytes = quantized && kPacksBytes;
-  if (quantized && plan.smooth_k) {
+  zero_row(kv.k_mean, dim);
+  if (plan.paged && kv.mean != nullptr) {
+    for (int64_t c = 0; c < kv.head_dim; ++c) kv.k_mean[c] = kv.mean[kv.head * kv.head_dim + c];
+  } else if (quantized && plan.smooth_k) {
     mean_of_keys(kv, tile, kv.k_mean);
-  } else {
-    zero_row(kv.k_mean, dim);
   }
   RowCursor cursor = rows_of(kv, kv.k_pages);
-  for (int64_t first = 0; first < kv.kv_len; first += tile) {
-    const int64_t count = kv.kv_len - first < tile ? kv.kv_len - first : tile;
+  const int64_t length = kv.kv_len - kv.first_prepared;
+  for (int64_t first = 0; first < length; first += tile) {
+    const int64_t count = length - first < tile ? length - first : tile;
+    const int64_t padded = (count + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
     VecI amax[kMaxKeyTile];
     for (int32_t g = 0; g < plan.num_k_groups; ++g) amax[g] = VecI{};
     for (int64_t r = 0; r < count; ++r) {
@@ -182,29 +185,30 @@ void prepare_keys(const Plan& plan, const KvHead& kv, const Workspace& work) {
       }
       amax[plan.k_group[r]] = max(amax[plan.k_group[r]], row_max);
     }
-    for (int64_t r = count; r < tile; ++r) zero_row(work.rows + r * dim, dim);
-    if (plan.smooth_q) transpose(work.rows, dim, kv.k_exact + first * dim, tile, tile, dim);
+    for (int64_t r = count; r < padded; ++r) zero_row(work.rows + r * dim, dim);
+    if (plan.smooth_q) transpose(work.rows, dim, kv.k_exact + first * dim, tile, padded, dim);
 
     float* scale = kv.k_scale + first;
     if (quantized) {
       Quantizer quantizers[kMaxKeyTile];
       make_quantizers(plan, amax, plan.num_k_groups, quantizers);
-      for (int64_t r = 0; r < tile; ++r) {
+      for (int64_t r = 0; r < padded; ++r) {
         const Quantizer& quantizer = quantizers[plan.k_group[r]];
         scale[r] = quantizer.scale;
         if (to_bytes) {
           quantize_row(work.rows + r * dim, dim, quantizer, kByteOffset, work.bytes + r * dim);
         } else {
-          quantize_row(work.rows + r * dim, dim, quantizer);
+          quantize_row(work.rows + r * dim, dim, quantizer, work.rows + r * dim);
         }
       }
     } else {
-      for (int64_t r = 0; r < tile; ++r) scale[r] = 1.0f;
+      for (int64_t r = 0; r < padded; ++r) scale[r] = 1.0f;
     }
     if (to_bytes) {
-      transpose(work.bytes, dim / 4, static_cast<int8_t*>(kv.k) + first * dim, tile, tile, dim / 4);
+      transpose(work.bytes, dim / 4, static_cast<int8_t*>(kv.k) + first * dim, tile, padded,
+                dim / 4);
     } else {
-      transpose(work.rows, dim, static_cast<float*>(kv.k) + first * dim, tile, tile, dim);
+      transpose(work.rows, dim, static_cast<float*>(kv.k) + first * dim, tile, padded, dim);
     }
   }
 }
@@ -238,7 +242,7 @@ inline VecF quantize_values(VecF x, VecF inverse) {
 template <PvKind kPv>
 void convert_values(const KvHead& kv, const float* inverse) {
   RowCursor cursor = rows_of(kv, kv.v_pages);
-  for (int64_t j = 0; j < kv.kv_len; ++j) {
+  for (int64_t j = 0; j < kv.kv_len - kv.first_prepared; ++j) {
     const uint16_t* row = cursor.next();
     for (int64_t c = 0; c < kv.dim; c += kLanes) {
       const VecF x = load_channels(row, c, kv.head_dim);
@@ -249,7 +253,7 @@ void convert_values(const KvHead& kv, const float* inverse) {
 
 void prepare_values(const Plan& plan, const KvHead& kv, const Workspace& work) {
   float* inverse = work.channel;
-  if (plan.pv == PvKind::kE4m3) {
+  if (plan.pv == PvKind::kE4m3 && !plan.paged) {
     scale_values(plan, kv, work.channel + kv.dim, inverse);
     convert_values<PvKind::kE4m3>(kv, inverse);
   } else if (plan.pv == PvKind::kInt8) {
@@ -259,8 +263,9 @@ void prepare_values(const Plan& plan, const KvHead& kv, const Workspace& work) {
     for (int64_t c = 0; c < kv.dim; ++c) kv.v_scale[c] = inverse[c] = 1.0f;
     convert_values<PvKind::kHalf>(kv, inverse);
   }
-  const int64_t padded = (kv.kv_len + plan.key_tile - 1) / plan.key_tile * plan.key_tile;
-  for (int64_t j = kv.kv_len; j < padded; ++j) zero_row(kv.v + j * kv.dim, kv.dim);
+  const int64_t length = kv.kv_len - kv.first_prepared;
+  const int64_t padded = (length + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
+  for (int64_t j = length; j < padded; ++j) zero_row(kv.v + j * kv.dim, kv.dim);
 }
 
 void prepare_kv(const Plan& plan, const KvHead& kv, const Workspace& work) {
@@ -269,9 +274,9 @@ void prepare_kv(const Plan& plan, const KvHead& kv, const Workspace& work) {
 }
 
 // The block's rows, rounded to FP16 as the GPU kernels receive them, to the QK operand in
-// work.rows (float) or work.bytes, with q_scale including softmax_scale and log2(e), so that
-// logits come out in powers of two. With smooth_q the mean of the rows, in work.channel, is
-// subtracted first.
+// work.rows (FP16 QK), work.integers or work.bytes, with q_scale including softmax_scale and
+// log2(e), so that logits come out in powers of two. With smooth_q the mean of the rows, in
+// work.channel, is subtracted first.
 void prepare_queries(const Plan& plan, const QueryBlock& block, const Workspace& work) {
   const int64_t dim = block.kv->dim;
   const int64_t head_dim = block.kv->head_dim;
@@ -322,10 +327,10 @@ void prepare_queries(const Plan& plan, const QueryBlock& block, const Workspace&
   make_quantizers(plan, amax, plan.num_q_groups, quantizers);
   for (int64_t r = 0; r < block.rows; ++r) {
     const Quantizer& quantizer = quantizers[group_of[r]];
-    float* row = work.rows + r * dim;
+    const float* row = work.rows + r * dim;
     work.q_scale[r] = quantizer.scale * log2_scale;
     if (!kPacksBytes) {
-      quantize_row(row, dim, quantizer);
+      quantize_row(row, dim, quantizer, work.integers + r * dim);
       continue;
     }
     quantize_row(row, dim, quantizer, 0, work.bytes + r * dim);

@@ -140,14 +140,58 @@ inline VecF round_to_integer(VecF x) {
   return (x + kMagic) - kMagic;
 }
 
-// The same integers plus offset, as bytes: they are the low bits of the sum's mantissa.
-inline void store_bytes(int8_t* p, VecF x, int32_t offset) {
-  const VecI bits = as_int(x + (0x1.8p23f + static_cast<float>(offset)));
+// The low byte of every lane.
+inline void store_low_bytes(void* p, VecI x) {
 #if defined(__AVX512F__)
-  store(p, _mm512_maskz_cvtepi32_epi8(0xFFFF, reinterpret_cast<__m512i>(bits)));
+  store(p, _mm512_maskz_cvtepi32_epi8(0xFFFF, reinterpret_cast<__m512i>(x)));
 #else
   using VecB [[gnu::vector_size(kLanes)]] = int8_t;
-  store(p, __builtin_convertvector(bits, VecB));
+  store(p, __builtin_convertvector(x, VecB));
+#endif
+}
+
+// The same integers plus offset, as bytes: they are the low bits of the sum's mantissa.
+inline void store_bytes(int8_t* p, VecF x, int32_t offset) {
+  store_low_bytes(p, as_int(x + (0x1.8p23f + static_cast<float>(offset))));
+}
+
+// round(x * factor), rounded once, plus offset, as bytes.
+inline void store_product_bytes(void* p, VecF x, float factor, int32_t offset) {
+  const VecF shift = VecF{} + (0x1.8p23f + static_cast<float>(offset));
+#if defined(__AVX512F__)
+  const VecF sum = _mm512_fmadd_ps(x, VecF{} + factor, shift);
+#elif defined(__AVX2__)
+  const VecF sum = _mm256_fmadd_ps(x, VecF{} + factor, shift);
+#else
+  VecF sum;
+  for (int i = 0; i < kLanes; ++i) sum[i] = __builtin_fmaf(x[i], factor, shift[i]);
+#endif
+  store_low_bytes(p, as_int(sum));
+}
+
+// The codes of values that are e4m3 numbers.
+inline void store_e4m3(uint8_t* p, VecF x) {
+  const VecI bits = as_int(x * 0x1p-120f);  // the exponent's bias is now e4m3's, 7
+  store_low_bytes(p, ((bits >> 20) & 0x7F) | ((bits >> 24) & 0x80));
+}
+
+// The values of e4m3 codes, not NaN, times kE4m3Unit.
+constexpr float kE4m3Unit = 0x1p-8f;
+inline VecF load_e4m3(const uint8_t* p) {
+  // An e4m3 number with its bits moved up is an FP16 number 2^-8 as large.
+#if defined(__AVX512F__)
+  const __m256i wide = _mm256_cvtepi8_epi16(load<__m128i>(p));
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(-0x4080));
+  return _mm512_maskz_cvtph_ps(0xFFFF, half);
+#elif defined(__AVX2__) && defined(__F16C__)
+  const __m128i wide = _mm_cvtepi8_epi16(_mm_set1_epi64x(load<int64_t>(p)));
+  const __m128i half = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(-0x4080));
+  return _mm256_cvtph_ps(half);
+#else
+  using VecB [[gnu::vector_size(kLanes)]] = uint8_t;
+  const VecI code = __builtin_convertvector(load<VecB>(p), VecI);
+  const VecF magnitude = as_float((code & 0x7F) << 20) * 0x1p112f;
+  return as_float(as_int(magnitude) | ((code & 0x80) << 24));
 #endif
 }
 

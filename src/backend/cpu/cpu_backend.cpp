@@ -5,15 +5,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "backend/cpu/attention.h"
 #include "backend/cpu/attention_runner.h"
 #include "backend/cpu/ceilings.h"
+#include "backend/cpu/kv_storage.h"
 #include "backend/cpu/linear.h"
 #include "backend/cpu/ops.h"
 #include "base/dtype.h"
@@ -21,31 +20,6 @@
 
 namespace sagelm {
 namespace {
-
-struct FreeDeleter {
-  void operator()(void* pointer) const { std::free(pointer); }
-};
-
-// Keys and values in FP16, [layer][page][kv_head][kPageTokens][head_dim] each. Memory is committed
-// by the system when a page is first written.
-class CpuKv : public KvStorage {
- public:
-  explicit CpuKv(const KvLayout& layout)
-      : page_elements(layout.num_kv_heads * kPageTokens * layout.head_dim),
-        layer_elements(page_elements * layout.num_pages) {
-    const auto elements = static_cast<size_t>(layer_elements * layout.num_layers);
-    keys.reset(static_cast<uint16_t*>(std::calloc(elements, sizeof(uint16_t))));
-    values.reset(static_cast<uint16_t*>(std::calloc(elements, sizeof(uint16_t))));
-    if (keys == nullptr || values == nullptr) {
-      fail("no memory for a KV cache of {:.1f} GiB ({} pages of {} tokens); use a smaller --ctx",
-           static_cast<double>(layout.bytes()) / (1 << 30), layout.num_pages, kPageTokens);
-    }
-  }
-
-  int64_t page_elements;
-  int64_t layer_elements;
-  std::unique_ptr<uint16_t, FreeDeleter> keys, values;
-};
 
 std::vector<float> to_floats(const TensorView& tensor) {
   std::vector<float> out(static_cast<size_t>(tensor.num_elements()));
@@ -106,7 +80,7 @@ class CpuBackend : public Backend {
   }
 
   std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) override {
-    return std::make_unique<CpuKv>(layout);
+    return std::make_unique<cpu::CpuKv>(layout);
   }
 
   Matrix scratch(int slot, int64_t rows, int64_t cols, Holds /*holds*/) override {
@@ -119,6 +93,9 @@ class CpuBackend : public Backend {
 
   size_t element_size(Holds /*holds*/) const override { return sizeof(float); }
   void check_attention(const AttentionShape& /*shape*/) const override {}  // every variant is here
+  bool reads_int8_kv(const AttentionShape& shape) const override {
+    return shape.spec.variant == AttentionVariant::kSage2_8b;
+  }
   void begin(const Batch& /*batch*/) override {}
 
   void embed(WeightHandle table, const Batch& batch, Matrix out) override {
@@ -171,36 +148,35 @@ class CpuBackend : public Backend {
   void rope_append(Matrix qkv, const Batch& batch, const AttentionShape& shape,
                    std::span<const float> inverse_frequencies, int64_t layer,
                    KvStorage& kv) override {
-    auto& cache = static_cast<CpuKv&>(kv);
+    auto& cache = static_cast<cpu::CpuKv&>(kv);
     const int64_t dim = shape.head_dim;
     const int64_t half = dim / 2;
     const int64_t num_rotated = shape.num_heads + shape.num_kv_heads;
     for (const SequenceChunk& sequence : batch.sequences) {
       grow_rotations(sequence.kv_len, inverse_frequencies);
       for_rows(sequence.q_len, [&](int64_t i) {
-        const int64_t position = sequence.q_start() + i;
-        const float* cosine = rotations_.data() + position * dim;
+        const float* cosine = rotations_.data() + (sequence.q_start() + i) * dim;
         float* row = floats(qkv) + (sequence.first_row + i) * qkv.cols;
         for (int64_t head = 0; head < num_rotated; ++head) {
           cpu::ops().rope(row + head * dim, cosine, cosine + half, half);
         }
-        const float* key = row + shape.num_heads * dim;
-        const float* value = row + num_rotated * dim;
-        const int64_t page = sequence.pages[static_cast<size_t>(position / kPageTokens)];
-        const int64_t at = layer * cache.layer_elements + page * cache.page_elements +
-                           position % kPageTokens * dim;
-        for (int64_t head = 0; head < shape.num_kv_heads; ++head) {
-          const int64_t to = at + head * kPageTokens * dim;
-          cpu::ops().half_from_float(key + head * dim, dim, cache.keys.get() + to);
-          cpu::ops().half_from_float(value + head * dim, dim, cache.values.get() + to);
-        }
       });
+    }
+    const auto count = static_cast<int64_t>(batch.sequences.size());
+#pragma omp parallel for schedule(dynamic, 1) if (qkv.rows >= kWorthThreads)
+    for (int64_t task = 0; task < count * shape.num_kv_heads; ++task) {
+      const SequenceChunk& sequence =
+          batch.sequences[static_cast<size_t>(task / shape.num_kv_heads)];
+      const int64_t head = task % shape.num_kv_heads;
+      const float* row = floats(qkv) + sequence.first_row * qkv.cols;
+      cache.append(layer, sequence, head, row + (shape.num_heads + head) * dim,
+                   row + (num_rotated + head) * dim, qkv.cols, shape.spec.smooth_k);
     }
   }
 
   void attention(Matrix qkv, const Batch& batch, const AttentionShape& shape, int64_t layer,
                  KvStorage& kv, Matrix out) override {
-    auto& cache = static_cast<CpuKv&>(kv);
+    auto& cache = static_cast<cpu::CpuKv&>(kv);
     std::vector<cpu::AttentionArgs> arguments;
     arguments.reserve(batch.sequences.size());
     size_t num_pages = 0;
@@ -209,20 +185,12 @@ class CpuBackend : public Backend {
     key_pages.reserve(num_pages);
     value_pages.reserve(num_pages);
     for (const SequenceChunk& sequence : batch.sequences) {
-      const size_t first = key_pages.size();
-      for (int32_t page : sequence.pages) {
-        const int64_t at = layer * cache.layer_elements + page * cache.page_elements;
-        key_pages.push_back(cache.keys.get() + at);
-        value_pages.push_back(cache.values.get() + at);
-      }
       cpu::AttentionArgs args;
       args.q = floats(qkv) + sequence.first_row * qkv.cols;
       args.q_row_stride = qkv.cols;
       args.out = floats(out) + sequence.first_row * out.cols;
       args.out_row_stride = out.cols;
-      args.kv.k_pages = std::span(key_pages).subspan(first);
-      args.kv.v_pages = std::span(value_pages).subspan(first);
-      args.kv.page_size = kPageTokens;
+      cache.locate(layer, sequence, key_pages, value_pages, args);
       args.q_len = sequence.q_len;
       args.kv_len = sequence.kv_len;
       args.num_heads = shape.num_heads;
@@ -232,7 +200,7 @@ class CpuBackend : public Backend {
       args.causal = true;
       arguments.push_back(args);
     }
-    cpu::attention(arguments, shape.spec);
+    cpu::attention(arguments, shape.spec, cache.type());
   }
 
   void read_logits(Matrix logits, std::span<float> out) override {
@@ -274,10 +242,11 @@ class CpuBackend : public Backend {
     std::vector<std::byte> bytes;
   };
 
-  // Rows in parallel where that is worth a barrier.
+  // Rows of work that are worth a barrier.
+  static constexpr int64_t kWorthThreads = 16;
+
   template <typename Function>
   static void for_rows(int64_t rows, const Function& function) {
-    constexpr int64_t kWorthThreads = 16;
 #pragma omp parallel for if (rows >= kWorthThreads)
     for (int64_t row = 0; row < rows; ++row) function(row);
   }

@@ -30,6 +30,20 @@ namespace {
 
 // Keys and values in the activations' type, [layer][page][kPageTokens][kv_head][head_dim] each.
 struct CudaKv : KvStorage {
+  void copy_open_page(int32_t from, int32_t to) override {
+    const auto layers = static_cast<int64_t>(keys.bytes()) / layer_bytes;
+    const int64_t page_bytes = layer_bytes / num_tokens * kPageTokens;
+    for (const DeviceBuffer* buffer : {&keys, &values}) {
+      for (int64_t layer = 0; layer < layers; ++layer) {
+        std::byte* pages = buffer->get<std::byte>() + layer * layer_bytes;
+        check(cudaMemcpyAsync(pages + to * page_bytes, pages + from * page_bytes,
+                              static_cast<size_t>(page_bytes), cudaMemcpyDeviceToDevice, stream),
+              "copying a page of the KV cache");
+      }
+    }
+  }
+
+  cudaStream_t stream = nullptr;
   int64_t layer_bytes = 0;
   int64_t num_tokens = 0;
   DeviceBuffer keys, values;
@@ -91,6 +105,7 @@ class CudaBackend : public Backend {
   std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) override {
     use_device();
     auto kv = std::make_unique<CudaKv>();
+    kv->stream = stream_.get();
     kv->num_tokens = layout.num_pages * kPageTokens;
     if (kv->num_tokens > INT32_MAX) {
       fail("a KV cache of {} tokens is larger than the GPU's kernels can address", kv->num_tokens);
@@ -139,6 +154,8 @@ class CudaBackend : public Backend {
            shape.head_dim, properties_.name, sagelm_attention_last_error());
     }
   }
+
+  bool reads_int8_kv(const AttentionShape& /*shape*/) const override { return false; }
 
   void begin(const Batch& batch) override {
     use_device();

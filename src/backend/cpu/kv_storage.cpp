@@ -1,0 +1,121 @@
+#include "backend/cpu/kv_storage.h"
+
+#include <algorithm>
+
+#include "backend/cpu/ops.h"
+#include "base/dtype.h"
+#include "base/error.h"
+
+namespace sagelm::cpu {
+namespace {
+
+// The mean of a page's keys, [kPageTokens][head_dim] FP16. Sums of so few FP16 numbers are exact in
+// float64: the mean does not depend on their order.
+void mean_key(const uint16_t* keys, int64_t head_dim, float* mean) {
+  for (int64_t c = 0; c < head_dim; ++c) {
+    double sum = 0;
+    for (int64_t key = 0; key < kPageTokens; ++key) sum += half_to_float(keys[key * head_dim + c]);
+    mean[c] = static_cast<float>(sum / static_cast<double>(kPageTokens));
+  }
+}
+
+}  // namespace
+
+CpuKv::CpuKv(const KvLayout& layout)
+    : layout_(layout),
+      num_open_(layout.type == KvType::kInt8 ? layout.num_tails : layout.num_pages),
+      open_elements_(layout.num_kv_heads * kPageTokens * layout.head_dim) {
+  const int64_t open = layout.num_layers * num_open_ * open_elements_;
+  allocate(open, keys_);
+  allocate(open, values_);
+  if (layout.type == KvType::kFp16) return;
+  const int64_t heads = layout.heads() * layout.num_pages;
+  allocate(heads * 2 * kPageTokens * layout.padded_dim(), operands_);
+  allocate(heads * kPageScales, scales_);
+  allocate(layout.heads() * layout.num_tails * layout.head_dim, means_);
+}
+
+template <typename T>
+void CpuKv::allocate(int64_t count, Buffer<T>& buffer) {
+  if (count == 0) return;
+  buffer.reset(static_cast<T*>(std::calloc(static_cast<size_t>(count), sizeof(T))));
+  if (buffer == nullptr) {
+    fail("no memory for a KV cache of {:.1f} GiB ({} pages of {} tokens); use a smaller --ctx",
+         static_cast<double>(layout_.bytes()) / (1 << 30), layout_.num_pages, kPageTokens);
+  }
+}
+
+void CpuKv::copy_open_page(int32_t from, int32_t to) {
+  for (int64_t layer = 0; layer < layout_.num_layers; ++layer) {
+    for (uint16_t* buffer : {keys_.get(), values_.get()}) {
+      std::copy_n(buffer + open_page_at(layer, from), open_elements_,
+                  buffer + open_page_at(layer, to));
+    }
+    if (means_ == nullptr) continue;
+    std::copy_n(means_.get() + mean_at(layer, from), layout_.num_kv_heads * layout_.head_dim,
+                means_.get() + mean_at(layer, to));
+  }
+}
+
+void CpuKv::append(int64_t layer, const SequenceChunk& chunk, int64_t head, const float* keys,
+                   const float* values, int64_t row_stride, bool smooth_k) {
+  const bool quantized = layout_.type == KvType::kInt8;
+  const int64_t dim = layout_.head_dim;
+  for (int64_t i = 0; i < chunk.q_len; ++i) {
+    const int64_t position = chunk.q_start() + i;
+    const int64_t index = position / kPageTokens;
+    const int64_t page = quantized ? chunk.tail : chunk.pages[static_cast<size_t>(index)];
+    const int64_t to =
+        open_page_at(layer, page) + (head * kPageTokens + position % kPageTokens) * dim;
+    ops().half_from_float(keys + i * row_stride, dim, keys_.get() + to);
+    ops().half_from_float(values + i * row_stride, dim, values_.get() + to);
+    if (quantized && (position + 1) % kPageTokens == 0) {
+      close_page(layer, chunk, index, head, smooth_k);
+    }
+  }
+}
+
+void CpuKv::close_page(int64_t layer, const SequenceChunk& chunk, int64_t index, int64_t head,
+                       bool smooth_k) {
+  const int64_t dim = layout_.head_dim;
+  const int64_t from = open_page_at(layer, chunk.tail) + head * kPageTokens * dim;
+  float* mean = means_.get() + mean_at(layer, chunk.tail) + head * dim;
+  if (index == 0) {
+    if (smooth_k) {
+      mean_key(keys_.get() + from, dim, mean);
+    } else {
+      std::fill_n(mean, dim, 0.0f);
+    }
+  }
+  const int64_t page = chunk.pages[static_cast<size_t>(index)];
+  const int64_t to = (layer * layout_.num_pages + page) * layout_.num_kv_heads + head;
+  quantize_page(keys_.get() + from, values_.get() + from, mean, dim,
+                operands_.get() + to * 2 * kPageTokens * layout_.padded_dim(),
+                scales_.get() + to * kPageScales);
+}
+
+void CpuKv::locate(int64_t layer, const SequenceChunk& chunk, std::vector<const uint16_t*>& k_pages,
+                   std::vector<const uint16_t*>& v_pages, AttentionArgs& args) const {
+  if (layout_.type == KvType::kInt8) {
+    const int64_t page = layer * layout_.num_pages * layout_.num_kv_heads;
+    const int64_t tail = open_page_at(layer, chunk.tail);
+    args.quantized = {.operands = operands_.get() + page * 2 * kPageTokens * layout_.padded_dim(),
+                      .scales = scales_.get() + page * kPageScales,
+                      .pages = chunk.pages,
+                      .tail_k = keys_.get() + tail,
+                      .tail_v = values_.get() + tail,
+                      .mean = means_.get() + mean_at(layer, chunk.tail)};
+    if (chunk.kv_len < kPageTokens) args.quantized.mean = nullptr;
+    return;
+  }
+  const size_t first = k_pages.size();
+  for (const int32_t page : chunk.pages) {
+    k_pages.push_back(keys_.get() + open_page_at(layer, page));
+    v_pages.push_back(values_.get() + open_page_at(layer, page));
+  }
+  args.kv = {.k_pages = std::span(k_pages).subspan(first),
+             .v_pages = std::span(v_pages).subspan(first),
+             .page_size = kPageTokens};
+}
+
+}  // namespace sagelm::cpu
