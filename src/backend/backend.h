@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -98,6 +99,14 @@ class Backend {
 
   // Starts a step over batch, which must outlive it: operations that take a batch take this one.
   virtual void begin(const Batch& batch) = 0;
+
+  // Does `work`, which calls operations of this step on kv and reads nothing back. What it does may
+  // depend only on the number of sequences and rows, on kv and on spec: an implementation may keep
+  // what was enqueued and repeat that for a later step alike instead of calling work.
+  virtual void repeat(const KvStorage& /*kv*/, const AttentionSpec& /*spec*/,
+                      const std::function<void()>& work) {
+    work();
+  }
 
   // Operations. x and out never overlap unless said.
   virtual void embed(WeightHandle table, const Batch& batch, Matrix out) = 0;
