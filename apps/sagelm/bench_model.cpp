@@ -76,8 +76,7 @@ class LinearLayers {
     backend_->embed(embedding_, batch, hidden);
     backend_->rmsnorm(hidden, norm_, config_.rms_norm_eps, normed);
     backend_->linear(normed, query_, attended);
-    backend_->linear(normed, gate_up_, gate_up);
-    backend_->swiglu(gate_up, activated);
+    backend_->linear_swiglu(normed, gate_up_, gate_up, activated);
 
     const int32_t first = 0;
     std::vector<float> one_row(static_cast<size_t>(config_.hidden_size));

@@ -113,7 +113,9 @@ class Backend {
   virtual void rmsnorm(Matrix x, WeightHandle weight, double eps, Matrix out) = 0;
   virtual void linear(Matrix x, WeightHandle weight, Matrix out) = 0;      // out = x W^T
   virtual void linear_add(Matrix x, WeightHandle weight, Matrix out) = 0;  // out += x W^T
-  virtual void swiglu(Matrix gate_up, Matrix out) = 0;  // out = silu(left half) * right half
+  // out = silu(x G^T) * (x U^T), where weight is [G; U]. gate_up has room for x weight^T; what it
+  // holds afterwards is not defined.
+  virtual void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) = 0;
   virtual void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) = 0;
 
   // Rotates the query and key columns of qkv [rows, q + k + v] in place by each row's position and

@@ -186,8 +186,7 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
     const Matrix mlp_normed = rows_of(normed, 0, out.rows);
     const Matrix mlp_activated = rows_of(activated, 0, out.rows);
     b.rmsnorm(out, layer.post_norm, config_.rms_norm_eps, mlp_normed);
-    b.linear(mlp_normed, layer.gate_up, rows_of(gate_up, 0, out.rows));
-    b.swiglu(rows_of(gate_up, 0, out.rows), mlp_activated);
+    b.linear_swiglu(mlp_normed, layer.gate_up, rows_of(gate_up, 0, out.rows), mlp_activated);
     b.linear_add(mlp_activated, layer.down, out);
     if (check && !b.all_finite(out)) {
       fail("NaN or Inf appears in the output of layer {}", i);

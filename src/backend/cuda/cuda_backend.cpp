@@ -18,6 +18,7 @@
 #include "backend/cuda/step_inputs.h"
 #include "backend/cuda/upload.h"
 #include "base/error.h"
+#include "kernels/ops/gemv.h"
 #include "kernels/ops/rmsnorm.h"
 #include "kernels/ops/rope_append.h"
 #include "kernels/ops/rows.h"
@@ -201,7 +202,20 @@ class CudaBackend : public Backend {
     multiply(x, weight, out, true);
   }
 
-  void swiglu(Matrix gate_up, Matrix out) override {
+  void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) override {
+    if (x.rows <= kernels::kGemvRows) {
+      linear_.run({.x = x.data,
+                   .weight = weight_of(weight).data(),
+                   .out = out.data,
+                   .rows = x.rows,
+                   .in_features = x.cols,
+                   .out_features = out.cols,
+                   .type = x.type,
+                   .out_type = out.type,
+                   .swiglu = true});
+      return;
+    }
+    linear(x, weight, gate_up);
     check(kernels::swiglu(gate_up.data, element(out.type), out.rows, out.cols, out.data,
                           stream_.get()),
           "the gated activation");
