@@ -94,6 +94,7 @@ class LinearLayers {
     layer();  // chooses the algorithms
     wait();
     std::vector<double> times;
+    times.reserve(runs);
     for (int run = 0; run < runs; ++run) {
       times.push_back(seconds_of([&] {
         for (int64_t i = 0; i < config_.num_layers; ++i) layer();
