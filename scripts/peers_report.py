@@ -81,7 +81,7 @@ def print_table(record):
             found = [row["kernels"].get(name) for name in names]
             line(describe(row_case(row)), [show(f) if f else "-" for f in found])
 
-    table("TFLOPS, whole call", lambda figures: f"{figures['tflops']:.1f}")
+    table("TFLOPS, whole call", lambda figures: f"{figures['tflops']:#.4g}".rstrip("."))
     table("relative L1 error, cosine", lambda figures: "not finite"
           if figures["rel_l1"] is None else f"{figures['rel_l1']:.5f} {figures['cosine']:.6f}")
     if record["notes"]:
@@ -165,12 +165,15 @@ def figure(record):
             + "</g>")
         final = [row["kernels"][name]["tflops"] for row in wanted if name in row["kernels"]][-1]
         keys.append([points[-1][1], i, f"{name} {final:.0f}"])
-    # Names at the ends of the lines: pushed apart, then up where that leaves the figure.
+    # Names at the ends of the lines: pushed apart, then back up where that leaves the figure.
     keys.sort()
     for above, key in zip(keys, keys[1:]):
         key[0] = max(key[0], above[0] + 18)
-    excess = max(0, keys[-1][0] - (HEIGHT - BOTTOM))
-    svg += [f'<text class="key k{i}" x="{WIDTH - RIGHT + 12}" y="{at - excess + 5:.1f}">'
+    lowest = HEIGHT - BOTTOM
+    for key in reversed(keys):
+        key[0] = min(key[0], lowest)
+        lowest = key[0] - 18
+    svg += [f'<text class="key k{i}" x="{WIDTH - RIGHT + 12}" y="{at + 5:.1f}">'
             f"{escape(text)}</text>" for at, i, text in keys]
     return "\n".join(svg + ["</svg>"]) + "\n"
 

@@ -1,4 +1,4 @@
-"""scripts/bench-peers without a GPU: the layout of its ctypes structs, and what it makes of a record.
+"""scripts/bench-peers without a GPU: its ctypes structs, and what it makes of a record.
 
   bench_peers_test.py ATTENTION_ABI     the program built from attention_abi.c
 """
