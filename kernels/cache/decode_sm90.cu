@@ -1,8 +1,8 @@
 // Decode from quantized pages. A block takes kPartPages pages of one KV head of one sequence, or
 // its tail; the parts are merged as kernels/attention/decode_parts.cuh does. The cut depends on the
-// position alone. One warp keeps a ring of pages filled by bulk copies; of every page each of the
-// other warps computes 32 keys. What bounds this is memory: three blocks of an SM have up to 192
-// KiB on their way, where about 40 are needed to hide the latency at full speed.
+// position alone. Pages come through a ring of bulk copies, that one of the warps keeps filled;
+// each warp computes 32 keys of every page. What bounds this is memory: three blocks of an SM have
+// up to 192 KiB on their way, where about 40 are needed to hide the latency at full speed.
 #include <algorithm>
 #include <cstdint>
 
@@ -20,8 +20,8 @@ using namespace mma;
 using namespace sm90;
 
 constexpr int kPartPages = 4;
-constexpr int kWarps = 4;  // that compute
-constexpr int kThreads = (kWarps + 1) * 32;
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * 32;
 constexpr int kWarpKeys = kTileTokens / kWarps;
 constexpr int kWarpSlices = kWarpKeys / kSlice;  // of a page or tail
 
@@ -63,35 +63,58 @@ struct PageRing {
   }
 };
 
-// Brings pages first .. first + count - 1 of a sequence; one warp.
+// What fills the ring with pages first .. first + count - 1 of a sequence: a whole warp calls it.
 template <int kDim>
-__device__ void bring_pages(const DecodeCall& call, int b, int kv_head, int first, int count,
-                            PageRing<kDim>& ring) {
+class PageSource {
   using Ring = PageRing<kDim>;
-  const int lane = threadIdx.x % 32;
-  const int32_t* table = call.p.page_table + static_cast<int64_t>(b) * call.p.page_table_stride;
-  const int lane_page = lane < count ? table[first + lane] : 0;
-  for (int i = 0; i < count; ++i) {
-    const int64_t place =
-        static_cast<int64_t>(__shfl_sync(0xFFFFFFFFu, lane_page, i)) * call.p.num_kv_heads +
-        kv_head;
-    if (lane != 0) continue;
-    const int s = i % Ring::kStages;
-    const uint32_t parity = (i / Ring::kStages & 1) ^ 1;
-    const uint32_t keys_full = smem_address(&ring.keys_full[s]);
-    const uint32_t values_full = smem_address(&ring.values_full[s]);
-    if (i >= Ring::kStages) mbarrier_wait(smem_address(&ring.keys_empty[s]), parity);
-    mbarrier_expect_bytes(keys_full, Ring::kTileBytes + sizeof ring.scales[s]);
-    bulk_copy(smem_address(ring.pages.keys[s]), call.cache.keys + place * Ring::kTileBytes,
-              Ring::kTileBytes, keys_full);
-    bulk_copy(smem_address(ring.scales[s]), call.cache.scales + place * kTileScales,
-              sizeof ring.scales[s], keys_full);
-    if (i >= Ring::kStages) mbarrier_wait(smem_address(&ring.values_empty[s]), parity);
-    mbarrier_expect_bytes(values_full, Ring::kTileBytes);
-    bulk_copy(smem_address(ring.pages.values[s]), call.cache.values + place * Ring::kTileBytes,
-              Ring::kTileBytes, values_full);
+
+ public:
+  __device__ PageSource(const DecodeCall& call, int b, int kv_head, int first, int count,
+                        Ring& ring)
+      : call_(call), ring_(ring), kv_head_(kv_head), count_(count) {
+    static_assert(kPartPages <= 32);
+    const int lane = threadIdx.x % 32;
+    lane_page_ =
+        lane < count
+            ? call.p.page_table[static_cast<int64_t>(b) * call.p.page_table_stride + first + lane]
+            : 0;
   }
-}
+
+  // Keys and scales of page i, if there is one, once all warps are done with what is in its place.
+  __device__ void bring_keys(int i) const {
+    bring(i, ring_.keys_full, ring_.keys_empty, call_.cache.keys, ring_.pages.keys, true);
+  }
+  __device__ void bring_values(int i) const {
+    bring(i, ring_.values_full, ring_.values_empty, call_.cache.values, ring_.pages.values, false);
+  }
+
+ private:
+  template <typename T>
+  __device__ void bring(int i, uint64_t (&full)[Ring::kStages], uint64_t (&empty)[Ring::kStages],
+                        const T* from, T (&to)[Ring::kStages][Ring::kTileBytes],
+                        bool scales) const {
+    if (i >= count_) return;
+    const int64_t place =
+        static_cast<int64_t>(__shfl_sync(0xFFFFFFFFu, lane_page_, i)) * call_.p.num_kv_heads +
+        kv_head_;
+    if (threadIdx.x % 32 != 0) return;
+    const int s = i % Ring::kStages;
+    const uint32_t barrier = smem_address(&full[s]);
+    if (i >= Ring::kStages) {
+      mbarrier_wait(smem_address(&empty[s]), (i / Ring::kStages & 1) ^ 1);
+    }
+    mbarrier_expect_bytes(barrier, Ring::kTileBytes + (scales ? sizeof ring_.scales[s] : 0));
+    bulk_copy(smem_address(to[s]), from + place * Ring::kTileBytes, Ring::kTileBytes, barrier);
+    if (scales) {
+      bulk_copy(smem_address(ring_.scales[s]), call_.cache.scales + place * kTileScales,
+                sizeof ring_.scales[s], barrier);
+    }
+  }
+
+  const DecodeCall& call_;
+  Ring& ring_;
+  int kv_head_, count_, lane_page_;
+};
 
 // The tile's queries as INT8 A fragments, with what makes base-2 logits of their products with the
 // integers of a key of scale 1.
@@ -144,6 +167,13 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
   const Problem& p = call.p;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = p.num_heads / p.num_kv_heads;
+  const PageSource<kDim> source(call, b, kv_head, first, count, ring);
+  if (warp == 0) {
+    for (int i = 0; i < Ring::kStages; ++i) {
+      source.bring_keys(i);
+      source.bring_values(i);
+    }
+  }
   uint32_t queries[kDim / 32][4];
   float query_scales[2];
   quantize_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale, queries,
@@ -182,6 +212,8 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
     const float inverse_value_scale = ring.scales[s][kKeyGroups + 2];
     __syncwarp();
     if (lane == 0) mbarrier_arrive(smem_address(&ring.keys_empty[s]));
+    // The other warps have most probably left the page before this one.
+    if (warp == 0 && i > 0) source.bring_values(i - 1 + Ring::kStages);
 
     const int first_key = (first + i) * kTileTokens + warp * kWarpKeys;
     if (first_key + kWarpKeys > seen_by_all) {
@@ -227,6 +259,7 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
     }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(smem_address(&ring.values_empty[s]));
+    if (warp == 0) source.bring_keys(i + Ring::kStages);
   }
   const float factor[2] = {value_scale, value_scale};
   result.multiply(factor);
@@ -307,8 +340,10 @@ __global__ void __launch_bounds__(kThreads, 3)
   auto& ring = *reinterpret_cast<PageRing<kDim>*>(smem);
   const Problem& p = call.p;
   const int part = blockIdx.x, kv_head = blockIdx.y, b = blockIdx.z;
-  const int warp = threadIdx.x / 32;
-  if (part > 0 && threadIdx.x == 0) ring.init_barriers();
+  if (part > 0) {
+    if (threadIdx.x == 0) ring.init_barriers();
+    __syncthreads();
+  }
   allow_next_kernel();
   wait_for_previous_kernel();
   const int q_len = p.q_len(b), kv_len = p.kv_len(b);
@@ -319,18 +354,13 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (q_len == 0 || empty) return;
   DecodeRows<kDim> result;
   if (part == 0) {
-    if (warp < kWarps) attend_tail<kBf16, kDim>(call, b, kv_head, q_len, kv_len, ring, result);
+    attend_tail<kBf16, kDim>(call, b, kv_head, q_len, kv_len, ring, result);
   } else {
-    __syncthreads();
-    if (warp < kWarps) {
-      attend_pages<kBf16, kDim>(call, b, kv_head, q_len, kv_len, first, count, ring, result);
-    } else {
-      bring_pages<kDim>(call, b, kv_head, first, count, ring);
-    }
+    attend_pages<kBf16, kDim>(call, b, kv_head, q_len, kv_len, first, count, ring, result);
   }
   __syncthreads();
   const int group = p.num_heads / p.num_kv_heads;
-  if (warp < kWarps) leave_rows(result, warp, q_len * group, ring.merge);
+  leave_rows(result, static_cast<int>(threadIdx.x / 32), q_len * group, ring.merge);
   __syncthreads();
   store_part(p, call.parts, part, b, kv_head, q_len * group, group, ring.merge);
 }
