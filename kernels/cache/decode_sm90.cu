@@ -203,8 +203,8 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        logits[2 * h][e] = __int_as_float(integers[0][e]);
-        logits[2 * h + 1][e] = __int_as_float(integers[1][e]);
+        logits[2 * h][e] = __int_as_float(integers[0][e]) - kIntegerZero;
+        logits[2 * h + 1][e] = __int_as_float(integers[1][e]) - kIntegerZero;
       }
     }
     const float key_scale = ring.scales[s][lane % 4];
@@ -228,7 +228,7 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
     }
     const float scales[2] = {query_scales[0] * key_scale, query_scales[1] * key_scale};
     float shrink[2];
-    softmax<true, false>(logits, scales, result.state, shrink);
+    softmax<false, false>(logits, scales, result.state, shrink);
     const float change = value_scale * inverse_value_scale;
     const float factor[2] = {shrink[0] * change, shrink[1] * change};
     result.multiply(factor);
