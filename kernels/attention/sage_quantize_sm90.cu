@@ -142,7 +142,7 @@ __device__ void quantize_values(const Problem& p, const SageTiles& tiles, int ti
 
 // blockIdx.y: the heads of Q, then those of K, then those of V.
 template <int kDim, bool kBf16>
-__global__ void __launch_bounds__(kThreads) quantize(Problem p, SageTiles tiles) {
+__global__ void __launch_bounds__(kThreads, 3) quantize(Problem p, SageTiles tiles) {
   const int tile = blockIdx.x, b = blockIdx.z;
   int head = blockIdx.y;
   if (head < p.num_heads) {

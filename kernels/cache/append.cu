@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
 // blockIdx.x: of the pages that a sequence fills; blockIdx.y: heads of K, then of V. The block of a
 // sequence's first one has the tail's old tokens in its page, and then puts the new ones there.
 template <int kDim, bool kBf16>
-__global__ void __launch_bounds__(kQuantizeThreads)
+__global__ void __launch_bounds__(kQuantizeThreads, 3)
     close_pages(const __grid_constant__ AppendToQuantizedKv args) {
   constexpr int kLanes = kDim / 8;
   constexpr int kRows = kQuantizeThreads / kLanes;
