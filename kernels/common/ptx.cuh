@@ -124,6 +124,18 @@ __device__ __forceinline__ uint32_t to_e4m3(float a, float b, float c, float d) 
   return to_e4m3(a, b) | (to_e4m3(c, d) << 16);
 }
 
+// Two e4m3 as FP16, exactly; the low byte becomes the low half.
+__device__ __forceinline__ uint32_t halves_from_e4m3(uint32_t low_bytes) {
+#if SAGELM_HAS_E4M3
+  uint32_t pair;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(low_bytes)));
+  return pair;
+#else
+  __trap();
+  return 0;
+#endif
+}
+
 template <bool kBf16>
 __device__ __forceinline__ uint32_t to_halves(float low, float high) {
   uint32_t pair;

@@ -1,6 +1,7 @@
 #include "kernels/ops/elements.cuh"
 #include "kernels/ops/launch.cuh"
 #include "kernels/ops/rope_append.h"
+#include "kernels/ops/rotate.cuh"
 
 namespace sagelm::kernels {
 namespace {
@@ -29,12 +30,7 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppend args) 
     float cosine[N], sine[N];
     load(angle + i, cosine);
     load(angle + half + i, sine);
-#pragma unroll
-    for (int e = 0; e < N; ++e) {
-      const float x = a[e];
-      a[e] = x * cosine[e] - b[e] * sine[e];
-      b[e] = b[e] * cosine[e] + x * sine[e];
-    }
+    rotate_pairs(a, b, cosine, sine);
     store(at, a);
     store(at + half, b);
   }

@@ -1,21 +1,27 @@
 // Times the attention kernels on the device beside the copy bandwidth of the same run.
 //   bench_attention_gpu [--quick] [--fp16] [--json FILE]
+//   bench_attention_gpu --decode
 // Prints for every shape: time and TFLOPS of attention over tiles that are quantized already, of
 // the quantization (with GB/s), and of the whole call from FP16 tensors. With --fp16 also of FP16
 // attention, by the kernel that is chosen for the device and by the one that any has. TFLOPS count
 // 4 * batch * heads * N^2 * head_dim, half of it where causal. Medians of at least 7 runs.
+// --decode: one query a sequence over a quantized cache, with GB/s over the bytes that the cache
+// holds, beside an FP16 cache; every run finds the cache outside of L2.
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <string>
 #include <vector>
 
 #include "gpu/gpu_attention.h"
+#include "gpu/gpu_ops.h"
 #include "kernels/attention/sage2_sm90.h"
 #include "kernels/attention/sage_quantize_sm90.h"
+#include "kernels/cache/quantized_kv.h"
 
 namespace {
 
@@ -37,11 +43,36 @@ __global__ void fill_normal(__half* x, int64_t count, uint32_t seed) {
   }
 }
 
-double median_ms(const std::function<void()>& run) {
+// Any finite e4m3, as any INT8.
+__global__ void fill_bytes(uint32_t* x, int64_t count, uint32_t seed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    x[i] = (static_cast<uint32_t>(i) * 0x9E3779B1u ^ seed) * 0x85EBCA6Bu & 0xB7B7B7B7u;
+  }
+}
+
+__global__ void fill_floats(float* x, int64_t count, float value) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    x[i] = value;
+  }
+}
+
+void must(sagelm_attention_status status) {
+  if (status != SAGELM_ATTENTION_OK) {
+    std::fprintf(stderr, "bench_attention_gpu: %s\n", sagelm_attention_last_error());
+    std::exit(1);
+  }
+}
+
+// before: not timed, before every run.
+double median_ms(
+    const std::function<void()>& run, const std::function<void()>& before = [] {}) {
   cudaEvent_t begin, end;
   cudaEventCreate(&begin);
   cudaEventCreate(&end);
   const auto once = [&] {
+    before();
     cudaEventRecord(begin);
     run();
     cudaEventRecord(end);
@@ -65,16 +96,114 @@ struct Shape {
   bool causal;
 };
 
+// One token of each of `batch` sequences of n - 64 tokens, 32 heads of 128.
+void bench_decode(int batch, int kv_heads, int n, double copy_rate) {
+  constexpr int kDim = 128, kHeads = 32, kPage = 128;
+  const int length = n - 64, full = length / kPage, rest = length % kPage;
+  const int64_t tiles = int64_t{batch} * full * kv_heads;
+  const int64_t tail_count = int64_t{batch} * 2 * kv_heads * kPage * kDim;
+  const int64_t mean_count = int64_t{batch} * kv_heads * kDim;
+  const int64_t q_count = int64_t{batch} * kHeads * kDim;
+  const auto fill = [](const DeviceBuffer& x, int64_t count, uint32_t seed) {
+    fill_normal<<<1024, 256>>>(static_cast<__half*>(x.data()), count, seed);
+  };
+  DeviceBuffer q(2 * q_count), o(2 * q_count), tails(2 * tail_count), means(4 * mean_count);
+  fill(q, q_count, 1);
+  fill(tails, tail_count, 2);
+  means.fill(0);
+  std::vector<int32_t> table(static_cast<size_t>(batch) * full), ids(batch), starts(batch + 1);
+  std::iota(table.begin(), table.end(), 0);
+  std::iota(ids.begin(), ids.end(), 0);
+  std::iota(starts.begin(), starts.end(), 0);
+  const DeviceBuffer table_device = upload_integers(table), ids_device = upload_integers(ids),
+                     starts_device = upload_integers(starts),
+                     lens_device = upload_integers(std::vector<int32_t>(batch, length));
+  const auto integers = [](const DeviceBuffer& x) { return static_cast<const int32_t*>(x.data()); };
+  DeviceBuffer other(size_t{256} << 20);  // whatever takes the cache's place in L2
+  const auto evict = [&] { cudaMemsetAsync(other.data(), 1, other.bytes()); };
+
+  double quantized_ms = 0;
+  {
+    DeviceBuffer keys(tiles * kPage * kDim), values(tiles * kPage * kDim), scales(32 * tiles);
+    fill_bytes<<<1024, 256>>>(static_cast<uint32_t*>(keys.data()), tiles * kPage * kDim / 4, 3);
+    fill_bytes<<<1024, 256>>>(static_cast<uint32_t*>(values.data()), tiles * kPage * kDim / 4, 4);
+    fill_floats<<<1024, 256>>>(static_cast<float*>(scales.data()), 8 * tiles, 0.01f);
+    sagelm::kernels::DecodeFromQuantizedKv args;
+    args.cache.num_heads = kHeads;
+    args.cache.num_kv_heads = kv_heads;
+    args.cache.head_dim = kDim;
+    args.cache.keys = static_cast<int8_t*>(keys.data());
+    args.cache.values = static_cast<uint8_t*>(values.data());
+    args.cache.scales = static_cast<float*>(scales.data());
+    args.cache.means = static_cast<float*>(means.data());
+    args.cache.tails = tails.data();
+    args.step.rows = args.step.num_sequences = batch;
+    args.step.max_q_len = 1;
+    args.step.max_kv_len = length;
+    args.step.cu_q_lens = integers(starts_device);
+    args.step.kv_lens = integers(lens_device);
+    args.step.page_table = integers(table_device);
+    args.step.page_table_stride = full;
+    args.step.tails = args.step.means = integers(ids_device);
+    args.queries = q.data();
+    args.out = o.data();
+    args.query_stride = args.out_stride = kHeads * kDim;
+    args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(kDim));
+    DeviceBuffer workspace(sagelm::kernels::quantized_kv_decode_workspace_bytes(args));
+    quantized_ms = median_ms(
+        [&] {
+          check_cuda(sagelm::kernels::decode_from_quantized_kv(args, workspace.data(), nullptr),
+                     "decode_from_quantized_kv");
+        },
+        evict);
+  }
+
+  const int64_t kv_count = int64_t{batch} * kv_heads * length * kDim;
+  DeviceBuffer k(2 * kv_count), v(2 * kv_count);
+  fill(k, kv_count, 5);
+  fill(v, kv_count, 6);
+  sagelm_attention_args args{};
+  args.struct_size = sizeof args;
+  args.variant = SAGELM_ATTENTION_FP16;
+  args.batch = batch;
+  args.num_heads = kHeads;
+  args.num_kv_heads = kv_heads;
+  args.head_dim = kDim;
+  args.max_q_len = 1;
+  args.max_kv_len = length;
+  args.causal = 1;
+  args.q = {q.data(), kHeads * kDim, kHeads * kDim, kDim};
+  args.out = {o.data(), kHeads * kDim, kHeads * kDim, kDim};
+  args.k = {k.data(), int64_t{kv_heads} * length * kDim, kDim, int64_t{length} * kDim};
+  args.v = {v.data(), int64_t{kv_heads} * length * kDim, kDim, int64_t{length} * kDim};
+  size_t bytes = 0;
+  must(sagelm_attention_workspace_bytes(&args, &bytes));
+  DeviceBuffer workspace(bytes);
+  args.workspace = workspace.data();
+  args.workspace_bytes = bytes;
+  const double half_ms = median_ms([&] { must(sagelm_attention(&args)); }, evict);
+
+  const double held =
+      tiles * (2.0 * kPage * kDim + 32) + double(batch) * kv_heads * (4.0 * rest * kDim + 4 * kDim);
+  const double rate = held / quantized_ms * 1e-6, half_rate = 4.0 * kv_count / half_ms * 1e-6;
+  std::printf("%5d %5d %3d %6d | %8.1fus %6.0f %4.0f%% | %8.1fus %6.0f %4.0f%% | %5.2f\n", batch,
+              kHeads, kv_heads, length, 1e3 * quantized_ms, rate, 100 * rate / copy_rate,
+              1e3 * half_ms, half_rate, 100 * half_rate / copy_rate, half_ms / quantized_ms);
+  std::fflush(stdout);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  bool quick = false, fp16 = false;
+  bool quick = false, fp16 = false, decode = false;
   const char* json = nullptr;
   for (int i = 1; i < argc; ++i) {
     if (!std::strcmp(argv[i], "--quick"))
       quick = true;
     else if (!std::strcmp(argv[i], "--fp16"))
       fp16 = true;
+    else if (!std::strcmp(argv[i], "--decode"))
+      decode = true;
     else if (!std::strcmp(argv[i], "--json") && i + 1 < argc)
       json = argv[++i];
     else {
@@ -94,6 +223,16 @@ int main(int argc, char** argv) {
   std::printf("copy %.0f GB/s (read + written)\n", copy_rate);
   a = DeviceBuffer();
   b = DeviceBuffer();
+  if (decode) {
+    std::printf("%5s %5s %3s %6s | %10s %6s %5s | %10s %6s %5s | %5s\n", "batch", "heads", "kv",
+                "tokens", "quantized", "GB/s", "%copy", "fp16", "GB/s", "%copy", "ratio");
+    for (const int kv_heads : {32, 8}) {
+      for (const int batch : {1, 8, 32}) {
+        for (const int n : {1024, 8192, 32768}) bench_decode(batch, kv_heads, n, copy_rate);
+      }
+    }
+    return 0;
+  }
   std::vector<Shape> shapes;
   for (int n = 1024; n <= 32768; n *= 2) {
     if (quick && n != 1024 && n != 4096 && n != 16384) continue;
@@ -139,12 +278,6 @@ int main(int argc, char** argv) {
     args.k = heads_first(k, s.kv_heads);
     args.v = heads_first(v, s.kv_heads);
     size_t bytes = 0;
-    const auto must = [](sagelm_attention_status status) {
-      if (status != SAGELM_ATTENTION_OK) {
-        std::fprintf(stderr, "bench_attention_gpu: %s\n", sagelm_attention_last_error());
-        std::exit(1);
-      }
-    };
     must(sagelm_attention_workspace_bytes(&args, &bytes));
     DeviceBuffer workspace(bytes);
     args.workspace = workspace.data();

@@ -1,0 +1,464 @@
+// Decode from quantized pages. A block takes kPartPages pages of one KV head of one sequence, or
+// its tail; the parts are merged as kernels/attention/decode_parts.cuh does. The cut depends on the
+// position alone. Pages come through a ring of bulk copies, that one of the warps keeps filled;
+// each warp computes 32 keys of every page. What bounds this is memory: three blocks of an SM have
+// up to 192 KiB on their way, where about 40 are needed to hide the latency at full speed.
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/attention/decode_parts.cuh"
+#include "kernels/attention/quantize_tile.cuh"
+#include "kernels/cache/quantized_kv.h"
+#include "kernels/common/sm90.cuh"
+#include "kernels/ops/elements.cuh"
+#include "kernels/ops/launch.cuh"
+
+namespace sagelm::kernels {
+namespace {
+
+using namespace mma;
+using namespace sm90;
+
+constexpr int kPartPages = 4;
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * 32;
+constexpr int kWarpKeys = kTileTokens / kWarps;
+constexpr int kWarpSlices = kWarpKeys / kSlice;  // of a page or tail
+
+struct DecodeCall {
+  Problem p;
+  Parts parts;
+  QuantizedKv cache;
+  const int32_t* tails;
+  const int32_t* means;
+  float scale;  // softmax_scale * log2(e)
+};
+
+template <int kDim>
+struct PageRing {
+  static constexpr int kStages = kDim == 64 ? 4 : 2;
+  static constexpr int kTileBytes = kTileTokens * kDim;
+  static constexpr int kSliceBytes = kSlice * 2 * kDim;  // of a tail's keys or values
+
+  struct Pages {
+    int8_t keys[kStages][kTileBytes];
+    uint8_t values[kStages][kTileBytes];
+  };
+  union {
+    Pages pages;
+    uint8_t tail[kWarps][kWarpSlices][2][kSliceBytes];
+    MergeMemory<kDim, kWarps> merge;
+  };
+  float scales[kStages][kTileScales];
+  uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
+
+  __device__ void init_barriers() {
+    for (int s = 0; s < kStages; ++s) {
+      mbarrier_init(smem_address(&keys_full[s]), 1);
+      mbarrier_init(smem_address(&values_full[s]), 1);
+      mbarrier_init(smem_address(&keys_empty[s]), kWarps);
+      mbarrier_init(smem_address(&values_empty[s]), kWarps);
+    }
+    fence_barrier_init();
+  }
+};
+
+// What fills the ring with pages first .. first + count - 1 of a sequence: a whole warp calls it.
+template <int kDim>
+class PageSource {
+  using Ring = PageRing<kDim>;
+
+ public:
+  __device__ PageSource(const DecodeCall& call, int b, int kv_head, int first, int count,
+                        Ring& ring)
+      : call_(call), ring_(ring), kv_head_(kv_head), count_(count) {
+    static_assert(kPartPages <= 32);
+    const int lane = threadIdx.x % 32;
+    lane_page_ =
+        lane < count
+            ? call.p.page_table[static_cast<int64_t>(b) * call.p.page_table_stride + first + lane]
+            : 0;
+  }
+
+  // Keys and scales of page i, if there is one, once all warps are done with what is in its place.
+  __device__ void bring_keys(int i) const {
+    bring(i, ring_.keys_full, ring_.keys_empty, call_.cache.keys, ring_.pages.keys, true);
+  }
+  __device__ void bring_values(int i) const {
+    bring(i, ring_.values_full, ring_.values_empty, call_.cache.values, ring_.pages.values, false);
+  }
+
+ private:
+  template <typename T>
+  __device__ void bring(int i, uint64_t (&full)[Ring::kStages], uint64_t (&empty)[Ring::kStages],
+                        const T* from, T (&to)[Ring::kStages][Ring::kTileBytes],
+                        bool scales) const {
+    if (i >= count_) return;
+    const int64_t place =
+        static_cast<int64_t>(__shfl_sync(0xFFFFFFFFu, lane_page_, i)) * call_.p.num_kv_heads +
+        kv_head_;
+    if (threadIdx.x % 32 != 0) return;
+    const int s = i % Ring::kStages;
+    const uint32_t barrier = smem_address(&full[s]);
+    if (i >= Ring::kStages) {
+      mbarrier_wait(smem_address(&empty[s]), (i / Ring::kStages & 1) ^ 1);
+    }
+    mbarrier_expect_bytes(barrier, Ring::kTileBytes + (scales ? sizeof ring_.scales[s] : 0));
+    bulk_copy(smem_address(to[s]), from + place * Ring::kTileBytes, Ring::kTileBytes, barrier);
+    if (scales) {
+      bulk_copy(smem_address(ring_.scales[s]), call_.cache.scales + place * kTileScales,
+                sizeof ring_.scales[s], barrier);
+    }
+  }
+
+  const DecodeCall& call_;
+  Ring& ring_;
+  int kv_head_, count_, lane_page_;
+};
+
+// The tile's queries as INT8 A fragments, with what makes base-2 logits of their products with the
+// integers of a key of scale 1.
+template <bool kBf16, int kDim>
+__device__ __forceinline__ void quantize_rows(const Problem& p, int b, int kv_head, int rows,
+                                              int group, float scale,
+                                              uint32_t (&queries)[kDim / 32][4],
+                                              float (&scales)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float x[kDim / 8] = {};
+    const int row = threadIdx.x % 32 / 4 + 8 * r;
+    if (row < rows) {
+      const uint16_t* from = static_cast<const uint16_t*>(p.q.data) +
+                             p.q_offset(p.q, b, row / group, kv_head * group + row % group);
+#pragma unroll
+      for (int i = 0; i < kDim / 16; ++i) {
+        const int channel = i * 16 + threadIdx.x % 4 * 4;
+        if (channel < p.head_dim) {
+          const uint2 raw = *reinterpret_cast<const uint2*>(from + channel);
+          const float2 low = to_floats<kBf16>(raw.x), high = to_floats<kBf16>(raw.y);
+          x[4 * i] = low.x, x[4 * i + 1] = low.y, x[4 * i + 2] = high.x, x[4 * i + 3] = high.y;
+        }
+      }
+    }
+    uint32_t largest = __float_as_uint(recipe::kAmaxFloor);
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i) largest = max(largest, magnitude(x[i]));
+    const float amax = __uint_as_float(max_over_lanes<4>(largest));
+    const float inverse = recipe::kInt8Max / amax;
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      queries[i / 2][i % 2 * 2 + r] =
+          pack_bytes(rounded_byte(x[4 * i], inverse), rounded_byte(x[4 * i + 1], inverse),
+                     rounded_byte(x[4 * i + 2], inverse), rounded_byte(x[4 * i + 3], inverse));
+    }
+    scales[r] = amax * (1.0f / recipe::kInt8Max) * scale;
+  }
+}
+
+// A warp's 32 keys of every page of the part. Rows of a key tile are permuted (sage_tiles.cuh) such
+// that this thread's logits of every 16 keys are those of keys 4c .. 4c + 3, all of scale group c;
+// those are the four neighbours that it gets of every channel's row of the transposed values, so P
+// goes into the product as it is.
+template <bool kBf16, int kDim>
+__device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int kv_head, int q_len,
+                                             int kv_len, int first, int count, PageRing<kDim>& ring,
+                                             DecodeRows<kDim>& result) {
+  using Ring = PageRing<kDim>;
+  const Problem& p = call.p;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = p.num_heads / p.num_kv_heads;
+  const PageSource<kDim> source(call, b, kv_head, first, count, ring);
+  if (warp == 0) {
+    for (int i = 0; i < Ring::kStages; ++i) {
+      source.bring_keys(i);
+      source.bring_values(i);
+    }
+  }
+  uint32_t queries[kDim / 32][4];
+  float query_scales[2];
+  quantize_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale, queries,
+                             query_scales);
+  int seen[2];
+  const int seen_by_all = visible_keys(p, q_len, kv_len, group, seen);
+  result.clear();
+  float value_scale = 1.0f;  // of what is in result
+  for (int i = 0; i < count; ++i) {
+    const int s = i % Ring::kStages;
+    const uint32_t parity = i / Ring::kStages & 1;
+    mbarrier_wait(smem_address(&ring.keys_full[s]), parity);
+    const uint32_t keys = smem_address(ring.pages.keys[s]);
+    float logits[2 * kWarpSlices][4];
+#pragma unroll
+    for (int h = 0; h < kWarpSlices; ++h) {
+      int32_t integers[2][4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) integers[0][e] = integers[1][e] = kIntegerSeed;
+#pragma unroll
+      for (int k = 0; k < kDim / 32; ++k) {
+        uint32_t key[4];
+        const int row = warp * kWarpKeys + h * kSlice + lane / 16 * 8 + lane % 8;
+        load_matrices(key, keys + chunk_offset<kDim>(row, 2 * k + lane / 8 % 2));
+        multiply_int8(integers[0], queries[k], key[0], key[1]);
+        multiply_int8(integers[1], queries[k], key[2], key[3]);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        logits[2 * h][e] = __int_as_float(integers[0][e]) - kIntegerZero;
+        logits[2 * h + 1][e] = __int_as_float(integers[1][e]) - kIntegerZero;
+      }
+    }
+    const float key_scale = ring.scales[s][lane % 4];
+    const float next_value_scale = ring.scales[s][kKeyGroups];
+    const float inverse_value_scale = ring.scales[s][kKeyGroups + 2];
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(smem_address(&ring.keys_empty[s]));
+    // The other warps have most probably left the page before this one.
+    if (warp == 0 && i > 0) source.bring_values(i - 1 + Ring::kStages);
+
+    const int first_key = (first + i) * kTileTokens + warp * kWarpKeys;
+    if (first_key + kWarpKeys > seen_by_all) {
+#pragma unroll
+      for (int n = 0; n < 2 * kWarpSlices; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int key = first_key + n / 2 * kSlice + lane % 4 * 4 + n % 2 * 2 + (e & 1);
+          if (key >= seen[e >> 1]) logits[n][e] = -INFINITY;
+        }
+      }
+    }
+    const float scales[2] = {query_scales[0] * key_scale, query_scales[1] * key_scale};
+    float shrink[2];
+    softmax<false, false>(logits, scales, result.state, shrink);
+    const float change = value_scale * inverse_value_scale;
+    const float factor[2] = {shrink[0] * change, shrink[1] * change};
+    result.multiply(factor);
+    value_scale = next_value_scale;
+    uint32_t probabilities[kWarpSlices][4];
+#pragma unroll
+    for (int h = 0; h < kWarpSlices; ++h) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float(&pair)[4] = logits[2 * h + e / 2];
+        probabilities[h][e] = to_halves<false>(pair[e % 2 * 2], pair[e % 2 * 2 + 1]);
+      }
+    }
+    mbarrier_wait(smem_address(&ring.values_full[s]), parity);
+    const uint32_t values = smem_address(ring.pages.values[s]);
+    static_assert(kWarpSlices == 2);
+#pragma unroll
+    for (int n = 0; n < kDim / 8; n += 2) {
+      // Of 8 channels each: 16 keys, the next 16; then of the next 8 channels.
+      uint32_t value[4];
+      const int channel = n * 8 + lane / 16 * 8 + lane % 8;
+      load_matrices(value, values + chunk_offset<kTileTokens>(channel, 2 * warp + lane / 8 % 2));
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        multiply_half<false>(result.out[n + m / 2], probabilities[m % 2],
+                             halves_from_e4m3(value[m]), halves_from_e4m3(value[m] >> 16));
+      }
+    }
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(smem_address(&ring.values_empty[s]));
+    if (warp == 0) source.bring_keys(i + Ring::kStages);
+  }
+  const float factor[2] = {value_scale, value_scale};
+  result.multiply(factor);
+}
+
+__device__ inline const float* mean_of(const DecodeCall& call, int b, int kv_head) {
+  return call.cache.means +
+         (static_cast<int64_t>(call.means[b]) * call.p.num_kv_heads + kv_head) * call.p.head_dim;
+}
+
+// A warp's slices of the tail: its unsmoothed keys, in their own type. A sequence with pages has a
+// mean, whose product with the query is taken off, as the pages' logits lack it.
+template <bool kBf16, int kDim>
+__device__ __forceinline__ void attend_tail(const DecodeCall& call, int b, int kv_head, int q_len,
+                                            int kv_len, PageRing<kDim>& ring,
+                                            DecodeRows<kDim>& result) {
+  const Problem& p = call.p;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = p.num_heads / p.num_kv_heads;
+  const int begin = kv_len / kTileTokens * kTileTokens;
+  const int64_t head_elements = static_cast<int64_t>(kTileTokens) * p.head_dim;
+  const uint16_t* head_keys =
+      static_cast<const uint16_t*>(call.cache.tails) +
+      (call.tails[b] * 2 * int64_t{p.num_kv_heads} + kv_head) * head_elements;
+  const uint16_t* head_values = head_keys + p.num_kv_heads * head_elements;
+  const auto first_token = [&](int i) { return (i * kWarps + warp) * kSlice; };
+#pragma unroll
+  for (int i = 0; i < kWarpSlices; ++i) {
+    const int valid = kv_len - begin - first_token(i);
+    if (valid > 0) {
+      const int64_t from = static_cast<int64_t>(first_token(i)) * p.head_dim;
+      copy_slice<kDim>(smem_address(ring.tail[warp][i][0]), head_keys + from, p.head_dim, valid,
+                       p.head_dim);
+      copy_slice<kDim>(smem_address(ring.tail[warp][i][1]), head_values + from, p.head_dim, valid,
+                       p.head_dim);
+    }
+    commit_copies();
+  }
+  uint32_t queries[kDim / 16][4];
+  load_queries<kDim>(p, b, kv_head, q_len * group, group, queries);
+  float bias[2] = {};
+  if (begin > 0) {
+    const float* mean = mean_of(call, b, kv_head);
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int channel = k * 16 + e / 2 * 8 + lane % 4 * 2;
+        if (channel >= p.head_dim) continue;
+        const float2 x = to_floats<kBf16>(queries[k][e]);
+        bias[e % 2] = fmaf(x.x, mean[channel], fmaf(x.y, mean[channel + 1], bias[e % 2]));
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      bias[r] += __shfl_xor_sync(0xFFFFFFFFu, bias[r], 1);
+      bias[r] += __shfl_xor_sync(0xFFFFFFFFu, bias[r], 2);
+    }
+  }
+  int seen[2];
+  const int seen_by_all = visible_keys(p, q_len, kv_len, group, seen);
+  result.clear();
+  wait_copies<0>();
+  __syncwarp();
+  for (int i = 0; i < kWarpSlices; ++i) {
+    if (begin + first_token(i) >= kv_len) break;
+    attend_slice<kBf16, kDim>(queries, smem_address(ring.tail[warp][i][0]),
+                              smem_address(ring.tail[warp][i][1]), begin + first_token(i),
+                              seen_by_all, seen, bias, call.scale, result);
+  }
+}
+
+// Part 0 is the tail, part 1 + i the pages from i * kPartPages on.
+template <bool kBf16, int kDim>
+__global__ void __launch_bounds__(kThreads, 3)
+    decode_part(const __grid_constant__ DecodeCall call) {
+  extern __shared__ __align__(128) uint8_t smem[];
+  auto& ring = *reinterpret_cast<PageRing<kDim>*>(smem);
+  const Problem& p = call.p;
+  const int part = blockIdx.x, kv_head = blockIdx.y, b = blockIdx.z;
+  if (part > 0) {
+    if (threadIdx.x == 0) ring.init_barriers();
+    __syncthreads();
+  }
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  const int q_len = p.q_len(b), kv_len = p.kv_len(b);
+  const int first = (part - 1) * kPartPages;
+  const int count = min(kPartPages, kv_len / kTileTokens - first);
+  // Without anything to merge, a sequence without keys still has its zeros to write.
+  const bool empty = part > 0 ? count <= 0 : call.parts.parts > 1 && kv_len % kTileTokens == 0;
+  if (q_len == 0 || empty) return;
+  DecodeRows<kDim> result;
+  if (part == 0) {
+    attend_tail<kBf16, kDim>(call, b, kv_head, q_len, kv_len, ring, result);
+  } else {
+    attend_pages<kBf16, kDim>(call, b, kv_head, q_len, kv_len, first, count, ring, result);
+  }
+  __syncthreads();
+  const int group = p.num_heads / p.num_kv_heads;
+  leave_rows(result, static_cast<int>(threadIdx.x / 32), q_len * group, ring.merge);
+  __syncthreads();
+  store_part(p, call.parts, part, b, kv_head, q_len * group, group, ring.merge);
+}
+
+// One block a row (query, head).
+template <typename T>
+__global__ void __launch_bounds__(128) merge_parts(const __grid_constant__ DecodeCall call) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  const Problem& p = call.p;
+  const int query = blockIdx.x / p.num_heads, head = blockIdx.x % p.num_heads, b = blockIdx.y;
+  if (query >= p.q_len(b)) return;
+  const int kv_len = p.kv_len(b), pages = kv_len / kTileTokens;
+  float bias = 0.0f;
+  if (p.lse != nullptr && pages > 0) {
+    __shared__ float shared[32];
+    const int channel = threadIdx.x;
+    const float* mean = mean_of(call, b, head / (p.num_heads / p.num_kv_heads));
+    const T* from = static_cast<const T*>(p.q.data) + p.q_offset(p.q, b, query, head);
+    const float product = channel < p.head_dim ? to_float(from[channel]) * mean[channel] : 0.0f;
+    bias = block_reduce(product, shared, Sum{}) * call.scale;
+  }
+  merge_row(p, call.parts, kv_len % kTileTokens == 0 ? 1 : 0,
+            1 + (pages + kPartPages - 1) / kPartPages, b, query, head, bias);
+}
+
+template <typename T, int kDim>
+cudaError_t launch_decode(const DecodeCall& call, cudaStream_t stream) {
+  constexpr auto kernel = decode_part<std::is_same_v<T, __nv_bfloat16>, kDim>;
+  constexpr int kBytes = sizeof(PageRing<kDim>);
+  const Problem& p = call.p;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  const auto sequences = static_cast<unsigned>(p.batch);
+  error = launch_with_memory(kernel,
+                             dim3(static_cast<unsigned>(call.parts.parts),
+                                  static_cast<unsigned>(p.num_kv_heads), sequences),
+                             kThreads, kBytes, stream, call);
+  if (error != cudaSuccess || call.parts.parts == 1) return error;
+  return launch(merge_parts<T>, dim3(static_cast<unsigned>(p.max_q_len * p.num_heads), sequences),
+                kDim, stream, call);
+}
+
+DecodeCall make_call(const DecodeFromQuantizedKv& args, void* workspace, size_t* bytes) {
+  DecodeCall call{};
+  Problem& p = call.p;
+  const QuantizedKvStep& step = args.step;
+  p.q = {const_cast<void*>(args.queries), 0, args.query_stride, args.cache.head_dim};
+  p.out = {args.out, 0, args.out_stride, args.cache.head_dim};
+  p.lse = args.lse;
+  p.cu_q_lens = step.cu_q_lens;
+  p.kv_lens = step.kv_lens;
+  p.page_table = step.page_table;
+  p.page_table_stride = step.page_table_stride;
+  p.batch = step.num_sequences;
+  p.num_heads = args.cache.num_heads;
+  p.num_kv_heads = args.cache.num_kv_heads;
+  p.head_dim = args.cache.head_dim;
+  p.max_q_len = step.max_q_len;
+  p.max_kv_len = step.max_kv_len;
+  p.softmax_scale = args.softmax_scale;
+  p.causal = true;
+  p.bf16 = args.cache.type == Element::kBF16;
+  const int most_pages = step.max_kv_len / kTileTokens;
+  call.parts = place_parts(p, 1 + (most_pages + kPartPages - 1) / kPartPages, workspace, bytes);
+  call.cache = args.cache;
+  call.tails = step.tails;
+  call.means = step.means;
+  call.scale = args.softmax_scale * recipe::kLog2E;
+  return call;
+}
+
+}  // namespace
+
+bool quantized_kv_decode_takes(const DecodeFromQuantizedKv& args) {
+  const QuantizedKv& cache = args.cache;
+  return quantized_kv_refusal(cache.num_heads, cache.num_kv_heads, cache.head_dim) == nullptr &&
+         int64_t{args.step.max_q_len} * (cache.num_heads / cache.num_kv_heads) <= kDecodeRows;
+}
+
+size_t quantized_kv_decode_workspace_bytes(const DecodeFromQuantizedKv& args) {
+  size_t bytes = 0;
+  make_call(args, nullptr, &bytes);
+  return bytes;
+}
+
+cudaError_t decode_from_quantized_kv(const DecodeFromQuantizedKv& args, void* workspace,
+                                     cudaStream_t stream) {
+  if (!quantized_kv_decode_takes(args)) return cudaErrorInvalidValue;
+  if (args.step.num_sequences == 0 || args.step.max_q_len == 0) return cudaSuccess;
+  size_t bytes = 0;
+  const DecodeCall call = make_call(args, workspace, &bytes);
+  return with_half_type(args.cache.type, [&](auto element) {
+    using T = decltype(element);
+    return quantized_kv_dim(args.cache.head_dim) == 64 ? launch_decode<T, 64>(call, stream)
+                                                       : launch_decode<T, 128>(call, stream);
+  });
+}
+
+}  // namespace sagelm::kernels
