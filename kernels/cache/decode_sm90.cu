@@ -56,8 +56,8 @@ struct PageRing {
     for (int s = 0; s < kStages; ++s) {
       mbarrier_init(smem_address(&keys_full[s]), 1);
       mbarrier_init(smem_address(&values_full[s]), 1);
-      mbarrier_init(smem_address(&keys_empty[s]), kWarps);
-      mbarrier_init(smem_address(&values_empty[s]), kWarps);
+      mbarrier_init(smem_address(&keys_empty[s]), kThreads);
+      mbarrier_init(smem_address(&values_empty[s]), kThreads);
     }
     fence_barrier_init();
   }
@@ -210,8 +210,7 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
     const float key_scale = ring.scales[s][lane % 4];
     const float next_value_scale = ring.scales[s][kKeyGroups];
     const float inverse_value_scale = ring.scales[s][kKeyGroups + 2];
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(smem_address(&ring.keys_empty[s]));
+    mbarrier_arrive(smem_address(&ring.keys_empty[s]));  // every lane has read from it
     // The other warps have most probably left the page before this one.
     if (warp == 0 && i > 0) source.bring_values(i - 1 + Ring::kStages);
 
@@ -257,8 +256,7 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
                              halves_from_e4m3(value[m]), halves_from_e4m3(value[m] >> 16));
       }
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(smem_address(&ring.values_empty[s]));
+    mbarrier_arrive(smem_address(&ring.values_empty[s]));
     if (warp == 0) source.bring_keys(i + Ring::kStages);
   }
   const float factor[2] = {value_scale, value_scale};
