@@ -76,8 +76,7 @@ class LinearLayers {
     backend_->embed(embedding_, batch, hidden);
     backend_->rmsnorm(hidden, norm_, config_.rms_norm_eps, normed);
     backend_->linear(normed, query_, attended);
-    backend_->linear(normed, gate_up_, gate_up);
-    backend_->swiglu(gate_up, activated);
+    backend_->linear_swiglu(normed, gate_up_, gate_up, activated);
 
     const int32_t first = 0;
     std::vector<float> one_row(static_cast<size_t>(config_.hidden_size));
@@ -95,6 +94,7 @@ class LinearLayers {
     layer();  // chooses the algorithms
     wait();
     std::vector<double> times;
+    times.reserve(runs);
     for (int run = 0; run < runs; ++run) {
       times.push_back(seconds_of([&] {
         for (int64_t i = 0; i < config_.num_layers; ++i) layer();

@@ -128,8 +128,7 @@ class ExactRows {
       if (row.token >= 0) rows_.push_back(row);
     }
 #pragma omp parallel for schedule(dynamic)
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      Row& row = rows_[i];
+    for (Row& row : rows_) {
       row.exact = exact_row(call, inputs, row.batch, row.head, row.token);
     }
   }

@@ -23,7 +23,7 @@ std::string string_field(const Json& object, const char* name) {
 Conversation::Conversation(Model& model, ChatTemplate chat_template, std::string system,
                            OnFull on_full)
     : model_(model),
-      template_(std::move(chat_template)),
+      template_(chat_template),
       system_(std::move(system)),
       on_full_(on_full),
       session_(model.start_session()) {}

@@ -6,7 +6,9 @@
 #include <cstdio>
 #include <cstring>
 
+#include "kernels/attention/fp16_sm90.h"
 #include "kernels/attention/mma_attention.h"
+#include "kernels/attention/mma_operands.h"
 #include "kernels/attention/problem.cuh"
 #include "kernels/attention/sage2_sm90.h"
 #include "sagelm/attention.h"
@@ -131,6 +133,14 @@ struct Choice {
   int capability;
 };
 
+const char* wgmma_attention_refusal(sagelm_attention_variant variant, const Problem& problem,
+                                    int capability) {
+  if (capability != 90) return "the device is not sm_90";
+  if (variant == SAGELM_ATTENTION_SAGE1) return "sage1 has none";
+  return variant == SAGELM_ATTENTION_SAGE2 ? sage2_sm90_refusal(problem)
+                                           : fp16_sm90_refusal(problem);
+}
+
 sagelm_attention_status choose(const sagelm_attention_args& a, const Problem& problem,
                                Choice& choice) {
   int device = 0, major = 0, minor = 0;
@@ -145,31 +155,31 @@ sagelm_attention_status choose(const sagelm_attention_args& a, const Problem& pr
     return refuse(SAGELM_ATTENTION_CUDA_ERROR, "no CUDA device: %s", cudaGetErrorString(error));
   }
   choice.capability = 10 * major + minor;
-  const char* wgmma_refusal = "only sage2 has a warp-group kernel";
-  if (a.variant == SAGELM_ATTENTION_SAGE2) {
-    wgmma_refusal =
-        choice.capability == 90 ? sage2_sm90_refusal(problem) : "the device is not sm_90";
-  }
-  if (a.kernel != SAGELM_ATTENTION_KERNEL_MMA && wgmma_refusal == nullptr) {
-    choice.kernel = SAGELM_ATTENTION_KERNEL_WGMMA;
-    return SAGELM_ATTENTION_OK;
-  }
-  if (a.kernel == SAGELM_ATTENTION_KERNEL_WGMMA) {
-    return refuse(SAGELM_ATTENTION_UNSUPPORTED, "the warp-group kernel cannot run: %s",
-                  wgmma_refusal);
-  }
+  // The limits of the MMA kernels hold for all.
   if (const char* why = mma_attention_refusal(a.variant, problem, choice.capability)) {
     return refuse(SAGELM_ATTENTION_UNSUPPORTED, "%s", why);
   }
-  choice.kernel = SAGELM_ATTENTION_KERNEL_MMA;
+  const char* wgmma_refusal = wgmma_attention_refusal(a.variant, problem, choice.capability);
+  if (a.kernel == SAGELM_ATTENTION_KERNEL_WGMMA && wgmma_refusal != nullptr) {
+    return refuse(SAGELM_ATTENTION_UNSUPPORTED, "the warp-group kernel cannot run: %s",
+                  wgmma_refusal);
+  }
+  choice.kernel = a.kernel;
+  if (a.kernel == SAGELM_ATTENTION_KERNEL_AUTO) {
+    // Decode in FP16 is a matter of bandwidth, and the kernel that splits sequences has more of it.
+    const bool decode = a.variant == SAGELM_ATTENTION_FP16 && mma_decode_takes(problem);
+    choice.kernel = wgmma_refusal == nullptr && !decode ? SAGELM_ATTENTION_KERNEL_WGMMA
+                                                        : SAGELM_ATTENTION_KERNEL_MMA;
+  }
   return SAGELM_ATTENTION_OK;
 }
 
 size_t workspace_bytes(const sagelm_attention_args& a, const Problem& problem,
                        const Choice& choice) {
-  return choice.kernel == SAGELM_ATTENTION_KERNEL_WGMMA
-             ? sage2_sm90_workspace_bytes(problem)
-             : mma_attention_workspace_bytes(a.variant, problem);
+  if (choice.kernel == SAGELM_ATTENTION_KERNEL_MMA) {
+    return mma_attention_workspace_bytes(a.variant, problem);
+  }
+  return a.variant == SAGELM_ATTENTION_SAGE2 ? sage2_sm90_workspace_bytes(problem) : 0;
 }
 
 sagelm_attention_status prepare(const sagelm_attention_args* args, Problem& problem,
@@ -204,9 +214,14 @@ sagelm_attention_status run(const sagelm_attention_args* args) {
     return refuse(SAGELM_ATTENTION_INVALID, "the workspace is not 256-byte aligned");
   }
   const auto stream = static_cast<cudaStream_t>(args->stream);
-  const cudaError_t error = choice.kernel == SAGELM_ATTENTION_KERNEL_WGMMA
-                                ? sage2_sm90(problem, args->workspace, stream)
-                                : mma_attention(args->variant, problem, args->workspace, stream);
+  const auto launch = [&] {
+    if (choice.kernel == SAGELM_ATTENTION_KERNEL_MMA) {
+      return mma_attention(args->variant, problem, args->workspace, stream);
+    }
+    return args->variant == SAGELM_ATTENTION_SAGE2 ? sage2_sm90(problem, args->workspace, stream)
+                                                   : fp16_sm90(problem, stream);
+  };
+  const cudaError_t error = launch();
   if (error != cudaSuccess) {
     return refuse(SAGELM_ATTENTION_CUDA_ERROR, "launching %s failed: %s",
                   sagelm_attention_kernel_name(args), cudaGetErrorString(error));
@@ -240,8 +255,8 @@ const char* sagelm_attention_kernel_name(const sagelm_attention_args* args) {
   Problem problem;
   Choice choice;
   if (prepare(args, problem, choice) != SAGELM_ATTENTION_OK) return nullptr;
-  return choice.kernel == SAGELM_ATTENTION_KERNEL_WGMMA ? "sage2-wgmma-sm90a"
-                                                        : kMmaNames[args->variant];
+  if (choice.kernel == SAGELM_ATTENTION_KERNEL_MMA) return kMmaNames[args->variant];
+  return args->variant == SAGELM_ATTENTION_SAGE2 ? "sage2-wgmma-sm90a" : "fp16-wgmma-sm90a";
 }
 
 }  // extern "C"

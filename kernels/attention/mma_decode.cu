@@ -9,6 +9,7 @@
 #include "kernels/attention/mma_operands.h"
 #include "kernels/attention/recipe.h"
 #include "kernels/common/ptx.cuh"
+#include "kernels/ops/launch.cuh"
 
 namespace sagelm::kernels {
 namespace {
@@ -39,6 +40,8 @@ template <class S>
 __global__ void __launch_bounds__(S::kThreads)
     decode_part(const __grid_constant__ Problem p, const Parts parts, const float scale) {
   extern __shared__ __align__(128) uint8_t smem[];
+  allow_next_kernel();
+  wait_for_previous_kernel();
   const int part = blockIdx.x, kv_head = blockIdx.y, b = blockIdx.z;
   const int q_len = p.q_len(b), kv_len = p.kv_len(b);
   const int begin = part * kPartKeys;
@@ -107,6 +110,8 @@ int part_count(const Problem& p) { return (p.max_kv_len + kPartKeys - 1) / kPart
 
 // One block a row (query, head).
 __global__ void merge_parts(const __grid_constant__ Problem p, const Parts parts) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
   const int query = blockIdx.x / p.num_heads, head = blockIdx.x % p.num_heads, b = blockIdx.y;
   if (query >= p.q_len(b)) return;
   merge_row(p, parts, 0, (p.kv_len(b) + kPartKeys - 1) / kPartKeys, b, query, head, 0.0f);
@@ -119,12 +124,11 @@ cudaError_t launch_decode(const Problem& p, const Parts& parts, cudaStream_t str
       decode_part<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSmemBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(std::max(parts.parts, 1), p.num_kv_heads, p.batch);
-  decode_part<S>
-      <<<grid, S::kThreads, S::kSmemBytes, stream>>>(p, parts, p.softmax_scale * recipe::kLog2E);
-  if (parts.parts > 1) {
-    merge_parts<<<dim3(p.max_q_len * p.num_heads, p.batch), kDim, 0, stream>>>(p, parts);
-  }
-  return cudaGetLastError();
+  const cudaError_t started =
+      launch_with_shared(decode_part<S>, grid, S::kThreads, S::kSmemBytes, stream, p, parts,
+                         p.softmax_scale * recipe::kLog2E);
+  if (started != cudaSuccess || parts.parts <= 1) return started;
+  return launch(merge_parts, dim3(p.max_q_len * p.num_heads, p.batch), kDim, stream, p, parts);
 }
 
 template <bool kBf16>

@@ -1,11 +1,8 @@
 // docs/hopper-kernel.md tells how this kernel came to be as it is, with measurements.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <algorithm>
-#include <cstddef>
+#include <cstdint>
 
 #include "kernels/attention/recipe.h"
+#include "kernels/attention/rows_sm90.cuh"
 #include "kernels/attention/sage2_sm90.h"
 #include "kernels/attention/sage2_softmax_sm90.cuh"
 #include "kernels/attention/sage2_work_sm90.cuh"
@@ -43,53 +40,6 @@ __device__ inline void issue_pv(float (&products)[kDim / 2], const uint32_t (&p)
 #pragma unroll
   for (int k = 1; k < kKeyTile / 32; ++k) wgmma_e4m3(products, p + 4 * k, b + 2 * k, true);
   wgmma_commit();
-}
-
-// Divides by the sum and stores a warp's 16 rows, through shared memory for whole-row writes.
-template <int kDim>
-__device__ void store_rows(const Problem& p, const WorkItem& item, int first_row,
-                           const RowState& rows, const float (&out)[kDim / 2],
-                           uint16_t (&staging)[16][kDim + 8], const float* biases) {
-  const int lane = threadIdx.x % 32, g = lane >> 2, c = lane & 3;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float sum = quad_sum(rows.sum[r]);
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-#pragma unroll
-    for (int j = 0; j < kDim / 8; ++j) {
-      const float low = out[4 * j + 2 * r] * inverse;
-      const float high = out[4 * j + 2 * r + 1] * inverse;
-      uint32_t* slot = reinterpret_cast<uint32_t*>(&staging[g + 8 * r][8 * j + 2 * c]);
-      if (p.bf16) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-        *slot = *reinterpret_cast<const uint32_t*>(&pair);
-      } else {
-        const __half2 pair = __floats2half2_rn(low, high);
-        *slot = *reinterpret_cast<const uint32_t*>(&pair);
-      }
-    }
-    const int row = first_row + g + 8 * r;
-    if (p.lse != nullptr && c == 0 && row < item.q_len) {
-      const float bias = biases != nullptr ? biases[g + 8 * r] : 0.0f;
-      p.lse[(static_cast<int64_t>(item.b) * p.num_heads + item.head) * p.max_q_len + row] =
-          sum == 0.0f ? -INFINITY : (rows.reference[r] + log2f(sum) + bias) * recipe::kLn2;
-    }
-  }
-  __syncwarp();
-  constexpr int kLanes = kDim / 8;
-  const int chunk = lane % kLanes;
-  if (chunk * 8 < p.head_dim) {
-#pragma unroll
-    for (int i = 0; i < 16; i += 32 / kLanes) {
-      const int row = i + lane / kLanes;
-      if (first_row + row < item.q_len) {
-        uint16_t* to = static_cast<uint16_t*>(p.out.data) +
-                       p.q_offset(p.out, item.b, first_row + row, item.head) + chunk * 8;
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&staging[row][chunk * 8]);
-      }
-    }
-  }
-  __syncwarp();
 }
 
 template <int kDim>
@@ -202,7 +152,8 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
       tile.value_inverse = scales[kKeyGroups + 2];
       tile.scale[0] = query_scale[0] * key_scale;
       tile.scale[1] = query_scale[1] * key_scale;
-      release(places.keys_empty(ring.stage));
+      // From every lane: all of them read the scales.
+      mbarrier_arrive(places.keys_empty(ring.stage));
     };
     // Logits of tile j to P. Products of the tile before may be in flight; finish waits for them.
     const auto softmax = [&](int j, uint32_t(&to)[16], const auto& finish) {
@@ -310,19 +261,8 @@ __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<SharedTiles<kDim>*>(raw_shared);
   const Places<kDim> places(shared);
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < SharedTiles<kDim>::kStages; ++s) {
-      mbarrier_init(places.keys_full(s), 1);
-      mbarrier_init(places.keys_empty(s), Groups<kDim>::kReleases);
-      mbarrier_init(places.values_full(s), 1);
-      mbarrier_init(places.values_empty(s), Groups<kDim>::kReleases);
-    }
-    for (int s = 0; s < kQuerySlots; ++s) {
-      mbarrier_init(places.queries_full(s), 1);
-      mbarrier_init(places.queries_empty(s), Groups<kDim>::kReleases);
-    }
-    fence_barrier_init();
-  }
+  if (threadIdx.x == 0)
+    init_barriers(places, 1, 32 * Groups<kDim>::kReleases, Groups<kDim>::kReleases);
   __syncthreads();
   const int group = threadIdx.x / 128;
   if (group == 0) {
@@ -337,30 +277,14 @@ __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
 template <int kDim>
 cudaError_t attend(const Problem& p, const SageTiles& tiles, cudaStream_t stream) {
   constexpr int kBytes = sizeof(SharedTiles<kDim>);
-  int device = 0, processors = 0, l2_bytes = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(sage2_kernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 kBytes);
-  }
+  const int64_t items = int64_t{p.batch} * p.num_heads * items_per_head<kDim>(tiles);
+  const int64_t kv_head_bytes = int64_t{2} * tiles.kv_tiles * SharedTiles<kDim>::kTileBytes;
+  Launch launch;
+  const cudaError_t error = plan_launch(reinterpret_cast<const void*>(sage2_kernel<kDim>), kBytes,
+                                        p, kv_head_bytes, items, launch);
   if (error != cudaSuccess) return error;
-  // Sections of heads whose keys and values fill about half of the L2 cache.
-  const int64_t head_bytes =
-      std::max<int64_t>(1, int64_t{2} * tiles.kv_tiles * SharedTiles<kDim>::kTileBytes);
-  const int64_t kv_heads = std::max<int64_t>(1, l2_bytes / 2 / head_bytes);
-  const int heads = p.batch * p.num_heads;
-  Schedule schedule;
-  schedule.section_heads =
-      static_cast<int>(std::min<int64_t>(heads, kv_heads * (p.num_heads / p.num_kv_heads)));
-  const int64_t items = static_cast<int64_t>(heads) * items_per_head<kDim>(tiles);
-  const int grid = static_cast<int>(std::min<int64_t>(items, processors));
-  sage2_kernel<kDim><<<grid, Groups<kDim>::kThreads, kBytes, stream>>>(p, tiles, schedule);
+  sage2_kernel<kDim>
+      <<<launch.grid, Groups<kDim>::kThreads, kBytes, stream>>>(p, tiles, launch.schedule);
   return cudaGetLastError();
 }
 

@@ -5,9 +5,12 @@
 #include <cstdint>
 
 #include "kernels/attention/recipe.h"
+#include "kernels/attention/rows_sm90.cuh"
 #include "kernels/common/ptx.cuh"
 
 namespace sagelm::kernels::sage2 {
+
+using namespace hopper;
 
 // The exponentials of a tile are taken against a row's reference, the reference is moved only when
 // those of one thread add up to more than e4m3 can hold of one of them, and then so far that they
@@ -18,22 +21,6 @@ constexpr float kSumBits = recipe::kLog2E4m3Max - kSlack;
 constexpr float kFirstBits = recipe::kLog2E4m3Max - 5.0f;
 // The reference of a row that has seen no key: any logit is infinitely above it.
 constexpr float kNothing = -1e30f;
-
-__device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
-}
-__device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-  return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
-}
-
-// What a consumer thread carries along its two query rows, g and g + 8 of its warp's 16. Weights
-// of keys are 2^(logit - reference): the reference is shared by the four threads of a row.
-struct RowState {
-  float reference[2];
-  float sum[2];  // of the weights of this thread's keys
-};
 
 // How a tile's integers become weights: 2^(logit * scale - offset), times the scale of V.
 struct TileScales {

@@ -56,8 +56,8 @@ struct PageRing {
     for (int s = 0; s < kStages; ++s) {
       mbarrier_init(smem_address(&keys_full[s]), 1);
       mbarrier_init(smem_address(&values_full[s]), 1);
-      mbarrier_init(smem_address(&keys_empty[s]), kWarps);
-      mbarrier_init(smem_address(&values_empty[s]), kWarps);
+      mbarrier_init(smem_address(&keys_empty[s]), kThreads);
+      mbarrier_init(smem_address(&values_empty[s]), kThreads);
     }
     fence_barrier_init();
   }
@@ -97,18 +97,20 @@ class PageSource {
     const int64_t place =
         static_cast<int64_t>(__shfl_sync(0xFFFFFFFFu, lane_page_, i)) * call_.p.num_kv_heads +
         kv_head_;
-    if (threadIdx.x % 32 != 0) return;
-    const int s = i % Ring::kStages;
-    const uint32_t barrier = smem_address(&full[s]);
-    if (i >= Ring::kStages) {
-      mbarrier_wait(smem_address(&empty[s]), (i / Ring::kStages & 1) ^ 1);
+    if (threadIdx.x % 32 == 0) {
+      const int s = i % Ring::kStages;
+      const uint32_t barrier = smem_address(&full[s]);
+      if (i >= Ring::kStages) {
+        mbarrier_wait(smem_address(&empty[s]), (i / Ring::kStages & 1) ^ 1);
+      }
+      mbarrier_expect_bytes(barrier, Ring::kTileBytes + (scales ? sizeof ring_.scales[s] : 0));
+      bulk_copy(smem_address(to[s]), from + place * Ring::kTileBytes, Ring::kTileBytes, barrier);
+      if (scales) {
+        bulk_copy(smem_address(ring_.scales[s]), call_.cache.scales + place * kTileScales,
+                  sizeof ring_.scales[s], barrier);
+      }
     }
-    mbarrier_expect_bytes(barrier, Ring::kTileBytes + (scales ? sizeof ring_.scales[s] : 0));
-    bulk_copy(smem_address(to[s]), from + place * Ring::kTileBytes, Ring::kTileBytes, barrier);
-    if (scales) {
-      bulk_copy(smem_address(ring_.scales[s]), call_.cache.scales + place * kTileScales,
-                sizeof ring_.scales[s], barrier);
-    }
+    __syncwarp();
   }
 
   const DecodeCall& call_;
@@ -210,8 +212,7 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
     const float key_scale = ring.scales[s][lane % 4];
     const float next_value_scale = ring.scales[s][kKeyGroups];
     const float inverse_value_scale = ring.scales[s][kKeyGroups + 2];
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(smem_address(&ring.keys_empty[s]));
+    if (i + Ring::kStages < count) mbarrier_arrive(smem_address(&ring.keys_empty[s]));
     // The other warps have most probably left the page before this one.
     if (warp == 0 && i > 0) source.bring_values(i - 1 + Ring::kStages);
 
@@ -257,8 +258,7 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
                              halves_from_e4m3(value[m]), halves_from_e4m3(value[m] >> 16));
       }
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(smem_address(&ring.values_empty[s]));
+    if (i + Ring::kStages < count) mbarrier_arrive(smem_address(&ring.values_empty[s]));
     if (warp == 0) source.bring_keys(i + Ring::kStages);
   }
   const float factor[2] = {value_scale, value_scale};
@@ -395,8 +395,11 @@ cudaError_t launch_decode(const DecodeCall& call, cudaStream_t stream) {
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess) return error;
   const auto sequences = static_cast<unsigned>(p.batch);
-  error = launch_with_memory(kernel,
+  error = launch_with_shared(kernel,
                              dim3(static_cast<unsigned>(call.parts.parts),
                                   static_cast<unsigned>(p.num_kv_heads), sequences),
                              kThreads, kBytes, stream, call);

@@ -93,20 +93,6 @@ struct Sum {
   }
 };
 
-// For kernels launched by launch() (launch.cuh), which may start while the kernel before them on
-// the stream is ending. Every one calls wait_for_previous_kernel() before it touches anything that
-// others write, and allow_next_kernel() as early as it likes: the next one waits in turn.
-__device__ inline void allow_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-#endif
-}
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
-
 // Calls function with a value of the C++ type behind a 16-bit element type.
 template <typename Function>
 cudaError_t with_half_type(Element type, const Function& function) {

@@ -1,4 +1,4 @@
-// One way to launch the operations' kernels.
+// One way to launch the kernels of a step, each of which may begin while the one before it ends.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,6 +6,20 @@
 #include <utility>
 
 namespace sagelm::kernels {
+
+// For kernels launched by launch(), which may start while the kernel before them on
+// the stream is ending. Every one calls wait_for_previous_kernel() before it touches anything that
+// others write, and allow_next_kernel() as early as it likes: the next one waits in turn.
+__device__ inline void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
 
 // Whether the current device can start a kernel before the one in front of it has ended.
 inline bool overlaps_kernels() {
@@ -18,7 +32,7 @@ inline bool overlaps_kernels() {
 // Launches kernel so that on Hopper and later it may start while the kernel before it on the stream
 // is ending: it has to call wait_for_previous_kernel() before it touches what others write.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_with_memory(void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+cudaError_t launch_with_shared(void (*kernel)(Parameters...), dim3 grid, unsigned threads,
                                size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
@@ -33,11 +47,10 @@ cudaError_t launch_with_memory(void (*kernel)(Parameters...), dim3 grid, unsigne
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
-// Likewise, without dynamic shared memory.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, cudaStream_t stream,
                    Arguments&&... arguments) {
-  return launch_with_memory(kernel, grid, threads, 0, stream,
+  return launch_with_shared(kernel, grid, threads, 0, stream,
                             std::forward<Arguments>(arguments)...);
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -99,12 +100,22 @@ class Backend {
   // Starts a step over batch, which must outlive it: operations that take a batch take this one.
   virtual void begin(const Batch& batch) = 0;
 
+  // Does `work`, which calls operations of this step on kv and reads nothing back. What it does may
+  // depend only on the number of sequences and rows, on kv and on spec: an implementation may keep
+  // what was enqueued and repeat that for a later step alike instead of calling work.
+  virtual void repeat(const KvStorage& /*kv*/, const AttentionSpec& /*spec*/,
+                      const std::function<void()>& work) {
+    work();
+  }
+
   // Operations. x and out never overlap unless said.
   virtual void embed(WeightHandle table, const Batch& batch, Matrix out) = 0;
   virtual void rmsnorm(Matrix x, WeightHandle weight, double eps, Matrix out) = 0;
   virtual void linear(Matrix x, WeightHandle weight, Matrix out) = 0;      // out = x W^T
   virtual void linear_add(Matrix x, WeightHandle weight, Matrix out) = 0;  // out += x W^T
-  virtual void swiglu(Matrix gate_up, Matrix out) = 0;  // out = silu(left half) * right half
+  // out = silu(x G^T) * (x U^T), where weight is [G; U]. gate_up has room for x weight^T; what it
+  // holds afterwards is not defined.
+  virtual void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) = 0;
   virtual void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) = 0;
 
   // Rotates the query and key columns of qkv [rows, q + k + v] in place by each row's position and

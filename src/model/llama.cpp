@@ -48,6 +48,20 @@ std::vector<float> copy_to_host(Backend& backend, Matrix matrix) {
   return values;
 }
 
+void check_token(int32_t token, const ModelConfig& config) {
+  if (token < 0 || token >= config.vocab_size) {
+    fail("token id {} is outside the model's vocabulary of {}", token, config.vocab_size);
+  }
+}
+
+bool is_identity(std::span<const int32_t> rows, int64_t count) {
+  if (static_cast<int64_t>(rows.size()) != count) return false;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (rows[i] != static_cast<int32_t>(i)) return false;
+  }
+  return true;
+}
+
 void roll_back(std::span<const StepInput> inputs) {
   for (const StepInput& input : inputs) {
     input.sequence->truncate(input.sequence->length() - static_cast<int64_t>(input.tokens.size()));
@@ -136,7 +150,10 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
   const auto num_wanted = static_cast<int64_t>(wanted.size());
   const AttentionShape shape{config_.num_heads, config_.num_kv_heads, config_.head_dim, spec_};
   const Matrix hidden = b.scratch(kHidden, rows, config_.hidden_size, Holds::kResidual);
-  const Matrix gathered = b.scratch(kGathered, num_wanted, config_.hidden_size, Holds::kResidual);
+  // All rows in their order need no gathering.
+  const bool wants_all = is_identity(wanted, rows);
+  const Matrix gathered =
+      wants_all ? hidden : b.scratch(kGathered, num_wanted, config_.hidden_size, Holds::kResidual);
   const Matrix normed = b.scratch(kNormed, rows, config_.hidden_size, Holds::kActivations);
   const Matrix qkv =
       b.scratch(kQkv, rows, config_.q_size() + 2 * config_.kv_size(), Holds::kActivations);
@@ -146,7 +163,6 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
   const Matrix activated =
       b.scratch(kActivated, rows, config_.intermediate_size, Holds::kActivations);
 
-  b.begin(batch);
   b.embed(embedding_, batch, hidden);
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& layer = layers_[i];
@@ -164,14 +180,13 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
     if (i + 1 == layers_.size()) {
       // Nothing reads the other rows any more.
       if (wanted.empty()) break;
-      b.gather_rows(hidden, wanted, gathered);
+      if (!wants_all) b.gather_rows(hidden, wanted, gathered);
       out = gathered;
     }
     const Matrix mlp_normed = rows_of(normed, 0, out.rows);
     const Matrix mlp_activated = rows_of(activated, 0, out.rows);
     b.rmsnorm(out, layer.post_norm, config_.rms_norm_eps, mlp_normed);
-    b.linear(mlp_normed, layer.gate_up, rows_of(gate_up, 0, out.rows));
-    b.swiglu(rows_of(gate_up, 0, out.rows), mlp_activated);
+    b.linear_swiglu(mlp_normed, layer.gate_up, rows_of(gate_up, 0, out.rows), mlp_activated);
     b.linear_add(mlp_activated, layer.down, out);
     if (check && !b.all_finite(out)) {
       fail("NaN or Inf appears in the output of layer {}", i);
@@ -190,15 +205,25 @@ Matrix Llama::head(Matrix hidden) {
 }
 
 template <typename Want, typename Read>
-void Llama::run(std::span<const StepInput> inputs, const Want& want, const Read& read) {
+void Llama::run(std::span<const StepInput> inputs, bool with_head, const Want& want,
+                const Read& read) {
   if (inputs.empty()) return;
   const Batch batch = begin(inputs);
   KvStorage& kv = inputs.front().sequence->cache().storage();
   try {
     const std::vector<int32_t> wanted = want(batch);
-    const Matrix hidden = run_layers(batch, kv, wanted, false);
+    backend_->begin(batch);
+    Matrix result;
+    if (with_head) {
+      for (const int32_t token : batch.tokens) check_token(token, config_);  // embed may not run
+      backend_->repeat(kv, spec_, [&] { head(run_layers(batch, kv, wanted, false)); });
+      result = backend_->scratch(kLogits, static_cast<int64_t>(wanted.size()), config_.vocab_size,
+                                 Holds::kLogits);
+    } else {
+      result = run_layers(batch, kv, wanted, false);
+    }
     try {
-      read(hidden);
+      read(result);
     } catch (const Error&) {
       // The logits are not finite: run again with a check after each step, to name the layer.
       run_layers(batch, kv, wanted, true);
@@ -219,7 +244,11 @@ std::vector<float> Llama::step(std::span<const StepInput> inputs) {
     }
     return rows;
   };
-  run(inputs, last_rows, [&](Matrix hidden) { backend_->read_logits(head(hidden), logits); });
+  // Decoding is the same work every time.
+  const bool decoding =
+      std::ranges::all_of(inputs, [](const StepInput& input) { return input.tokens.size() == 1; });
+  run(inputs, decoding, last_rows,
+      [&](Matrix result) { backend_->read_logits(decoding ? result : head(result), logits); });
   return logits;
 }
 
@@ -240,7 +269,7 @@ void Llama::run_scored(std::span<const StepInput> inputs, std::span<const int64_
     }
     return rows;
   };
-  run(inputs, rows_before, [&](Matrix hidden) {
+  run(inputs, false, rows_before, [&](Matrix hidden) {
     for (int64_t begin = 0; begin < hidden.rows; begin += kScoreRows) {
       const int64_t count = std::min(kScoreRows, hidden.rows - begin);
       read(std::span<const LogitsRow>(places).subspan(static_cast<size_t>(begin),
@@ -284,6 +313,7 @@ void Llama::score_logits(std::span<const StepInput> inputs, std::span<const int6
 void Llama::probe_attention(const StepInput& input, const AttentionProbe& probe) {
   const Batch batch = begin({&input, 1});
   try {
+    backend_->begin(batch);
     run_layers(batch, input.sequence->cache().storage(), {}, true, probe);
   } catch (...) {
     roll_back({&input, 1});

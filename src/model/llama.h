@@ -75,15 +75,16 @@ class Llama {
   };
 
   Batch begin(std::span<const StepInput> inputs);
-  // Returns the hidden states of the wanted rows, in their order. With check, throws Error naming
-  // the first layer whose results are not finite. probe may be empty.
+  // Of the batch that the backend was told to begin: returns the hidden states of the wanted rows,
+  // in their order. With check, throws Error naming the first layer whose results are not finite.
+  // probe may be empty.
   Matrix run_layers(const Batch& batch, KvStorage& kv, std::span<const int32_t> wanted, bool check,
                     const AttentionProbe& probe = {});
   Matrix head(Matrix hidden);  // logits
-  // Runs the layers over the inputs and hands the hidden states of the rows that want(batch) names
-  // to read.
+  // Runs the layers over the inputs and hands the hidden states of the rows that want(batch) names,
+  // or with_head their logits, to read.
   template <typename Want, typename Read>
-  void run(std::span<const StepInput> inputs, const Want& want, const Read& read);
+  void run(std::span<const StepInput> inputs, bool with_head, const Want& want, const Read& read);
   // Runs the inputs and calls read(rows, logits) for each block of what is to be scored.
   template <typename Function>
   void run_scored(std::span<const StepInput> inputs, std::span<const int64_t> first_scored,

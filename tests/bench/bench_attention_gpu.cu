@@ -2,7 +2,8 @@
 //   bench_attention_gpu [--quick] [--fp16] [--json FILE]
 //   bench_attention_gpu --decode
 // Prints for every shape: time and TFLOPS of attention over tiles that are quantized already, of
-// the quantization (with GB/s), and of the whole call from FP16 tensors. TFLOPS count
+// the quantization (with GB/s), and of the whole call from FP16 tensors. With --fp16 also of FP16
+// attention, by the kernel that is chosen for the device and by the one that any has. TFLOPS count
 // 4 * batch * heads * N^2 * head_dim, half of it where causal. Medians of at least 7 runs.
 // --decode: one query a sequence over a quantized cache, with GB/s over the bytes that the cache
 // holds, beside an FP16 cache; every run finds the cache outside of L2.
@@ -247,9 +248,9 @@ int main(int argc, char** argv) {
     shapes.push_back({4, 32, 32, 96, 8192, true});
   }
   if (out) std::fprintf(out, "{\"copy_gb_per_s\": %.1f, \"shapes\": [", copy_rate);
-  std::printf("%5s %5s %3s %4s %6s %6s | %9s %7s | %9s %6s %5s | %9s %7s | %9s %7s\n", "batch",
-              "heads", "kv", "dim", "N", "causal", "kernel", "TFLOPS", "quantize", "GB/s", "%copy",
-              "whole", "TFLOPS", "fp16", "TFLOPS");
+  std::printf("%5s %5s %3s %4s %6s %6s | %9s %7s | %9s %6s %5s | %9s %7s | %9s %7s | %9s %7s\n",
+              "batch", "heads", "kv", "dim", "N", "causal", "kernel", "TFLOPS", "quantize", "GB/s",
+              "%copy", "whole", "TFLOPS", "fp16", "TFLOPS", "fp16 mma", "TFLOPS");
   bool first = true;
   for (const Shape& s : shapes) {
     const int64_t q_count = int64_t{s.batch} * s.heads * s.n * s.dim;
@@ -300,7 +301,7 @@ int main(int argc, char** argv) {
     const double quantize = median_ms([&] {
       check_cuda(sagelm::kernels::quantize_to_sage_tiles(p, dim, tiles, nullptr), "quantize");
     });
-    double fp16_ms = 0;
+    double fp16_ms = 0, fp16_mma_ms = 0;
     if (fp16) {
       args.variant = SAGELM_ATTENTION_FP16;
       must(sagelm_attention_workspace_bytes(&args, &bytes));
@@ -308,6 +309,8 @@ int main(int argc, char** argv) {
       args.workspace = workspace.data();
       args.workspace_bytes = workspace.bytes();
       fp16_ms = median_ms([&] { must(sagelm_attention(&args)); });
+      args.kernel = SAGELM_ATTENTION_KERNEL_MMA;
+      fp16_mma_ms = median_ms([&] { must(sagelm_attention(&args)); });
     }
     const double flop = 4.0 * s.batch * s.heads * double(s.n) * s.n * s.dim * (s.causal ? 0.5 : 1);
     const auto tflops = [&](double ms) { return ms > 0 ? flop / ms * 1e-9 : 0.0; };
@@ -315,9 +318,10 @@ int main(int argc, char** argv) {
     const double rate = moved / quantize * 1e-6;
     std::printf(
         "%5d %5d %3d %4d %6d %6s | %7.3fms %7.0f | %7.3fms %6.0f %4.0f%% | %7.3fms %7.0f | %7.3fms "
-        "%7.0f\n",
+        "%7.0f | %7.3fms %7.0f\n",
         s.batch, s.heads, s.kv_heads, s.dim, s.n, s.causal ? "yes" : "no", kernel, tflops(kernel),
-        quantize, rate, 100 * rate / copy_rate, whole, tflops(whole), fp16_ms, tflops(fp16_ms));
+        quantize, rate, 100 * rate / copy_rate, whole, tflops(whole), fp16_ms, tflops(fp16_ms),
+        fp16_mma_ms, tflops(fp16_mma_ms));
     std::fflush(stdout);
     if (out) {
       std::fprintf(
@@ -325,9 +329,11 @@ int main(int argc, char** argv) {
           "%s\n{\"batch\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, \"n\": %d, "
           "\"causal\": %s, \"kernel_ms\": %.4f, \"kernel_tflops\": %.1f, \"quantize_ms\": "
           "%.4f, \"quantize_gb_per_s\": %.1f, \"whole_ms\": %.4f, \"whole_tflops\": %.1f, "
-          "\"fp16_ms\": %.4f, \"fp16_tflops\": %.1f}",
+          "\"fp16_ms\": %.4f, \"fp16_tflops\": %.1f, \"fp16_mma_ms\": %.4f, "
+          "\"fp16_mma_tflops\": %.1f}",
           first ? "" : ",", s.batch, s.heads, s.kv_heads, s.dim, s.n, s.causal ? "true" : "false",
-          kernel, tflops(kernel), quantize, rate, whole, tflops(whole), fp16_ms, tflops(fp16_ms));
+          kernel, tflops(kernel), quantize, rate, whole, tflops(whole), fp16_ms, tflops(fp16_ms),
+          fp16_mma_ms, tflops(fp16_mma_ms));
     }
     first = false;
   }

@@ -21,6 +21,7 @@ struct Kernel {
 
 constexpr Kernel kKernels[] = {
     {"fp16_mma", SAGELM_ATTENTION_FP16, SAGELM_ATTENTION_KERNEL_MMA, {1e-3, 1e-3, 2e-3, 1e-3}},
+    {"fp16_wgmma", SAGELM_ATTENTION_FP16, SAGELM_ATTENTION_KERNEL_WGMMA, {1e-3, 1e-3, 2e-3, 1e-3}},
     {"sage1_mma", SAGELM_ATTENTION_SAGE1, SAGELM_ATTENTION_KERNEL_MMA, {.02, .03, .08, .004}},
     {"sage2_mma", SAGELM_ATTENTION_SAGE2, SAGELM_ATTENTION_KERNEL_MMA, {.045, .05, .08, .012}},
     {"sage2_wgmma", SAGELM_ATTENTION_SAGE2, SAGELM_ATTENTION_KERNEL_WGMMA, {.045, .05, .08, .012}},
@@ -146,6 +147,22 @@ TEST_P(AttentionGpu, DecodeRows) {
                   .head_dim = 128,
                   .layout = GpuLayout::kPaged},
                  rows, 2.0);
+  }
+}
+
+TEST_P(AttentionGpu, MoreWorkThanProcessors) {
+  // Several blocks of rows for each processor, of different lengths, some of them past their end.
+  for (const int dim : {64, 128}) {
+    for (const bool causal : {true, false}) {
+      expect_close({.q_lens = {700, 5, 0, 385, 700},
+                    .kv_lens = {700, 1030, 9, 385, 1300},
+                    .num_heads = 32,
+                    .num_kv_heads = 8,
+                    .head_dim = dim,
+                    .causal = causal,
+                    .layout = GpuLayout::kRagged},
+                   4, 1.5);
+    }
   }
 }
 

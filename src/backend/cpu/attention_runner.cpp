@@ -52,6 +52,7 @@ class Runner : public AttentionRunner {
   double median_seconds(const AttentionSpec& spec, int runs) override {
     attention(args_, spec);
     std::vector<double> seconds;
+    seconds.reserve(runs);
     for (int i = 0; i < runs; ++i) seconds.push_back(seconds_of([&] { attention(args_, spec); }));
     return spread_of(std::move(seconds)).median;
   }

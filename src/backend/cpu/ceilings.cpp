@@ -18,6 +18,7 @@ constexpr int kRuns = 7;
 double median_seconds(const std::function<void()>& work) {
   work();  // generates oneDNN's kernels, touches the memory
   std::vector<double> seconds;
+  seconds.reserve(kRuns);
   for (int i = 0; i < kRuns; ++i) seconds.push_back(seconds_of(work));
   return spread_of(std::move(seconds)).median;
 }

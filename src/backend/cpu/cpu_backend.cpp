@@ -131,7 +131,8 @@ class CpuBackend : public Backend {
     linear_.run(floats(x), x.rows, linears_[static_cast<size_t>(weight.index)], floats(out), true);
   }
 
-  void swiglu(Matrix gate_up, Matrix out) override {
+  void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) override {
+    linear(x, weight, gate_up);
     for_rows(out.rows, [&](int64_t row) {
       const float* gate = floats(gate_up) + row * gate_up.cols;
       cpu::ops().swiglu(gate, gate + out.cols, out.cols, floats(out) + row * out.cols);

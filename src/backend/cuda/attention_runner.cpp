@@ -63,6 +63,7 @@ class Runner : public AttentionRunner {
           "reading the output of attention");
     check(cudaStreamSynchronize(stream_), "reading the output of attention");
     std::vector<float> row;
+    row.reserve(raw.size());
     for (const uint16_t value : raw) row.push_back(half_to_float(value));
     return row;
   }

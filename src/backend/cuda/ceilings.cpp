@@ -143,6 +143,7 @@ double median_seconds(cudaStream_t stream, const std::function<void()>& launch, 
     check(cudaEventRecord(end.get(), stream), "measuring");
   }
   std::vector<double> seconds;
+  seconds.reserve(events.size());
   for (const auto& [begin, end] : events) {
     seconds.push_back(static_cast<double>(milliseconds(begin.get(), end.get())) * 1e-3);
   }

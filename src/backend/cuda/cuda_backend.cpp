@@ -12,11 +12,13 @@
 #include "backend/cuda/check.h"
 #include "backend/cuda/device.h"
 #include "backend/cuda/element.h"
+#include "backend/cuda/graph_cache.h"
 #include "backend/cuda/linear.h"
 #include "backend/cuda/memory.h"
 #include "backend/cuda/step_inputs.h"
 #include "backend/cuda/upload.h"
 #include "base/error.h"
+#include "kernels/ops/gemv.h"
 #include "kernels/ops/rmsnorm.h"
 #include "kernels/ops/rope_append.h"
 #include "kernels/ops/rows.h"
@@ -56,6 +58,7 @@ class CudaBackend : public Backend {
         properties_(device_properties(device)),
         stream_(make_stream()),
         linear_(stream_.get()),
+        graphs_(stream_.get()),
         scores_(kScoreRows * sizeof(kernels::RowScore), "scores"),
         flag_(sizeof(int32_t), "a flag") {}
 
@@ -104,6 +107,7 @@ class CudaBackend : public Backend {
 
   std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) override {
     use_device();
+    graphs_.clear();  // an earlier cache may have lain where this one will
     auto kv = std::make_unique<CudaKv>();
     kv->stream = stream_.get();
     kv->num_tokens = layout.num_pages * kPageTokens;
@@ -133,6 +137,7 @@ class CudaBackend : public Backend {
     const auto row_bytes = static_cast<size_t>(cols) * dtype_size(type);
     if (buffer.bytes() < static_cast<size_t>(rows) * row_bytes) {
       use_device();
+      graphs_.clear();
       buffer = {};  // waits for what still uses it
       const int64_t step = rows <= kFewRows ? kFewRows : kRowStep;
       buffer = DeviceBuffer(static_cast<size_t>((rows + step - 1) / step * step) * row_bytes,
@@ -163,6 +168,14 @@ class CudaBackend : public Backend {
     step_ = send_step_inputs(batch, step_arrays_, stream_.get());
   }
 
+  void repeat(const KvStorage& kv, const AttentionSpec& spec,
+              const std::function<void()>& work) override {
+    const auto& cache = static_cast<const CudaKv&>(kv);
+    graphs_.run({step_.num_sequences, step_.max_kv_len, step_.page_table_stride, step_.tokens,
+                 cache.keys.get(), static_cast<int32_t>(spec.variant), spec.smooth_k},
+                work);
+  }
+
   void embed(WeightHandle table, const Batch& batch, Matrix out) override {
     const Weight& weight = weight_of(table);
     for (const int32_t token : batch.tokens) {
@@ -189,7 +202,20 @@ class CudaBackend : public Backend {
     multiply(x, weight, out, true);
   }
 
-  void swiglu(Matrix gate_up, Matrix out) override {
+  void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) override {
+    if (x.rows <= kernels::kGemvRows) {
+      linear_.run({.x = x.data,
+                   .weight = weight_of(weight).data(),
+                   .out = out.data,
+                   .rows = x.rows,
+                   .in_features = x.cols,
+                   .out_features = out.cols,
+                   .type = x.type,
+                   .out_type = out.type,
+                   .swiglu = true});
+      return;
+    }
+    linear(x, weight, gate_up);
     check(kernels::swiglu(gate_up.data, element(out.type), out.rows, out.cols, out.data,
                           stream_.get()),
           "the gated activation");
@@ -256,6 +282,7 @@ class CudaBackend : public Backend {
     size_t needed = 0;
     run(sagelm_attention_workspace_bytes(&args, &needed));
     if (needed > attention_workspace_.bytes()) {
+      graphs_.clear();
       attention_workspace_ = {};
       attention_workspace_ = DeviceBuffer(needed, "the workspace of attention");
     }
@@ -415,6 +442,7 @@ class CudaBackend : public Backend {
                             cudaMemcpyHostToDevice, stream_.get()),
             "copying the rotary frequencies");
     }
+    graphs_.clear();
     rotations_ = {};
     rotations_ =
         DeviceBuffer(static_cast<size_t>(count) * 2 * half * sizeof(float), "the rotary embedding");
@@ -460,6 +488,7 @@ class CudaBackend : public Backend {
   DeviceProperties properties_;
   Stream stream_;  // everything runs on it, in order
   LinearEngine linear_;
+  GraphCache graphs_;
   std::optional<DType> type_;  // of weight matrices and activations
   bool rounded_ = false;       // the checkpoint is F32
   std::unique_ptr<WeightUploader> uploader_;

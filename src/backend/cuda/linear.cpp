@@ -77,7 +77,8 @@ void LinearEngine::run_few_rows(const Product& product) {
   args.weight = product.weight;
   args.n = product.out_features;
   args.k = product.in_features;
-  args.output = product.accumulate                ? kernels::GemvOutput::kAdd
+  args.output = product.swiglu                    ? kernels::GemvOutput::kSwiglu
+                : product.accumulate              ? kernels::GemvOutput::kAdd
                 : product.out_type == DType::kF32 ? kernels::GemvOutput::kFloat
                                                   : kernels::GemvOutput::kHalf;
   const auto x_bytes = static_cast<int64_t>(dtype_size(product.type)) * product.in_features;

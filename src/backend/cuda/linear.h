@@ -23,6 +23,9 @@ struct Product {
   DType type = DType::kF16;      // F16 or BF16
   DType out_type = DType::kF16;  // the same or F32
   bool accumulate = false;       // out += x W^T instead of out = x W^T; F32 only
+  // out = silu(x G^T) * (x U^T) instead, weight = [G; U] [2 * out_features, in_features]; at most
+  // kernels::kGemvRows rows
+  bool swiglu = false;
 };
 
 class LinearEngine {

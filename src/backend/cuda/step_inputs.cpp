@@ -9,6 +9,7 @@ namespace sagelm::cuda {
 
 StepInputs send_step_inputs(const Batch& batch, DeviceIntegers& buffer, cudaStream_t stream) {
   constexpr int64_t kMost = int64_t{1} << 30;
+  constexpr int64_t kDecodeStep = 1024;
   StepInputs inputs;
   int64_t rows = 0, max_q_len = 0, max_kv_len = 0, stride = 1;
   for (const SequenceChunk& sequence : batch.sequences) {
@@ -21,6 +22,11 @@ StepInputs send_step_inputs(const Batch& batch, DeviceIntegers& buffer, cudaStre
     max_q_len = std::max(max_q_len, sequence.q_len);
     max_kv_len = std::max(max_kv_len, sequence.kv_len);
     stride = std::max(stride, pages);
+  }
+  if (max_q_len == 1) {
+    // Steps of a while of decoding look alike: see GraphCache.
+    max_kv_len = (max_kv_len + kDecodeStep - 1) / kDecodeStep * kDecodeStep;
+    stride = std::max(stride, max_kv_len / kPageTokens);
   }
   const auto count = static_cast<int64_t>(batch.sequences.size());
   if (rows != batch.rows() || rows > kMost || count * stride > kMost) {

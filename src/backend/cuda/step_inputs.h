@@ -14,7 +14,7 @@ struct StepInputs {
   int32_t rows = 0;
   int32_t num_sequences = 0;
   int32_t max_q_len = 0;
-  int32_t max_kv_len = 0;
+  int32_t max_kv_len = 0;  // or, where every sequence has one row, some multiple above it
   int32_t page_table_stride = 0;
   // Device arrays.
   const int32_t* tokens = nullptr;      // [rows]

@@ -1,0 +1,173 @@
+// What the persistent Hopper attention kernels share: places in shared memory, the rings of stages
+// between the warp group that loads and those that compute, and which block of rows comes when.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/attention/problem.cuh"
+#include "kernels/common/ptx.cuh"
+#include "kernels/common/sm90.cuh"
+
+namespace sagelm::kernels::hopper {
+
+constexpr int kKeyTile = 128;  // keys of a stage
+constexpr int kQuerySlots = 2;
+
+// Where things lie in shared memory, as the instructions want it: 32-bit addresses.
+template <typename Shared>
+struct TilePlaces {
+  uint32_t base;
+
+  __device__ explicit TilePlaces(const Shared& shared) {
+    // Kept instead of computed again for every use.
+    base = ptx::opaque(ptx::smem_address(&shared));
+  }
+  __device__ uint32_t keys(int s) const {
+    return at(offsetof(Shared, keys), s * Shared::kTileBytes);
+  }
+  __device__ uint32_t values(int s) const {
+    return at(offsetof(Shared, values), s * Shared::kTileBytes);
+  }
+  __device__ uint32_t queries(int s) const {
+    return at(offsetof(Shared, queries), s * sizeof(Shared::queries[0]));
+  }
+  __device__ uint32_t scales(int s) const {
+    return at(offsetof(Shared, scales), s * sizeof(Shared::scales[0]));
+  }
+  __device__ uint32_t keys_full(int s) const { return at(offsetof(Shared, keys_full), 8 * s); }
+  __device__ uint32_t keys_empty(int s) const { return at(offsetof(Shared, keys_empty), 8 * s); }
+  __device__ uint32_t values_full(int s) const { return at(offsetof(Shared, values_full), 8 * s); }
+  __device__ uint32_t values_empty(int s) const {
+    return at(offsetof(Shared, values_empty), 8 * s);
+  }
+  __device__ uint32_t queries_full(int s) const {
+    return at(offsetof(Shared, queries_full), 8 * s);
+  }
+  __device__ uint32_t queries_empty(int s) const {
+    return at(offsetof(Shared, queries_empty), 8 * s);
+  }
+
+ private:
+  __device__ uint32_t at(size_t array, size_t offset) const {
+    return base + static_cast<uint32_t>(array + offset);
+  }
+};
+
+// By one thread, before the others use them. `fills` arrivals make a stage full, `releases` empty,
+// `key_releases` one of keys.
+template <typename Shared>
+__device__ inline void init_barriers(const TilePlaces<Shared>& places, int fills, int key_releases,
+                                     int releases) {
+  for (int s = 0; s < Shared::kStages; ++s) {
+    sm90::mbarrier_init(places.keys_full(s), fills);
+    sm90::mbarrier_init(places.keys_empty(s), key_releases);
+    sm90::mbarrier_init(places.values_full(s), fills);
+    sm90::mbarrier_init(places.values_empty(s), releases);
+  }
+  for (int s = 0; s < kQuerySlots; ++s) {
+    sm90::mbarrier_init(places.queries_full(s), fills);
+    sm90::mbarrier_init(places.queries_empty(s), releases);
+  }
+  sm90::fence_barrier_init();
+}
+
+// A position in a ring of stages, with the parity of its next full barrier.
+struct RingCursor {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// One unit of work: a tile of a head's query rows.
+struct WorkItem {
+  int b, head, kv_head, tile;
+  int q_len, kv_len;
+  int kv_tiles;    // key tiles that a row of this item sees
+  int full_tiles;  // of them, those that all of its rows see in full
+
+  // The key after the last one that query row `row` sees.
+  __device__ int key_end(const Problem& p, int row) const {
+    return p.causal ? min(kv_len, row + 1 + kv_len - q_len) : kv_len;
+  }
+
+  // The i-th tile to take. The first one sets the references of all rows, so it is one that all
+  // rows see in full, if there is any; then come those with masks, then the others. Tile 0, where
+  // attention sinks lie, is last: weights before it have then been rounded against their own size.
+  __device__ int tile_at(int i) const {
+    if (full_tiles == 0 || i > kv_tiles - full_tiles) return kv_tiles - 1 - i;
+    return i == 0 ? full_tiles - 1 : kv_tiles - i;
+  }
+};
+
+// Items in the order in which they are taken: heads in sections whose keys and values fit the L2
+// cache together; within a section the longest rows of all heads first, so that the short ones fill
+// the end. False past the last item; kv_tiles < 0 for a tile beyond its sequence.
+struct Schedule {
+  int section_heads;  // query heads (of all sequences) per section
+
+  template <int kQueryTile>
+  __device__ bool get(const Problem& p, int query_tiles, int index, WorkItem& item) const {
+    const int heads = p.batch * p.num_heads;
+    if (index >= heads * query_tiles) return false;
+    const int section = index / (section_heads * query_tiles);
+    const int first = section * section_heads;
+    const int width = min(section_heads, heads - first);
+    const int rest = index - first * query_tiles;
+    const int sequence_head = first + rest % width;
+    item.tile = query_tiles - 1 - rest / width;
+    item.b = sequence_head / p.num_heads;
+    item.head = sequence_head % p.num_heads;
+    item.kv_head = item.head / (p.num_heads / p.num_kv_heads);
+    item.q_len = p.q_len(item.b);
+    item.kv_len = p.kv_len(item.b);
+    const int rows = min(kQueryTile, item.q_len - item.tile * kQueryTile);
+    if (rows <= 0) {
+      item.kv_tiles = -1;
+      return true;
+    }
+    const int last = item.tile * kQueryTile + rows - 1;
+    item.kv_tiles = (max(0, item.key_end(p, last)) + kKeyTile - 1) / kKeyTile;
+    item.full_tiles = max(0, item.key_end(p, item.tile * kQueryTile)) / kKeyTile;
+    return true;
+  }
+};
+
+// How to launch a persistent kernel of so many items over `heads` query heads of all sequences,
+// whose keys and values take kv_head_bytes per key head; lets it have its shared memory.
+struct Launch {
+  Schedule schedule;
+  int grid;
+};
+inline cudaError_t plan_launch(const void* kernel, int shared_bytes, const Problem& p,
+                               int64_t kv_head_bytes, int64_t items, Launch& launch) {
+  int device = 0, processors = 0, l2_bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+  if (error != cudaSuccess) return error;
+  // Sections of heads whose keys and values fill about half of the L2 cache.
+  const int64_t kv_heads = std::max<int64_t>(1, l2_bytes / 2 / std::max<int64_t>(1, kv_head_bytes));
+  const int64_t heads = int64_t{p.batch} * p.num_heads;
+  launch.schedule.section_heads =
+      static_cast<int>(std::min(heads, kv_heads * (p.num_heads / p.num_kv_heads)));
+  launch.grid = static_cast<int>(std::min<int64_t>(items, processors));
+  return cudaSuccess;
+}
+
+}  // namespace sagelm::kernels::hopper

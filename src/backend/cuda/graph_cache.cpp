@@ -1,0 +1,43 @@
+#include "backend/cuda/graph_cache.h"
+
+#include "backend/cuda/check.h"
+
+namespace sagelm::cuda {
+namespace {
+
+using RecordedGraph = Owner<cudaGraph_t, cudaGraphDestroy>;
+
+RecordedGraph record(cudaStream_t stream, const std::function<void()>& work) {
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a step");
+  cudaGraph_t graph = nullptr;
+  try {
+    work();
+  } catch (...) {
+    cudaStreamEndCapture(stream, &graph);
+    const RecordedGraph partial(graph);
+    throw;
+  }
+  check(cudaStreamEndCapture(stream, &graph), "recording a step");
+  return RecordedGraph(graph);
+}
+
+}  // namespace
+
+void GraphCache::run(const GraphKey& key, const std::function<void()>& work) {
+  auto found = graphs_.find(key);
+  if (found == graphs_.end()) {
+    work();  // may clear the cache
+    if (graphs_.size() >= kMostGraphs) graphs_.clear();
+    graphs_.emplace(key, Graph());
+    return;
+  }
+  if (found->second.get() == nullptr) {
+    const RecordedGraph recorded = record(stream_, work);
+    cudaGraphExec_t graph = nullptr;
+    check(cudaGraphInstantiate(&graph, recorded.get(), 0), "recording a step");
+    found->second = Graph(graph);
+  }
+  check(cudaGraphLaunch(found->second.get(), stream_), "a step");
+}
+
+}  // namespace sagelm::cuda

@@ -1,0 +1,42 @@
+// Steps of decoding as CUDA graphs: some 300 launches become one.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <tuple>
+
+#include "backend/cuda/memory.h"
+
+namespace sagelm::cuda {
+
+// What the kernels of a step are launched with, besides what lies in device memory.
+using GraphKey = std::tuple<int32_t,      // sequences
+                            int32_t,      // max_kv_len
+                            int32_t,      // page_table_stride
+                            const void*,  // the step's integers
+                            const void*,  // keys and values
+                            int32_t,      // attention variant
+                            bool>;        // K is smoothed
+
+class GraphCache {
+ public:
+  explicit GraphCache(cudaStream_t stream) : stream_(stream) {}
+
+  // Enqueues work: the first time by calling it, so that whatever it allocates or chooses once is
+  // done; the second time recorded; then as recorded.
+  void run(const GraphKey& key, const std::function<void()>& work);
+  // Forgets all graphs: memory that they use has moved.
+  void clear() { graphs_.clear(); }
+
+ private:
+  using Graph = Owner<cudaGraphExec_t, cudaGraphExecDestroy>;
+  static constexpr size_t kMostGraphs = 64;
+
+  cudaStream_t stream_;
+  std::map<GraphKey, Graph> graphs_;  // an empty one: called once
+};
+
+}  // namespace sagelm::cuda
