@@ -63,22 +63,15 @@ struct PageRing {
   }
 };
 
-// What fills the ring with pages first .. first + count - 1 of a sequence: a whole warp calls it.
+// What fills the ring with the pages of a part: a whole warp calls it.
 template <int kDim>
 class PageSource {
   using Ring = PageRing<kDim>;
 
  public:
-  __device__ PageSource(const DecodeCall& call, int b, int kv_head, int first, int count,
-                        Ring& ring)
-      : call_(call), ring_(ring), kv_head_(kv_head), count_(count) {
-    static_assert(kPartPages <= 32);
-    const int lane = threadIdx.x % 32;
-    lane_page_ =
-        lane < count
-            ? call.p.page_table[static_cast<int64_t>(b) * call.p.page_table_stride + first + lane]
-            : 0;
-  }
+  // lane_page: lane i has the id of page i.
+  __device__ PageSource(const DecodeCall& call, int kv_head, int lane_page, int count, Ring& ring)
+      : call_(call), ring_(ring), kv_head_(kv_head), count_(count), lane_page_(lane_page) {}
 
   // Keys and scales of page i, if there is one, once all warps are done with what is in its place.
   __device__ void bring_keys(int i) const {
@@ -163,13 +156,13 @@ __device__ __forceinline__ void quantize_rows(const Problem& p, int b, int kv_he
 // goes into the product as it is.
 template <bool kBf16, int kDim>
 __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int kv_head, int q_len,
-                                             int kv_len, int first, int count, PageRing<kDim>& ring,
-                                             DecodeRows<kDim>& result) {
+                                             int kv_len, int first, int count, int lane_page,
+                                             PageRing<kDim>& ring, DecodeRows<kDim>& result) {
   using Ring = PageRing<kDim>;
   const Problem& p = call.p;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = p.num_heads / p.num_kv_heads;
-  const PageSource<kDim> source(call, b, kv_head, first, count, ring);
+  const PageSource<kDim> source(call, kv_head, lane_page, count, ring);
   if (warp == 0) {
     for (int i = 0; i < Ring::kStages; ++i) {
       source.bring_keys(i);
@@ -346,8 +339,15 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   allow_next_kernel();
   wait_for_previous_kernel();
-  const int q_len = p.q_len(b), kv_len = p.kv_len(b);
   const int first = (part - 1) * kPartPages;
+  // Read before the length is known, which says how many of them there are: the two reads overlap.
+  static_assert(kPartPages <= 32);
+  const int lane = threadIdx.x % 32;
+  const int lane_page =
+      part > 0 && lane < kPartPages && first + lane < p.page_table_stride
+          ? p.page_table[static_cast<int64_t>(b) * p.page_table_stride + first + lane]
+          : 0;
+  const int q_len = p.q_len(b), kv_len = p.kv_len(b);
   const int count = min(kPartPages, kv_len / kTileTokens - first);
   // Without anything to merge, a sequence without keys still has its zeros to write.
   const bool empty = part > 0 ? count <= 0 : call.parts.parts > 1 && kv_len % kTileTokens == 0;
@@ -356,7 +356,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (part == 0) {
     attend_tail<kBf16, kDim>(call, b, kv_head, q_len, kv_len, ring, result);
   } else {
-    attend_pages<kBf16, kDim>(call, b, kv_head, q_len, kv_len, first, count, ring, result);
+    attend_pages<kBf16, kDim>(call, b, kv_head, q_len, kv_len, first, count, lane_page, ring,
+                              result);
   }
   __syncthreads();
   const int group = p.num_heads / p.num_kv_heads;
