@@ -125,7 +125,7 @@ cudaError_t launch_decode(const Problem& p, const Parts& parts, cudaStream_t str
   if (error != cudaSuccess) return error;
   const dim3 grid(std::max(parts.parts, 1), p.num_kv_heads, p.batch);
   const cudaError_t started =
-      launch_with_shared(decode_part<S>, grid, S::kThreads, S::kSmemBytes, stream, p, parts,
+      launch_with_memory(decode_part<S>, grid, S::kThreads, S::kSmemBytes, stream, p, parts,
                          p.softmax_scale * recipe::kLog2E);
   if (started != cudaSuccess || parts.parts <= 1) return started;
   return launch(merge_parts, dim3(p.max_q_len * p.num_heads, p.batch), kDim, stream, p, parts);

@@ -400,7 +400,7 @@ cudaError_t launch_decode(const DecodeCall& call, cudaStream_t stream) {
                                cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   const auto sequences = static_cast<unsigned>(p.batch);
-  error = launch_with_shared(kernel,
+  error = launch_with_memory(kernel,
                              dim3(static_cast<unsigned>(call.parts.parts),
                                   static_cast<unsigned>(p.num_kv_heads), sequences),
                              kThreads, kBytes, stream, call);

@@ -32,7 +32,7 @@ inline bool overlaps_kernels() {
 // Launches kernel so that on Hopper and later it may start while the kernel before it on the stream
 // is ending: it has to call wait_for_previous_kernel() before it touches what others write.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_with_shared(void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+cudaError_t launch_with_memory(void (*kernel)(Parameters...), dim3 grid, unsigned threads,
                                size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
@@ -47,10 +47,11 @@ cudaError_t launch_with_shared(void (*kernel)(Parameters...), dim3 grid, unsigne
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
+// Likewise, without dynamic shared memory.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, cudaStream_t stream,
                    Arguments&&... arguments) {
-  return launch_with_shared(kernel, grid, threads, 0, stream,
+  return launch_with_memory(kernel, grid, threads, 0, stream,
                             std::forward<Arguments>(arguments)...);
 }
 
