@@ -120,7 +120,7 @@ __device__ __forceinline__ void quantize_rows(const Problem& p, int b, int kv_he
                                               float (&scales)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float x[kDim / 8] = {};
+    float x[kDim / 4] = {};
     const int row = threadIdx.x % 32 / 4 + 8 * r;
     if (row < rows) {
       const uint16_t* from = static_cast<const uint16_t*>(p.q.data) +
@@ -137,7 +137,7 @@ __device__ __forceinline__ void quantize_rows(const Problem& p, int b, int kv_he
     }
     uint32_t largest = __float_as_uint(recipe::kAmaxFloor);
 #pragma unroll
-    for (int i = 0; i < kDim / 8; ++i) largest = max(largest, magnitude(x[i]));
+    for (int i = 0; i < kDim / 4; ++i) largest = max(largest, magnitude(x[i]));
     const float amax = __uint_as_float(max_over_lanes<4>(largest));
     const float inverse = recipe::kInt8Max / amax;
 #pragma unroll
