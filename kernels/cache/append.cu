@@ -35,13 +35,14 @@ __global__ void __launch_bounds__(kRowThreads)
   const int i = (task - head * packs) * 8;
   const int64_t row = blockIdx.x;
   const bool is_query = head < cache.num_heads;
-  const int slot = is_query ? 0 : args.step.slots[row];
-  if (slot < 0) return;
+  const bool is_value = head >= cache.num_heads + cache.num_kv_heads;
+  const bool in_place = is_query || (!is_value && args.rotate_keys);
+  const int slot = is_query ? -1 : args.step.slots[row];
+  if (!in_place && slot < 0) return;
   T* at = static_cast<T*>(args.qkv) + (row * heads + head) * cache.head_dim + i;
   float a[8], b[8];
   load(at, a);
   load(at + half, b);
-  const bool is_value = head >= cache.num_heads + cache.num_kv_heads;
   if (!is_value) {
     const float* angle =
         args.rotations + static_cast<int64_t>(args.step.positions[row]) * cache.head_dim;
@@ -50,17 +51,22 @@ __global__ void __launch_bounds__(kRowThreads)
     load(angle + half + i, sine);
     rotate_pairs(a, b, cosine, sine);
   }
-  if (!is_query) {
+  if (in_place) {
+    store(at, a);
+    store(at + half, b);
+  }
+  if (slot >= 0) {
     const int kv_head = head - cache.num_heads - (is_value ? cache.num_kv_heads : 0);
     at = static_cast<T*>(cache.tails) + tail_offset(cache, slot / kTileTokens, is_value, kv_head) +
          slot % kTileTokens * cache.head_dim + i;
+    store(at, a);
+    store(at + half, b);
   }
-  store(at, a);
-  store(at + half, b);
 }
 
 // Where the tokens of a sequence are while its pages are being filled: before the step's first row
-// in the tail, then in QKV, keys not yet rotated. As the loads of quantize_tile.cuh.
+// in the tail, then in QKV, keys as args.rotate_keys has left them. As the loads of
+// quantize_tile.cuh.
 template <int kDim, bool kBf16>
 struct StepTokens {
   static constexpr int kLanes = kDim / 8;
@@ -72,6 +78,7 @@ struct StepTokens {
   int head_dim;
   int start, end;      // positions of the step's tokens
   int first_position;  // of token 0
+  bool rotated;        // whether the rows' keys are already
   bool inside;         // whether the head has this chunk
 
   __device__ StepTokens(const AppendToQuantizedKv& args, int b, int kv_head, bool is_value)
@@ -86,6 +93,7 @@ struct StepTokens {
     end = step.kv_lens[b];
     start = end - (step.cu_q_lens[b + 1] - first_row);
     first_position = 0;
+    rotated = args.rotate_keys;
     inside = chunk * 8 < head_dim;
     tail = static_cast<const uint16_t*>(cache.tails) +
            tail_offset(cache, step.tails[b], is_value, kv_head) + chunk * 8;
@@ -107,6 +115,7 @@ struct StepTokens {
   }
   // Rotates a key; the partners are in a lane of the same warp.
   __device__ void finish(int token, uint4& raw) const {
+    if (rotated) return;
     const int chunk = threadIdx.x % kLanes, half_chunks = head_dim / 16;
     const bool second = chunk >= half_chunks;
     const int lane = threadIdx.x % 32 + (second ? -half_chunks : half_chunks);

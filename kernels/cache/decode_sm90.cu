@@ -63,22 +63,15 @@ struct PageRing {
   }
 };
 
-// What fills the ring with pages first .. first + count - 1 of a sequence: a whole warp calls it.
+// What fills the ring with the pages of a part: a whole warp calls it.
 template <int kDim>
 class PageSource {
   using Ring = PageRing<kDim>;
 
  public:
-  __device__ PageSource(const DecodeCall& call, int b, int kv_head, int first, int count,
-                        Ring& ring)
-      : call_(call), ring_(ring), kv_head_(kv_head), count_(count) {
-    static_assert(kPartPages <= 32);
-    const int lane = threadIdx.x % 32;
-    lane_page_ =
-        lane < count
-            ? call.p.page_table[static_cast<int64_t>(b) * call.p.page_table_stride + first + lane]
-            : 0;
-  }
+  // lane_page: lane i has the id of page i.
+  __device__ PageSource(const DecodeCall& call, int kv_head, int lane_page, int count, Ring& ring)
+      : call_(call), ring_(ring), kv_head_(kv_head), count_(count), lane_page_(lane_page) {}
 
   // Keys and scales of page i, if there is one, once all warps are done with what is in its place.
   __device__ void bring_keys(int i) const {
@@ -97,18 +90,20 @@ class PageSource {
     const int64_t place =
         static_cast<int64_t>(__shfl_sync(0xFFFFFFFFu, lane_page_, i)) * call_.p.num_kv_heads +
         kv_head_;
-    if (threadIdx.x % 32 != 0) return;
-    const int s = i % Ring::kStages;
-    const uint32_t barrier = smem_address(&full[s]);
-    if (i >= Ring::kStages) {
-      mbarrier_wait(smem_address(&empty[s]), (i / Ring::kStages & 1) ^ 1);
+    if (threadIdx.x % 32 == 0) {
+      const int s = i % Ring::kStages;
+      const uint32_t barrier = smem_address(&full[s]);
+      if (i >= Ring::kStages) {
+        mbarrier_wait(smem_address(&empty[s]), (i / Ring::kStages & 1) ^ 1);
+      }
+      mbarrier_expect_bytes(barrier, Ring::kTileBytes + (scales ? sizeof ring_.scales[s] : 0));
+      bulk_copy(smem_address(to[s]), from + place * Ring::kTileBytes, Ring::kTileBytes, barrier);
+      if (scales) {
+        bulk_copy(smem_address(ring_.scales[s]), call_.cache.scales + place * kTileScales,
+                  sizeof ring_.scales[s], barrier);
+      }
     }
-    mbarrier_expect_bytes(barrier, Ring::kTileBytes + (scales ? sizeof ring_.scales[s] : 0));
-    bulk_copy(smem_address(to[s]), from + place * Ring::kTileBytes, Ring::kTileBytes, barrier);
-    if (scales) {
-      bulk_copy(smem_address(ring_.scales[s]), call_.cache.scales + place * kTileScales,
-                sizeof ring_.scales[s], barrier);
-    }
+    __syncwarp();
   }
 
   const DecodeCall& call_;
@@ -161,13 +156,13 @@ __device__ __forceinline__ void quantize_rows(const Problem& p, int b, int kv_he
 // goes into the product as it is.
 template <bool kBf16, int kDim>
 __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int kv_head, int q_len,
-                                             int kv_len, int first, int count, PageRing<kDim>& ring,
-                                             DecodeRows<kDim>& result) {
+                                             int kv_len, int first, int count, int lane_page,
+                                             PageRing<kDim>& ring, DecodeRows<kDim>& result) {
   using Ring = PageRing<kDim>;
   const Problem& p = call.p;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = p.num_heads / p.num_kv_heads;
-  const PageSource<kDim> source(call, b, kv_head, first, count, ring);
+  const PageSource<kDim> source(call, kv_head, lane_page, count, ring);
   if (warp == 0) {
     for (int i = 0; i < Ring::kStages; ++i) {
       source.bring_keys(i);
@@ -210,7 +205,7 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
     const float key_scale = ring.scales[s][lane % 4];
     const float next_value_scale = ring.scales[s][kKeyGroups];
     const float inverse_value_scale = ring.scales[s][kKeyGroups + 2];
-    mbarrier_arrive(smem_address(&ring.keys_empty[s]));  // every lane has read from it
+    if (i + Ring::kStages < count) mbarrier_arrive(smem_address(&ring.keys_empty[s]));
     // The other warps have most probably left the page before this one.
     if (warp == 0 && i > 0) source.bring_values(i - 1 + Ring::kStages);
 
@@ -256,7 +251,7 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
                              halves_from_e4m3(value[m]), halves_from_e4m3(value[m] >> 16));
       }
     }
-    mbarrier_arrive(smem_address(&ring.values_empty[s]));
+    if (i + Ring::kStages < count) mbarrier_arrive(smem_address(&ring.values_empty[s]));
     if (warp == 0) source.bring_keys(i + Ring::kStages);
   }
   const float factor[2] = {value_scale, value_scale};
@@ -344,8 +339,15 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   allow_next_kernel();
   wait_for_previous_kernel();
-  const int q_len = p.q_len(b), kv_len = p.kv_len(b);
   const int first = (part - 1) * kPartPages;
+  // Read before the length is known, which says how many of them there are: the two reads overlap.
+  static_assert(kPartPages <= 32);
+  const int lane = threadIdx.x % 32;
+  const int lane_page =
+      part > 0 && lane < kPartPages && first + lane < p.page_table_stride
+          ? p.page_table[static_cast<int64_t>(b) * p.page_table_stride + first + lane]
+          : 0;
+  const int q_len = p.q_len(b), kv_len = p.kv_len(b);
   const int count = min(kPartPages, kv_len / kTileTokens - first);
   // Without anything to merge, a sequence without keys still has its zeros to write.
   const bool empty = part > 0 ? count <= 0 : call.parts.parts > 1 && kv_len % kTileTokens == 0;
@@ -354,7 +356,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (part == 0) {
     attend_tail<kBf16, kDim>(call, b, kv_head, q_len, kv_len, ring, result);
   } else {
-    attend_pages<kBf16, kDim>(call, b, kv_head, q_len, kv_len, first, count, ring, result);
+    attend_pages<kBf16, kDim>(call, b, kv_head, q_len, kv_len, first, count, lane_page, ring,
+                              result);
   }
   __syncthreads();
   const int group = p.num_heads / p.num_kv_heads;
@@ -392,6 +395,9 @@ cudaError_t launch_decode(const DecodeCall& call, cudaStream_t stream) {
   const Problem& p = call.p;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   const auto sequences = static_cast<unsigned>(p.batch);
   error = launch_with_memory(kernel,

@@ -58,12 +58,14 @@ struct AppendToQuantizedKv {
   void* qkv = nullptr;               // [rows, (num_heads + 2 * num_kv_heads) * head_dim]
   const float* rotations = nullptr;  // [positions][2][head_dim / 2] (kernels/ops/rope_append.h)
   bool smooth_k = true;              // false: the means of first pages are zeros
+  bool rotate_keys = false;          // the key columns of qkv in place too, for an attention that
+                                     // reads keys there; they stay as they were otherwise
 };
 
 // Rotates the query columns of qkv in place, and appends the rotated keys and the values: pages
 // that become full are quantized from the old tail and from qkv, then the tail holds the tokens
-// past them. The key columns of qkv stay as they were. Pages depend on the tokens alone, not on how
-// they were cut into steps. One launch, two where a page fills, three where a first page does.
+// past them. Pages depend on the tokens alone, not on how they were cut into steps. One launch, two
+// where a page fills, three where a first page does.
 cudaError_t append_to_quantized_kv(const AppendToQuantizedKv& args, cudaStream_t stream);
 
 struct DecodeFromQuantizedKv {

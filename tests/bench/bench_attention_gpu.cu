@@ -6,7 +6,8 @@
 // attention, by the kernel that is chosen for the device and by the one that any has. TFLOPS count
 // 4 * batch * heads * N^2 * head_dim, half of it where causal. Medians of at least 7 runs.
 // --decode: one query a sequence over a quantized cache, with GB/s over the bytes that the cache
-// holds, beside an FP16 cache; every run finds the cache outside of L2.
+// holds, beside an FP16 cache; every run finds the cache outside of L2. Then the append of new
+// sequences' tokens to either.
 #include <cuda_fp16.h>
 
 #include <algorithm>
@@ -22,6 +23,7 @@
 #include "kernels/attention/sage2_sm90.h"
 #include "kernels/attention/sage_quantize_sm90.h"
 #include "kernels/cache/quantized_kv.h"
+#include "kernels/ops/rope_append.h"
 
 namespace {
 
@@ -192,6 +194,74 @@ void bench_decode(int batch, int kv_heads, int n, double copy_rate) {
   std::fflush(stdout);
 }
 
+// The first n tokens of a sequence, 32 heads of 128.
+void bench_append(int kv_heads, int n) {
+  constexpr int kDim = 128, kHeads = 32, kPage = 128;
+  const int pages = n / kPage, heads = kHeads + 2 * kv_heads;
+  const int64_t tile_bytes = int64_t{pages} * kv_heads * kPage * kDim;
+  const int64_t qkv_count = int64_t{n} * heads * kDim;
+  DeviceBuffer qkv(2 * qkv_count), rotations(int64_t{n} * kDim * 4), keys(2 * tile_bytes),
+      values(2 * tile_bytes), scales(int64_t{pages} * kv_heads * 32), means(4 * kv_heads * kDim),
+      tail(int64_t{4} * kv_heads * kPage * kDim);
+  fill_normal<<<1024, 256>>>(static_cast<__half*>(qkv.data()), qkv_count, 1);
+  const DeviceBuffer frequencies = upload_integers(std::vector<int32_t>(kDim / 2, 0x3C23D70A));
+  check_cuda(
+      sagelm::kernels::fill_rotations(static_cast<const float*>(frequencies.data()), kDim / 2, n,
+                                      static_cast<float*>(rotations.data()), nullptr),
+      "fill_rotations");
+  std::vector<int32_t> positions(n), table(pages);
+  std::iota(positions.begin(), positions.end(), 0);
+  std::iota(table.begin(), table.end(), 0);
+  const DeviceBuffer positions_device = upload_integers(positions),
+                     slots_device = upload_integers(std::vector<int32_t>(n, -1)),
+                     table_device = upload_integers(table), starts = upload_integers({0, n}),
+                     length = upload_integers({n}), zero = upload_integers({0});
+  const auto integers = [](const DeviceBuffer& x) { return static_cast<const int32_t*>(x.data()); };
+  sagelm::kernels::AppendToQuantizedKv args;
+  args.cache.num_heads = kHeads;
+  args.cache.num_kv_heads = kv_heads;
+  args.cache.head_dim = kDim;
+  args.cache.keys = static_cast<int8_t*>(keys.data());
+  args.cache.values = static_cast<uint8_t*>(values.data());
+  args.cache.scales = static_cast<float*>(scales.data());
+  args.cache.means = static_cast<float*>(means.data());
+  args.cache.tails = tail.data();
+  args.step.rows = args.step.max_q_len = args.step.max_kv_len = n;
+  args.step.num_sequences = 1;
+  args.step.max_closed_pages = pages;
+  args.step.closes_first_page = true;
+  args.step.positions = integers(positions_device);
+  args.step.slots = integers(slots_device);
+  args.step.cu_q_lens = integers(starts);
+  args.step.kv_lens = integers(length);
+  args.step.page_table = integers(table_device);
+  args.step.page_table_stride = pages;
+  args.step.tails = args.step.means = integers(zero);
+  args.qkv = qkv.data();
+  args.rotations = static_cast<const float*>(rotations.data());
+  const double quantized_ms = median_ms([&] {
+    check_cuda(sagelm::kernels::append_to_quantized_kv(args, nullptr), "append_to_quantized_kv");
+  });
+  sagelm::kernels::RopeAppend half;
+  half.type = sagelm::kernels::Element::kF16;
+  half.qkv = qkv.data();
+  half.rows = n;
+  half.num_heads = kHeads;
+  half.num_kv_heads = kv_heads;
+  half.head_dim = kDim;
+  half.positions = half.slots = integers(positions_device);
+  half.rotations = args.rotations;
+  half.keys = keys.data();
+  half.values = values.data();
+  const double half_ms =
+      median_ms([&] { check_cuda(sagelm::kernels::rope_append(half, nullptr), "rope_append"); });
+  // Queries are read and written, keys and values read and written as bytes.
+  const double moved = double(n) * kDim * (4.0 * kHeads + 6.0 * kv_heads);
+  std::printf("append %6d tokens, %2d KV heads: quantized %8.1fus (%5.0f GB/s), fp16 %8.1fus\n", n,
+              kv_heads, 1e3 * quantized_ms, moved / quantized_ms * 1e-6, 1e3 * half_ms);
+  std::fflush(stdout);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -230,6 +300,9 @@ int main(int argc, char** argv) {
       for (const int batch : {1, 8, 32}) {
         for (const int n : {1024, 8192, 32768}) bench_decode(batch, kv_heads, n, copy_rate);
       }
+    }
+    for (const int kv_heads : {32, 8}) {
+      for (const int n : {1024, 4096, 32768}) bench_append(kv_heads, n);
     }
     return 0;
   }

@@ -143,6 +143,37 @@ TEST_F(CacheGpu, PagesAreWhatTheRecipeSaysHoweverTheTokensCome) {
   }
 }
 
+TEST_F(CacheGpu, KeyColumnsAreRotatedInPlaceOnRequest) {
+  for (const KvShape& shape : kShapes) {
+    GpuQuantizedKv plain(shape, {300, 20}), rotating(shape, {300, 20});
+    for (const std::vector<int>& counts : {std::vector<int>{50, 10}, {250, 10}}) {
+      plain.append(counts);
+      rotating.append(counts, true);
+      for (int sequence = 0; sequence < 2; ++sequence) {
+        const int count = counts[static_cast<size_t>(sequence)];
+        for (int i = 0; i < count; ++i) {
+          const int position = plain.length(sequence) - count + i;
+          for (int c = 0; c < shape.kv_heads * shape.dim; ++c) {
+            const int column = shape.heads * shape.dim + c;
+            const int head = c / shape.dim, channel = c % shape.dim;
+            ASSERT_EQ(plain.qkv(sequence, i, column), plain.row(sequence, position, column));
+            ASSERT_EQ(rotating.qkv(sequence, i, column),
+                      plain.token(sequence, position, 0, head, channel));
+          }
+        }
+      }
+    }
+    for (int head = 0; head < shape.kv_heads; ++head) {
+      for (int i = 0; i < 2; ++i) {
+        EXPECT_EQ(rotating.page(0, i, head), plain.page(0, i, head)) << name(shape);
+      }
+      for (int t = 0; t < 300 - 2 * kPage; ++t) {
+        EXPECT_EQ(rotating.tail(0, t, 0, head, 1), plain.tail(0, t, 0, head, 1)) << name(shape);
+      }
+    }
+  }
+}
+
 TEST_F(CacheGpu, PagesAreTilesOfThePrefillQuantizer) {
   for (const KvShape& shape : kShapes) {
     constexpr int kTokens = 300;

@@ -145,7 +145,7 @@ GpuQuantizedKv::GpuQuantizedKv(const KvShape& shape, const std::vector<int>& len
   }
 }
 
-void GpuQuantizedKv::append(const std::vector<int>& counts) {
+void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
   const auto width = static_cast<int64_t>(shape_.width());
   std::vector<float> rows;
   std::vector<int32_t> positions, slots, lens;
@@ -188,6 +188,7 @@ void GpuQuantizedKv::append(const std::vector<int>& counts) {
   args.qkv = qkv_.data();
   args.rotations = static_cast<const float*>(rotations_.data());
   args.smooth_k = smooth_k_;
+  args.rotate_keys = rotate_keys;
   expect_done(kernels::append_to_quantized_kv(args, nullptr), "append_to_quantized_kv");
   download();
 }
@@ -198,7 +199,7 @@ void GpuQuantizedKv::download() {
   host_scales_ = read<float>(scales_);
   host_means_ = read<float>(mean_memory_);
   host_tails_ = read<uint16_t>(tail_memory_);
-  queries_ = qkv_.download();
+  qkv_rows_ = qkv_.download();
 }
 
 kernels::DecodeFromQuantizedKv GpuQuantizedKv::decode_args() const {
@@ -297,9 +298,16 @@ double GpuQuantizedKv::tail(int sequence, int place, int which, int kv_head, int
                    host_tails_[static_cast<size_t>((head * kPage + place) * shape_.dim + channel)]);
 }
 
-double GpuQuantizedKv::query(int sequence, int query, int head, int channel) const {
+double GpuQuantizedKv::qkv(int sequence, int query, int column) const {
   const auto row = static_cast<size_t>(cu_q_lens_[static_cast<size_t>(sequence)] + query);
-  return queries_[row * shape_.width() + static_cast<size_t>(head * shape_.dim + channel)];
+  return qkv_rows_[row * shape_.width() + static_cast<size_t>(column)];
+}
+
+double GpuQuantizedKv::row(int sequence, int position, int column) const {
+  const size_t at = static_cast<size_t>(position) * shape_.width() + static_cast<size_t>(column);
+  const float value = rows_[static_cast<size_t>(sequence)][at];
+  return shape_.type == kernels::Element::kF16 ? half_to_float(float_to_half(value))
+                                               : bfloat16_to_float(float_to_bfloat16(value));
 }
 
 GpuQuantizedKv::Row GpuQuantizedKv::oracle(int sequence, int query_index, int head) const {

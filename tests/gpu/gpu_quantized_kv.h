@@ -28,7 +28,11 @@ class GpuQuantizedKv {
   GpuQuantizedKv(const KvShape& shape, const std::vector<int>& lengths, bool smooth_k = true);
 
   // One step: counts[i] more tokens of sequence i.
-  void append(const std::vector<int>& counts);
+  void append(const std::vector<int>& counts, bool rotate_keys = false);
+  // Of the last step's QKV as the append left it.
+  double qkv(int sequence, int query, int column) const;
+  // Of the rows as they were.
+  double row(int sequence, int position, int column) const;
 
   struct Output {
     std::vector<double> out;  // [rows][heads][dim]
@@ -74,7 +78,9 @@ class GpuQuantizedKv {
   // Copies the device's memory to the host.
   void download();
   size_t place(int sequence, int index, int kv_head) const;
-  double query(int sequence, int query, int head, int channel) const;
+  double query(int sequence, int query, int head, int channel) const {
+    return qkv(sequence, query, head * shape_.dim + channel);
+  }
   int last_count(int sequence) const {
     return cu_q_lens_[static_cast<size_t>(sequence) + 1] -
            cu_q_lens_[static_cast<size_t>(sequence)];
@@ -92,7 +98,7 @@ class GpuQuantizedKv {
   std::vector<float> host_scales_, host_means_;
   std::vector<uint16_t> host_tails_;
   GpuArray rotations_;
-  std::vector<double> queries_;  // of the last step, [rows][width]
+  std::vector<double> qkv_rows_;  // of the last step, [rows][width]
 
   // Of the last step.
   kernels::QuantizedKvStep step_;
