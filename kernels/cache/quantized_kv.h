@@ -68,6 +68,17 @@ struct AppendToQuantizedKv {
 // where a page fills, three where a first page does.
 cudaError_t append_to_quantized_kv(const AppendToQuantizedKv& args, cudaStream_t stream);
 
+// The cached keys (the mean added again) and values of every sequence as plain tensors, for an
+// attention that reads those: steps of many rows that do not begin their sequences.
+struct ExpandQuantizedKv {
+  QuantizedKv cache;
+  QuantizedKvStep step;
+  const int32_t* cu_kv_lens = nullptr;  // [num_sequences + 1], on the device
+  void* keys = nullptr;                 // [cu_kv_lens[num_sequences], num_kv_heads, head_dim]
+  void* values = nullptr;
+};
+cudaError_t expand_quantized_kv(const ExpandQuantizedKv& args, cudaStream_t stream);
+
 struct DecodeFromQuantizedKv {
   QuantizedKv cache;
   QuantizedKvStep step;

@@ -334,6 +334,55 @@ TEST_F(CacheGpu, SequenceDoesNotDependOnItsNeighbours) {
   EXPECT_EQ(together.decode().raw, both);
 }
 
+// As plain tensors: a tail exactly, pages up to what INT8 keys and e4m3 values lose.
+TEST_F(CacheGpu, ExpandsToPlainTensors) {
+  for (const KvShape& shape : {KvShape{Element::kF16, 4, 2, 128}, KvShape{Element::kBF16, 2, 1, 64},
+                               KvShape{Element::kF16, 2, 2, 96}}) {
+    const std::vector<int> lengths = {300, 128, 6};
+    GpuQuantizedKv cache(shape, lengths);
+    cache.append({100, 100, 5});
+    cache.append({200, 28, 1});
+    kernels::ExpandQuantizedKv args;
+    args.cache = cache.decode_args().cache;
+    args.step = cache.decode_args().step;
+    const std::vector<int32_t> starts = {0, 300, 428, 434};
+    const DeviceBuffer starts_device = upload_integers(starts);
+    args.cu_kv_lens = static_cast<const int32_t*>(starts_device.data());
+    const auto row = static_cast<size_t>(shape.kv_heads * shape.dim);
+    std::vector<uint16_t> host[2];
+    const DeviceBuffer keys(2 * 434 * row), values(2 * 434 * row);
+    args.keys = keys.data();
+    args.values = values.data();
+    expect_done(kernels::expand_quantized_kv(args, nullptr), "expand_quantized_kv");
+    for (int which = 0; which < 2; ++which) {
+      host[which].resize(434 * row);
+      (which == 0 ? keys : values).download(host[which].data(), 2 * host[which].size());
+      double difference = 0, magnitude = 0;
+      for (int sequence = 0; sequence < 3; ++sequence) {
+        const auto index = static_cast<size_t>(sequence);
+        for (int position = 0; position < lengths[index]; ++position) {
+          for (int column = 0; column < static_cast<int>(row); ++column) {
+            const uint16_t bits = host[which][static_cast<size_t>(starts[index] + position) * row +
+                                              static_cast<size_t>(column)];
+            const double actual =
+                shape.type == Element::kF16 ? half_to_float(bits) : bfloat16_to_float(bits);
+            const double expected =
+                cache.token(sequence, position, which, column / shape.dim, column % shape.dim);
+            if (position >= lengths[index] / kPage * kPage) {
+              ASSERT_EQ(actual, expected) << name(shape);
+            } else {
+              difference += std::abs(actual - expected);
+              magnitude += std::abs(expected);
+            }
+          }
+        }
+      }
+      EXPECT_LE(difference, (which == 0 ? 0.02 : 0.04) * magnitude) << name(shape);
+      EXPECT_GT(difference, 0);
+    }
+  }
+}
+
 TEST_F(CacheGpu, RefusesWhatItCannotDo) {
   EXPECT_EQ(kernels::quantized_kv_refusal(32, 8, 128), nullptr);
   EXPECT_NE(kernels::quantized_kv_refusal(32, 8, 256), nullptr);

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <memory>
 #include <optional>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "backend/cuda/attention_runner.h"
@@ -13,11 +15,13 @@
 #include "backend/cuda/device.h"
 #include "backend/cuda/element.h"
 #include "backend/cuda/graph_cache.h"
+#include "backend/cuda/kv_storage.h"
 #include "backend/cuda/linear.h"
 #include "backend/cuda/memory.h"
 #include "backend/cuda/step_inputs.h"
 #include "backend/cuda/upload.h"
 #include "base/error.h"
+#include "kernels/cache/quantized_kv.h"
 #include "kernels/ops/gemv.h"
 #include "kernels/ops/rmsnorm.h"
 #include "kernels/ops/rope_append.h"
@@ -29,27 +33,6 @@
 namespace sagelm {
 namespace cuda {
 namespace {
-
-// Keys and values in the activations' type, [layer][page][kPageTokens][kv_head][head_dim] each.
-struct CudaKv : KvStorage {
-  void copy_open_page(int32_t from, int32_t to) override {
-    const auto layers = static_cast<int64_t>(keys.bytes()) / layer_bytes;
-    const int64_t page_bytes = layer_bytes / num_tokens * kPageTokens;
-    for (const DeviceBuffer* buffer : {&keys, &values}) {
-      for (int64_t layer = 0; layer < layers; ++layer) {
-        std::byte* pages = buffer->get<std::byte>() + layer * layer_bytes;
-        check(cudaMemcpyAsync(pages + to * page_bytes, pages + from * page_bytes,
-                              static_cast<size_t>(page_bytes), cudaMemcpyDeviceToDevice, stream),
-              "copying a page of the KV cache");
-      }
-    }
-  }
-
-  cudaStream_t stream = nullptr;
-  int64_t layer_bytes = 0;
-  int64_t num_tokens = 0;
-  DeviceBuffer keys, values;
-};
 
 class CudaBackend : public Backend {
  public:
@@ -77,8 +60,8 @@ class CudaBackend : public Backend {
   int64_t memory_bytes() const override {
     int64_t bytes = weight_bytes_ + linear_.memory_bytes();
     for (const DeviceBuffer& buffer : scratch_) bytes += static_cast<int64_t>(buffer.bytes());
-    for (const DeviceBuffer* buffer :
-         {&attention_workspace_, &rotations_, &frequencies_, &scores_}) {
+    for (const DeviceBuffer* buffer : {&attention_workspace_, &expanded_keys_, &expanded_values_,
+                                       &rotations_, &frequencies_, &scores_}) {
       bytes += static_cast<int64_t>(buffer->bytes());
     }
     return bytes;
@@ -108,25 +91,7 @@ class CudaBackend : public Backend {
   std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) override {
     use_device();
     graphs_.clear();  // an earlier cache may have lain where this one will
-    auto kv = std::make_unique<CudaKv>();
-    kv->stream = stream_.get();
-    kv->num_tokens = layout.num_pages * kPageTokens;
-    if (kv->num_tokens > INT32_MAX) {
-      fail("a KV cache of {} tokens is larger than the GPU's kernels can address", kv->num_tokens);
-    }
-    kv->layer_bytes = kv->num_tokens * layout.num_kv_heads * layout.head_dim *
-                      static_cast<int64_t>(element_size(Holds::kActivations));
-    const auto bytes = static_cast<size_t>(kv->layer_bytes * layout.num_layers);
-    const std::string what =
-        fmt::format("a KV cache of {} pages of {} tokens ({:.2f} GiB)", layout.num_pages,
-                    kPageTokens, 2.0 * static_cast<double>(bytes) / (1 << 30));
-    kv->keys = DeviceBuffer(bytes, what);
-    kv->values = DeviceBuffer(bytes, what);
-    for (const DeviceBuffer* buffer : {&kv->keys, &kv->values}) {
-      check(cudaMemsetAsync(buffer->get(), 0, buffer->bytes(), stream_.get()),
-            "clearing the KV cache");
-    }
-    return kv;
+    return std::make_unique<CudaKv>(layout, type_.value_or(DType::kF16), stream_.get());
   }
 
   Matrix scratch(int slot, int64_t rows, int64_t cols, Holds holds) override {
@@ -160,7 +125,12 @@ class CudaBackend : public Backend {
     }
   }
 
-  bool reads_int8_kv(const AttentionShape& /*shape*/) const override { return false; }
+  bool reads_int8_kv(const AttentionShape& shape) const override {
+    return shape.spec.variant == AttentionVariant::kSage2_8b && properties_.capability == 90 &&
+           kernels::quantized_kv_refusal(static_cast<int32_t>(shape.num_heads),
+                                         static_cast<int32_t>(shape.num_kv_heads),
+                                         static_cast<int32_t>(shape.head_dim)) == nullptr;
+  }
 
   void begin(const Batch& batch) override {
     use_device();
@@ -172,7 +142,8 @@ class CudaBackend : public Backend {
               const std::function<void()>& work) override {
     const auto& cache = static_cast<const CudaKv&>(kv);
     graphs_.run({step_.num_sequences, step_.max_kv_len, step_.page_table_stride, step_.tokens,
-                 cache.keys.get(), static_cast<int32_t>(spec.variant), spec.smooth_k},
+                 cache.address(), static_cast<int32_t>(spec.variant), spec.smooth_k,
+                 step_.max_closed_pages, step_.closes_first_page},
                 work);
   }
 
@@ -235,6 +206,17 @@ class CudaBackend : public Backend {
                    KvStorage& kv) override {
     auto& cache = static_cast<CudaKv&>(kv);
     grow_rotations(step_.max_kv_len, inverse_frequencies);
+    if (cache.type() == KvType::kInt8) {
+      kernels::AppendToQuantizedKv args;
+      args.cache = cache.quantized(layer, shape.num_heads);
+      args.step = quantized_step();
+      args.qkv = qkv.data;
+      args.rotations = rotations_.get<float>();
+      args.smooth_k = shape.spec.smooth_k;
+      args.rotate_keys = true;  // attention reads them where sequences begin
+      check(kernels::append_to_quantized_kv(args, stream_.get()), "appending to the KV cache");
+      return;
+    }
     kernels::RopeAppend args;
     args.type = element(qkv.type);
     args.qkv = qkv.data;
@@ -245,33 +227,48 @@ class CudaBackend : public Backend {
     args.positions = step_.positions;
     args.slots = step_.slots;
     args.rotations = rotations_.get<float>();
-    args.keys = cache.keys.get<std::byte>() + layer * cache.layer_bytes;
-    args.values = cache.values.get<std::byte>() + layer * cache.layer_bytes;
+    args.keys = cache.keys(layer);
+    args.values = cache.values(layer);
     check(kernels::rope_append(args, stream_.get()), "the rotary embedding");
   }
 
   void attention(Matrix qkv, const Batch& /*batch*/, const AttentionShape& shape, int64_t layer,
                  KvStorage& kv, Matrix out) override {
-    auto& cache = static_cast<CudaKv&>(kv);
-    sagelm_attention_args args = attention_args(shape);
+    const auto& cache = static_cast<const CudaKv&>(kv);
     const int64_t dim = shape.head_dim;
-    const auto offset = layer * cache.layer_bytes;
+    if (cache.type() == KvType::kInt8 && decode_quantized(qkv, shape, layer, cache, out)) return;
+    sagelm_attention_args args = attention_args(shape);
     args.batch = step_.num_sequences;
     args.max_q_len = step_.max_q_len;
     args.max_kv_len = step_.max_kv_len;
     args.q = {.data = qkv.data, .batch_stride = 0, .token_stride = qkv.cols, .head_stride = dim};
     args.out = {.data = out.data, .batch_stride = 0, .token_stride = out.cols, .head_stride = dim};
-    args.k.batch_stride = kPageTokens * shape.num_kv_heads * dim;
+    args.cu_q_lens = step_.cu_q_lens;
     args.k.token_stride = shape.num_kv_heads * dim;
     args.k.head_stride = dim;
-    args.v = args.k;
-    args.k.data = cache.keys.get<std::byte>() + offset;
-    args.v.data = cache.values.get<std::byte>() + offset;
-    args.cu_q_lens = step_.cu_q_lens;
-    args.kv_lens = step_.kv_lens;
-    args.page_table = step_.page_table;
-    args.page_table_stride = step_.page_table_stride;
-    args.page_tokens = static_cast<int32_t>(kPageTokens);
+    if (cache.type() == KvType::kFp16) {
+      args.k.batch_stride = kPageTokens * shape.num_kv_heads * dim;
+      args.v = args.k;
+      args.k.data = cache.keys(layer);
+      args.v.data = cache.values(layer);
+      args.kv_lens = step_.kv_lens;
+      args.page_table = step_.page_table;
+      args.page_table_stride = step_.page_table_stride;
+      args.page_tokens = static_cast<int32_t>(kPageTokens);
+    } else if (step_.begins_all) {
+      // All keys and values are in this step's rows.
+      auto* rows = static_cast<std::byte*>(qkv.data);
+      const auto size = static_cast<int64_t>(element_size(Holds::kActivations));
+      args.k.token_stride = qkv.cols;
+      args.v = args.k;
+      args.k.data = rows + shape.num_heads * dim * size;
+      args.v.data = rows + (shape.num_heads + shape.num_kv_heads) * dim * size;
+      args.cu_kv_lens = step_.cu_kv_lens;
+    } else {
+      args.v = args.k;
+      std::tie(args.k.data, args.v.data) = expand(cache, shape, layer);
+      args.cu_kv_lens = step_.cu_kv_lens;
+    }
     args.stream = stream_.get();
     const auto run = [&](sagelm_attention_status status) {
       if (status != SAGELM_ATTENTION_OK) {
@@ -281,11 +278,7 @@ class CudaBackend : public Backend {
     };
     size_t needed = 0;
     run(sagelm_attention_workspace_bytes(&args, &needed));
-    if (needed > attention_workspace_.bytes()) {
-      graphs_.clear();
-      attention_workspace_ = {};
-      attention_workspace_ = DeviceBuffer(needed, "the workspace of attention");
-    }
+    grow(attention_workspace_, needed, "the workspace of attention");
     args.workspace = attention_workspace_.get();
     args.workspace_bytes = attention_workspace_.bytes();
     run(sagelm_attention(&args));
@@ -413,6 +406,68 @@ class CudaBackend : public Backend {
                  .accumulate = accumulate});
   }
 
+  kernels::QuantizedKvStep quantized_step() const {
+    kernels::QuantizedKvStep step;
+    step.rows = step_.rows;
+    step.num_sequences = step_.num_sequences;
+    step.max_q_len = step_.max_q_len;
+    step.max_kv_len = step_.max_kv_len;
+    step.max_closed_pages = step_.max_closed_pages;
+    step.closes_first_page = step_.closes_first_page;
+    step.positions = step_.positions;
+    step.slots = step_.slots;
+    step.cu_q_lens = step_.cu_q_lens;
+    step.kv_lens = step_.kv_lens;
+    step.page_table = step_.page_table;
+    step.page_table_stride = step_.page_table_stride;
+    step.tails = step_.tails;
+    step.means = step_.tails;  // a mean is kept with its sequence's tail
+    return step;
+  }
+
+  // The attention of few rows, from the quantized pages themselves; false if there are too many.
+  bool decode_quantized(Matrix qkv, const AttentionShape& shape, int64_t layer, const CudaKv& cache,
+                        Matrix out) {
+    kernels::DecodeFromQuantizedKv args;
+    args.cache = cache.quantized(layer, shape.num_heads);
+    args.step = quantized_step();
+    args.queries = qkv.data;
+    args.query_stride = qkv.cols;
+    args.out = out.data;
+    args.out_stride = out.cols;
+    args.softmax_scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
+    if (!kernels::quantized_kv_decode_takes(args)) return false;
+    grow(attention_workspace_, kernels::quantized_kv_decode_workspace_bytes(args),
+         "the workspace of attention");
+    check(kernels::decode_from_quantized_kv(args, attention_workspace_.get(), stream_.get()),
+          "attention from the quantized cache");
+    return true;
+  }
+
+  // Keys and values of a layer of the quantized cache as plain tensors.
+  std::pair<void*, void*> expand(const CudaKv& cache, const AttentionShape& shape, int64_t layer) {
+    const auto bytes = static_cast<size_t>(step_.kv_tokens * shape.num_kv_heads * shape.head_dim) *
+                       element_size(Holds::kActivations);
+    grow(expanded_keys_, bytes, "the keys of a quantized cache");
+    grow(expanded_values_, bytes, "the values of a quantized cache");
+    kernels::ExpandQuantizedKv args;
+    args.cache = cache.quantized(layer, shape.num_heads);
+    args.step = quantized_step();
+    args.cu_kv_lens = step_.cu_kv_lens;
+    args.keys = expanded_keys_.get();
+    args.values = expanded_values_.get();
+    check(kernels::expand_quantized_kv(args, stream_.get()), "reading the quantized cache");
+    return {expanded_keys_.get(), expanded_values_.get()};
+  }
+
+  // Makes buffer hold at least so many bytes; what it held is lost.
+  void grow(DeviceBuffer& buffer, size_t bytes, std::string_view what) {
+    if (bytes <= buffer.bytes()) return;
+    graphs_.clear();
+    buffer = {};  // waits for what still uses it
+    buffer = DeviceBuffer(bytes, what);
+  }
+
   // What does not change from layer to layer or batch to batch.
   sagelm_attention_args attention_args(const AttentionShape& shape) const {
     sagelm_attention_args args = {};
@@ -495,7 +550,8 @@ class CudaBackend : public Backend {
   std::vector<Weight> weights_;
   int64_t weight_bytes_ = 0;
   std::vector<DeviceBuffer> scratch_;
-  DeviceBuffer attention_workspace_, rotations_, frequencies_, scores_, flag_;
+  DeviceBuffer attention_workspace_, expanded_keys_, expanded_values_, rotations_, frequencies_,
+      scores_, flag_;
   std::vector<float> rotated_by_;  // the inverse frequencies in rotations_
   int64_t num_rotations_ = 0;
   PinnedBuffer readback_;

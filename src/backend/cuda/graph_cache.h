@@ -19,7 +19,9 @@ using GraphKey = std::tuple<int32_t,      // sequences
                             const void*,  // the step's integers
                             const void*,  // keys and values
                             int32_t,      // attention variant
-                            bool>;        // K is smoothed
+                            bool,         // K is smoothed
+                            int32_t,      // max_closed_pages
+                            bool>;        // closes_first_page
 
 class GraphCache {
  public:
