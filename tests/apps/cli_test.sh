@@ -1,46 +1,8 @@
 #!/usr/bin/env bash
 # The command line from outside: results, JSON, exit statuses, and one sentence for wrong input.
 # Usage: cli_test.sh SAGELM_BINARY SOURCE_DIR
-set -u
-sagelm=$1
-export SAGELM_DEMO_MODEL=$2/models/demo
-export OMP_WAIT_POLICY=passive  # tests run side by side: threads that wait must not spin
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-failures=0
+source "$(dirname "$0")/common.sh"
 prompt="It was a dark and stormy night; the rain fell in torrents, and the old house at the end of the lane"
-
-fail() {
-  echo "FAILED: $*"
-  failures=$((failures + 1))
-}
-
-# run STATUS ARGUMENTS...: stdout to $work/out, stderr to $work/err, which are checked afterwards.
-run() {
-  local expected=$1 status
-  shift
-  "$sagelm" "$@" >"$work/out" 2>"$work/err" </dev/null
-  status=$?
-  [ "$status" = "$expected" ] || {
-    fail "sagelm $*: exit status $status, not $expected"
-    cat "$work/err"
-  }
-}
-
-# refused STATUS TEXT ARGUMENTS...: one sentence on stderr that holds TEXT, nothing on stdout.
-refused() {
-  local status=$1 text=$2
-  shift 2
-  run "$status" "$@"
-  [ -s "$work/out" ] && fail "sagelm $*: wrote to stdout"
-  [ "$(wc -l <"$work/err")" = 1 ] || fail "sagelm $*: stderr is not one line: $(cat "$work/err")"
-  grep -q "^sagelm: error: " "$work/err" || fail "sagelm $*: no 'sagelm: error:'"
-  grep -qF -- "$text" "$work/err" || fail "sagelm $*: no '$text' in: $(cat "$work/err")"
-}
-
-holds() {  # FILE TEXT
-  grep -qF -- "$2" "$1" || fail "no '$2' in: $(head -c 600 "$1")"
-}
 
 # Help and version.
 run 0 --version
@@ -174,5 +136,4 @@ refused 2 "evenly" bench attention --device cpu --heads 3 --kv-heads 2
 run 0 info --random-weights llama2-7b --ctx 8192
 holds "$work/out" "6738415616"
 
-[ "$failures" = 0 ] && echo "all passed"
-[ "$failures" = 0 ]
+finish

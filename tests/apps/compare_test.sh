@@ -1,44 +1,8 @@
 #!/usr/bin/env bash
 # `sagelm compare` from outside: the table, its JSON, the page, and one sentence for wrong input.
 # Usage: compare_test.sh SAGELM_BINARY SOURCE_DIR
-set -u
-sagelm=$1
-export SAGELM_DEMO_MODEL=$2/models/demo
-export OMP_WAIT_POLICY=passive  # tests run side by side: threads that wait must not spin
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-failures=0
-
-fail() {
-  echo "FAILED: $*"
-  failures=$((failures + 1))
-}
-
-# run STATUS ARGUMENTS...: stdout to $work/out, stderr to $work/err, which are checked afterwards.
-run() {
-  local expected=$1 status
-  shift
-  "$sagelm" compare "$@" >"$work/out" 2>"$work/err" </dev/null
-  status=$?
-  [ "$status" = "$expected" ] || {
-    fail "sagelm compare $*: exit status $status, not $expected"
-    cat "$work/err"
-  }
-}
-
-# refused STATUS TEXT ARGUMENTS...: one sentence on stderr that holds TEXT, nothing on stdout.
-refused() {
-  local status=$1 text=$2
-  shift 2
-  run "$status" "$@"
-  [ -s "$work/out" ] && fail "sagelm compare $*: wrote to stdout"
-  [ "$(wc -l <"$work/err")" = 1 ] || fail "sagelm compare $*: stderr: $(cat "$work/err")"
-  grep -qF -- "$text" "$work/err" || fail "sagelm compare $*: no '$text' in: $(cat "$work/err")"
-}
-
-holds() {  # FILE TEXT
-  grep -qF -- "$2" "$1" || fail "no '$2' in: $(head -c 1000 "$1")"
-}
+source "$(dirname "$0")/common.sh"
+subcommand=(compare)
 
 text=$work/text
 for i in $(seq 1 40); do
@@ -131,5 +95,4 @@ refused 1 "$text:1: not a JSON object" lambada --file "$text"
 refused 2 "" bogus
 refused 2 "" perplexity --file "$text" --temp 1
 
-[ "$failures" = 0 ] && echo "all passed"
-[ "$failures" = 0 ]
+finish

@@ -1,44 +1,7 @@
 #!/usr/bin/env bash
 # sagelm perplexity and lambada from outside: protocols, --limit, Ctrl-C, --resume after SIGKILL,
 # wrong data. Usage: eval_test.sh SAGELM_BINARY SOURCE_DIR
-set -u
-sagelm=$1
-export SAGELM_DEMO_MODEL=$2/models/demo
-export OMP_WAIT_POLICY=passive  # tests run side by side: threads that wait must not spin
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-failures=0
-
-fail() {
-  echo "FAILED: $*"
-  failures=$((failures + 1))
-}
-
-# run STATUS ARGUMENTS...: stdout to $work/out, stderr to $work/err.
-run() {
-  local expected=$1 status
-  shift
-  "$sagelm" "$@" >"$work/out" 2>"$work/err" </dev/null
-  status=$?
-  [ "$status" = "$expected" ] || {
-    fail "sagelm $*: exit status $status, not $expected"
-    cat "$work/err"
-  }
-}
-
-# refused STATUS TEXT ARGUMENTS...: one sentence on stderr that holds TEXT, nothing on stdout.
-refused() {
-  local status=$1 text=$2
-  shift 2
-  run "$status" "$@"
-  [ -s "$work/out" ] && fail "sagelm $*: wrote to stdout"
-  [ "$(wc -l <"$work/err")" = 1 ] || fail "sagelm $*: not one line: $(cat "$work/err")"
-  grep -qF -- "$text" "$work/err" || fail "sagelm $*: no '$text' in: $(cat "$work/err")"
-}
-
-holds() {  # FILE TEXT
-  grep -qF -- "$2" "$1" || fail "no '$2' in: $(head -c 600 "$1")"
-}
+source "$(dirname "$0")/common.sh"
 
 # What of a JSON result must not depend on how it came about.
 figures() {
@@ -154,5 +117,4 @@ refuse_data ":1: the passage has no last word: it ends with a space" lambada
 refused 1 "$work/no-file" perplexity --file "$work/no-file" -m "$work/no-model"
 refused 1 "$work/no-model" perplexity --file "$text" -m "$work/no-model"
 
-[ "$failures" = 0 ] || exit 1
-echo "all good"
+finish

@@ -1,44 +1,8 @@
 #!/usr/bin/env bash
 # sagelm mmlu from outside: results, JSON, sharing, both layouts, Ctrl-C and --resume, wrong data.
 # Usage: mmlu_test.sh SAGELM_BINARY SOURCE_DIR
-set -u
-sagelm=$1
-export SAGELM_DEMO_MODEL=$2/models/demo
-export OMP_WAIT_POLICY=passive  # tests run side by side: threads that wait must not spin
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-failures=0
-
-fail() {
-  echo "FAILED: $*"
-  failures=$((failures + 1))
-}
-
-# run STATUS ARGUMENTS...: stdout to $work/out, stderr to $work/err.
-run() {
-  local expected=$1 status
-  shift
-  "$sagelm" mmlu --threads 1 "$@" >"$work/out" 2>"$work/err" </dev/null
-  status=$?
-  [ "$status" = "$expected" ] || {
-    fail "sagelm mmlu $*: exit status $status, not $expected"
-    cat "$work/err"
-  }
-}
-
-# refused STATUS TEXT ARGUMENTS...: one sentence on stderr that holds TEXT, nothing on stdout.
-refused() {
-  local status=$1 text=$2
-  shift 2
-  run "$status" "$@"
-  [ -s "$work/out" ] && fail "sagelm mmlu $*: wrote to stdout"
-  [ "$(wc -l <"$work/err")" = 1 ] || fail "sagelm mmlu $*: not one line: $(cat "$work/err")"
-  grep -qF -- "$text" "$work/err" || fail "sagelm mmlu $*: no '$text' in: $(cat "$work/err")"
-}
-
-holds() {  # FILE TEXT
-  grep -qF -- "$2" "$1" || fail "no '$2' in: $(head -c 600 "$1")"
-}
+source "$(dirname "$0")/common.sh"
+subcommand=(mmlu --threads 1)
 
 field() {  # FILE NAME: the first value of that name
   sed -n "s/^ *\"$2\": *\([^,]*\),*$/\1/p" "$1" | head -n 1
@@ -142,5 +106,4 @@ refused 2 "--shots" --data "$csv" --shots 6
 refused 2 "--limit" --data "$csv" --limit 0
 refused 2 "--data" --shots 1
 
-[ "$failures" = 0 ] && echo "all passed"
-[ "$failures" = 0 ]
+finish
