@@ -19,6 +19,7 @@ StepInputs send_step_inputs(const Batch& batch, DeviceIntegers& buffer, cudaStre
   constexpr int64_t kMost = int64_t{1} << 30;
   constexpr int64_t kDecodeStep = 1024;
   StepInputs inputs;
+  const auto count = static_cast<int64_t>(batch.sequences.size());
   int64_t rows = 0, max_q_len = 0, max_kv_len = 0, stride = 1;
   for (const SequenceChunk& sequence : batch.sequences) {
     const int64_t pages = num_pages(sequence);
@@ -40,11 +41,13 @@ StepInputs send_step_inputs(const Batch& batch, DeviceIntegers& buffer, cudaStre
     stride = std::max(stride, pages);
   }
   if (max_q_len == 1) {
-    // Steps of a while of decoding look alike: see GraphCache.
+    // Steps of a while of decoding are the same work in the same memory, whatever their sequences'
+    // lengths: see GraphCache.
     max_kv_len = (max_kv_len + kDecodeStep - 1) / kDecodeStep * kDecodeStep;
     stride = std::max(stride, max_kv_len / kPageTokens);
+    inputs.kv_tokens = count * max_kv_len;
+    inputs.begins_all = false;
   }
-  const auto count = static_cast<int64_t>(batch.sequences.size());
   if (rows != batch.rows() || rows > kMost || count * stride > kMost || inputs.kv_tokens > kMost) {
     fail("the batch's sequences do not fit its rows");
   }

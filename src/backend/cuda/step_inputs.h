@@ -17,7 +17,8 @@ struct StepInputs {
   int32_t max_kv_len = 0;  // or, where every sequence has one row, some multiple above it
   int32_t page_table_stride = 0;
   // Of a quantized cache: the most pages that a sequence fills in this step, and whether one of
-  // them is its sequence's first; whether every sequence begins here; the tokens of all sequences.
+  // them is its sequence's first; whether every sequence is known to begin here; the tokens of all
+  // sequences, or likewise a number above that.
   int32_t max_closed_pages = 0;
   bool closes_first_page = false;
   bool begins_all = true;
