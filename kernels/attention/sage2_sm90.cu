@@ -81,29 +81,44 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule
   }
 }
 
-// Adds the sums of the matrix unit to those in shared memory, or puts them there.
+// The second level of accumulation: a warp's sums in shared memory, kept against the references at
+// the time of their last change.
+struct Flushed {
+  bool any = false;
+  float reference[2];
+};
+
+// Adds the sums in shared memory, if there are any, to those of the matrix unit.
 template <int kDim>
-__device__ inline void flush(const float (&products)[kDim / 2], float4 (&sums)[kDim / 8][32],
-                             const RowState& rows, float (&flushed)[2], bool& any) {
+__device__ inline void add_flushed(const float4 (&sums)[kDim / 8][32], const RowState& rows,
+                                   const Flushed& flushed, float (&products)[kDim / 2]) {
+  if (!flushed.any) return;
   const int lane = threadIdx.x % 32;
-  const float factor[2] = {ptx::exp2_fast(flushed[0] - rows.reference[0]),
-                           ptx::exp2_fast(flushed[1] - rows.reference[1])};
+  const float factor[2] = {ptx::exp2_fast(flushed.reference[0] - rows.reference[0]),
+                           ptx::exp2_fast(flushed.reference[1] - rows.reference[1])};
 #pragma unroll
   for (int j = 0; j < kDim / 8; ++j) {
-    float4 value =
-        make_float4(products[4 * j], products[4 * j + 1], products[4 * j + 2], products[4 * j + 3]);
-    if (any) {
-      const float4 old = sums[j][lane];
-      value.x = fmaf(old.x, factor[0], value.x);
-      value.y = fmaf(old.y, factor[0], value.y);
-      value.z = fmaf(old.z, factor[1], value.z);
-      value.w = fmaf(old.w, factor[1], value.w);
-    }
-    sums[j][lane] = value;
+    const float4 old = sums[j][lane];
+    products[4 * j] = fmaf(old.x, factor[0], products[4 * j]);
+    products[4 * j + 1] = fmaf(old.y, factor[0], products[4 * j + 1]);
+    products[4 * j + 2] = fmaf(old.z, factor[1], products[4 * j + 2]);
+    products[4 * j + 3] = fmaf(old.w, factor[1], products[4 * j + 3]);
   }
-  any = true;
-  flushed[0] = rows.reference[0];
-  flushed[1] = rows.reference[1];
+}
+
+// Moves the sums of the matrix unit, which starts from zero next, to those in shared memory.
+template <int kDim>
+__device__ inline void flush(float (&products)[kDim / 2], const RowState& rows,
+                             float4 (&sums)[kDim / 8][32], Flushed& flushed) {
+  add_flushed<kDim>(sums, rows, flushed, products);
+#pragma unroll
+  for (int j = 0; j < kDim / 8; ++j) {
+    sums[j][threadIdx.x % 32] =
+        make_float4(products[4 * j], products[4 * j + 1], products[4 * j + 2], products[4 * j + 3]);
+  }
+  flushed.any = true;
+  flushed.reference[0] = rows.reference[0];
+  flushed.reference[1] = rows.reference[1];
 }
 
 template <int kDim>
@@ -135,8 +150,8 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
     const int slot = query_ring.stage;
     const uint32_t queries = places.queries(slot) + group * 64 * kDim;
     int summed = 0;  // tiles in products
-    bool any_flushed = false, keys_ready = false, values_ready = false;
-    float flushed[2];
+    bool keys_ready = false, values_ready = false;
+    Flushed flushed;
     TileScales tile;
 
     const auto release = [&](uint32_t barrier) {
@@ -194,7 +209,7 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
         pin(products);
         release(places.values_empty(now.stage));
         if (summed == kFlushTiles) {
-          flush<kDim>(products, out.sums, rows, flushed, any_flushed);
+          flush<kDim>(products, rows, out.sums, flushed);
           summed = 0;
         }
       });
@@ -231,19 +246,8 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
       } else {
         last_step(even);
       }
-      if (any_flushed) {
-        const float factor[2] = {ptx::exp2_fast(flushed[0] - rows.reference[0]),
-                                 ptx::exp2_fast(flushed[1] - rows.reference[1])};
-#pragma unroll
-        for (int i = 0; i < kDim / 8; ++i) {
-          const float4 old = out.sums[i][lane];
-          products[4 * i] = fmaf(old.x, factor[0], products[4 * i]);
-          products[4 * i + 1] = fmaf(old.y, factor[0], products[4 * i + 1]);
-          products[4 * i + 2] = fmaf(old.z, factor[1], products[4 * i + 2]);
-          products[4 * i + 3] = fmaf(old.w, factor[1], products[4 * i + 3]);
-        }
-        __syncwarp();
-      }
+      add_flushed<kDim>(out.sums, rows, flushed, products);
+      __syncwarp();  // the staged rows take the place of the sums
     } else {
       release(places.queries_empty(slot));
 #pragma unroll
