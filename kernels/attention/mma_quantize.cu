@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kernels/attention/mma_operands.h"
+#include "kernels/attention/quantize_tile.cuh"
 #include "kernels/attention/recipe.h"
 #include "kernels/common/launch.h"
 #include "kernels/common/ptx.cuh"
@@ -34,38 +35,16 @@ struct Piece {
   }
 };
 
-// The bits of |x|: in their order NaN is above infinity, so that a maximum keeps it.
-__device__ inline uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFFu; }
-
-__device__ inline uint32_t magnitude(const float (&x)[8]) {
+__device__ inline uint32_t largest_magnitude(const float (&x)[8]) {
   uint32_t top = 0;
 #pragma unroll
   for (int e = 0; e < 8; ++e) top = max(top, magnitude(x[e]));
   return top;
 }
 
-// Over kLanes neighbouring lanes, a power of two up to 32.
-template <int kLanes, typename T, typename Merge>
-__device__ inline T over_lanes(T x, Merge merge) {
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    x = merge(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
-  }
-  return x;
-}
-
-// x * inverse rounded to the nearest integer, ties to even: adding 1.5 * 2^23 leaves the integer in
-// the low byte.
-__device__ inline uint32_t rounded_byte(float x, float inverse) {
-  return __float_as_uint(fmaf(x, inverse, 12582912.0f));
-}
-
 __device__ inline uint32_t to_int8(const float* x, float inverse) {
-  const uint32_t low =
-      __byte_perm(rounded_byte(x[0], inverse), rounded_byte(x[1], inverse), 0x0040);
-  const uint32_t high =
-      __byte_perm(rounded_byte(x[2], inverse), rounded_byte(x[3], inverse), 0x0040);
-  return __byte_perm(low, high, 0x5410);
+  return pack_bytes(rounded_byte(x[0], inverse), rounded_byte(x[1], inverse),
+                    rounded_byte(x[2], inverse), rounded_byte(x[3], inverse));
 }
 
 // Sums of K and largest |V| of kChunkTokens tokens, per channel. Threads share rows as they do
@@ -162,8 +141,7 @@ __device__ inline void quantize_rows(int8_t* to, GroupOf group_of, Load load, Do
   for (int i = 0; i < kSteps; ++i) {
     const int row = i * kRowsAtOnce + first;
     load(row, lane * 8, x[i]);
-    const uint32_t top =
-        over_lanes<kLanes>(magnitude(x[i]), [](uint32_t a, uint32_t c) { return max(a, c); });
+    const uint32_t top = max_over_lanes<kLanes>(largest_magnitude(x[i]));
     if (lane == 0) atomicMax(&tops[group_of(row)], top);
   }
   __syncthreads();

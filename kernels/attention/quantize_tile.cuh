@@ -37,13 +37,18 @@ __device__ inline void unpack(uint4 raw, float (&x)[8]) {
 // The magnitude's bits: an order in which NaN is above infinity, so that a maximum keeps it.
 __device__ inline uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFFu; }
 
-template <int kLanes>
-__device__ inline uint32_t max_over_lanes(uint32_t x) {
+// Over kLanes neighbouring lanes, a power of two up to 32.
+template <int kLanes, typename T, typename Merge>
+__device__ inline T over_lanes(T x, Merge merge) {
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) {
-    x = max(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
+    x = merge(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
   }
   return x;
+}
+template <int kLanes>
+__device__ inline uint32_t max_over_lanes(uint32_t x) {
+  return over_lanes<kLanes>(x, [](uint32_t a, uint32_t b) { return max(a, b); });
 }
 
 // x * inverse rounded to the nearest integer (ties to even) in the low byte: adding 1.5 * 2^23

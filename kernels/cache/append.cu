@@ -10,6 +10,7 @@
 namespace sagelm::kernels {
 namespace {
 
+static_assert(kQuantizedKvScales == kTileScales);
 constexpr int kRowThreads = 256;
 
 __device__ inline int64_t tail_offset(const QuantizedKv& cache, int tail, bool is_value,

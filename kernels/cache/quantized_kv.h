@@ -18,6 +18,9 @@ const char* quantized_kv_refusal(int32_t num_heads, int32_t num_kv_heads, int32_
 // Channels of a head in a page; those past head_dim hold zeros.
 inline int32_t quantized_kv_dim(int32_t head_dim) { return head_dim <= 64 ? 64 : 128; }
 
+// Floats of a page and KV head: 4 key groups; the values', its log2 and its inverse; 1 unused.
+inline constexpr int kQuantizedKvScales = 8;
+
 // The cache of one layer. Every start lies on a 16-byte boundary; dim is
 // quantized_kv_dim(head_dim).
 struct QuantizedKv {
@@ -27,7 +30,7 @@ struct QuantizedKv {
   int32_t head_dim = 0;
   int8_t* keys = nullptr;     // [page][kv_head][128 * dim]
   uint8_t* values = nullptr;  // e4m3 [page][kv_head][dim * 128]
-  float* scales = nullptr;    // [page][kv_head][8]
+  float* scales = nullptr;    // [page][kv_head][kQuantizedKvScales]
   float* means = nullptr;     // [mean][kv_head][head_dim]: mean key of a sequence's first page
   void* tails = nullptr;      // [tail][2: keys, values][kv_head][128][head_dim]
 };

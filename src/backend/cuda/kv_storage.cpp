@@ -7,8 +7,6 @@
 namespace sagelm::cuda {
 namespace {
 
-constexpr int64_t kTileScales = 8;  // floats per page and KV head
-
 DeviceBuffer zeros(int64_t bytes, const std::string& what, cudaStream_t stream) {
   DeviceBuffer buffer(static_cast<size_t>(bytes), what);
   check(cudaMemsetAsync(buffer.get(), 0, buffer.bytes(), stream), "clearing the KV cache");
@@ -34,7 +32,8 @@ CudaKv::CudaKv(const KvLayout& layout, DType type, cudaStream_t stream)
   values_ = zeros(layer_bytes_ * layout.num_layers, what, stream);
   if (quantized) {
     const int64_t float_bytes = sizeof(float);
-    scales_ = zeros(layout.heads() * layout.num_pages * kTileScales * float_bytes, what, stream);
+    scales_ = zeros(layout.heads() * layout.num_pages * kernels::kQuantizedKvScales * float_bytes,
+                    what, stream);
     means_ = zeros(layout.heads() * layout.num_tails * layout.head_dim * float_bytes, what, stream);
     tails_ = zeros(layout.heads() * layout.num_tails * 2 * kPageTokens * layout.head_dim *
                        static_cast<int64_t>(dtype_size(type)),
@@ -51,7 +50,8 @@ kernels::QuantizedKv CudaKv::quantized(int64_t layer, int64_t num_heads) const {
   view.keys = keys_.get<int8_t>() + layer * layer_bytes_;
   view.values = values_.get<uint8_t>() + layer * layer_bytes_;
   const int64_t kv_heads = layout_.num_kv_heads;
-  view.scales = scales_.get<float>() + layer * layout_.num_pages * kv_heads * kTileScales;
+  view.scales =
+      scales_.get<float>() + layer * layout_.num_pages * kv_heads * kernels::kQuantizedKvScales;
   view.means = means_.get<float>() + layer * layout_.num_tails * kv_heads * layout_.head_dim;
   view.tails =
       tails_.get<std::byte>() + layer * static_cast<int64_t>(tails_.bytes()) / layout_.num_layers;
