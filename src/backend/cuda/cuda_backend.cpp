@@ -102,11 +102,9 @@ class CudaBackend : public Backend {
     const auto row_bytes = static_cast<size_t>(cols) * dtype_size(type);
     if (buffer.bytes() < static_cast<size_t>(rows) * row_bytes) {
       use_device();
-      graphs_.clear();
-      buffer = {};  // waits for what still uses it
       const int64_t step = rows <= kFewRows ? kFewRows : kRowStep;
-      buffer = DeviceBuffer(static_cast<size_t>((rows + step - 1) / step * step) * row_bytes,
-                            fmt::format("the activations of {} tokens", rows));
+      grow(buffer, static_cast<size_t>((rows + step - 1) / step * step) * row_bytes,
+           fmt::format("the activations of {} tokens", rows));
     }
     return {buffer.get(), type, rows, cols};
   }
@@ -167,23 +165,20 @@ class CudaBackend : public Backend {
   }
 
   void linear(Matrix x, WeightHandle weight, Matrix out) override {
-    multiply(x, weight, out, false);
+    linear_.run(product(x, weight, out));
   }
   void linear_add(Matrix x, WeightHandle weight, Matrix out) override {
-    multiply(x, weight, out, true);
+    Product sum = product(x, weight, out);
+    sum.accumulate = true;
+    linear_.run(sum);
   }
 
   void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) override {
     if (x.rows <= kernels::kGemvRows) {
-      linear_.run({.x = x.data,
-                   .weight = weight_of(weight).data(),
-                   .out = out.data,
-                   .rows = x.rows,
-                   .in_features = x.cols,
-                   .out_features = out.cols,
-                   .type = x.type,
-                   .out_type = out.type,
-                   .swiglu = true});
+      Product fused = product(x, weight, out);
+      fused.swiglu = true;
+      fused.out_features = out.cols;
+      linear_.run(fused);
       return;
     }
     linear(x, weight, gate_up);
@@ -393,17 +388,17 @@ class CudaBackend : public Backend {
     return weights_[static_cast<size_t>(handle.index)];
   }
 
-  void multiply(Matrix x, WeightHandle handle, Matrix out, bool accumulate) {
+  // out = x W^T.
+  Product product(Matrix x, WeightHandle handle, Matrix out) const {
     const Weight& weight = weight_of(handle);
-    linear_.run({.x = x.data,
-                 .weight = weight.data(),
-                 .out = out.data,
-                 .rows = x.rows,
-                 .in_features = weight.cols,
-                 .out_features = weight.rows,
-                 .type = x.type,
-                 .out_type = out.type,
-                 .accumulate = accumulate});
+    return {.x = x.data,
+            .weight = weight.data(),
+            .out = out.data,
+            .rows = x.rows,
+            .in_features = weight.cols,
+            .out_features = weight.rows,
+            .type = x.type,
+            .out_type = out.type};
   }
 
   kernels::QuantizedKvStep quantized_step() const {
@@ -497,10 +492,7 @@ class CudaBackend : public Backend {
                             cudaMemcpyHostToDevice, stream_.get()),
             "copying the rotary frequencies");
     }
-    graphs_.clear();
-    rotations_ = {};
-    rotations_ =
-        DeviceBuffer(static_cast<size_t>(count) * 2 * half * sizeof(float), "the rotary embedding");
+    grow(rotations_, static_cast<size_t>(count) * 2 * half * sizeof(float), "the rotary embedding");
     check(kernels::fill_rotations(frequencies_.get<float>(), static_cast<int32_t>(half), count,
                                   rotations_.get<float>(), stream_.get()),
           "the rotary embedding");
