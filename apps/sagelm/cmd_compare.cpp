@@ -122,7 +122,8 @@ std::vector<Setting> parse_settings(const CommonOptions& common) {
 // cache are switched.
 class Models {
  public:
-  Models(const std::vector<Setting>& settings, int64_t context, int64_t batch_tokens) {
+  Models(const std::vector<Setting>& settings, const EvalFlags& flags, int64_t context,
+         int64_t longest) {
     for (const Setting& setting : settings) {
       auto found = std::find_if(loaded_.begin(), loaded_.end(), [&setting](const Loaded& other) {
         return other.device == setting.common.device;
@@ -130,7 +131,8 @@ class Models {
       if (found == loaded_.end()) {
         CommonOptions common = setting.common;
         common.context = context;
-        loaded_.push_back({.device = common.device, .model = load_model(common, batch_tokens)});
+        loaded_.push_back(
+            {.device = common.device, .model = load_for_eval(common, flags, longest)});
         found = std::prev(loaded_.end());
       }
       users_.push_back({.model = &found->model,
@@ -296,7 +298,7 @@ std::vector<std::pair<std::string, std::string>> checkpoint_facts(const fs::path
 
 void run_task(const CompareFlags& flags, const Task& task, const std::vector<Setting>& settings,
               ResultOutput& output) {
-  Models models(settings, task.context, flags.eval.batch_tokens);
+  Models models(settings, flags.eval, task.context, longest_input(task.inputs));
   CompareResult result;
   for (size_t s = 0; s < settings.size(); ++s) {
     result.settings.push_back(describe_setting(settings[s], models.use(s).info()));
@@ -457,13 +459,7 @@ void run_perplexity_task(const CompareFlags& flags, const ProtocolFlags& protoco
 void run_lambada_task(const CompareFlags& flags, const std::string& variant_name) {
   const LambadaVariant variant = parse_lambada_variant(variant_name);
   const std::string& file = flags.eval.file;
-  const std::string bytes = read_text_file(file);
-  std::vector<Passage> passages = parse_passages(file, bytes);
-  if (variant == LambadaVariant::kWord) check_last_words(file, passages);
-  const size_t file_passages = passages.size();
-  if (flags.eval.limit && static_cast<uint64_t>(*flags.eval.limit) < passages.size()) {
-    passages.resize(static_cast<size_t>(*flags.eval.limit));
-  }
+  const auto [bytes, passages, file_passages] = read_passages(flags.eval, variant);
   const std::vector<Setting> settings = parse_settings(flags.eval.common);
   if (flags.report) prepare_report_directory(*flags.report);
   ResultOutput output(flags.eval.common.json);
@@ -472,11 +468,7 @@ void run_lambada_task(const CompareFlags& flags, const std::string& variant_name
       file, passages, variant,
       [&tokenizer](std::string_view text) { return encode_for_eval(tokenizer, text); },
       Model::inspect(load_options(settings[0].common)).context);
-  std::vector<Model::ScoreInput> inputs;
-  inputs.reserve(examples.size());
-  for (const LambadaExample& example : examples) {
-    inputs.push_back({.ids = example.ids, .first_scored = example.first_scored});
-  }
+  const std::vector<Model::ScoreInput> inputs = inputs_of(examples);
   Task task{.name = "lambada",
             .title = "LAMBADA",
             .units = "passages",

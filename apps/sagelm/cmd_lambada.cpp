@@ -52,13 +52,7 @@ std::string describe(const Json& json, const LambadaFlags& flags, LambadaVariant
 void run(const LambadaFlags& flags) {
   const LambadaVariant variant = parse_lambada_variant(flags.variant);
   const std::string& file = flags.eval.file;
-  const std::string bytes = read_text_file(file);
-  std::vector<Passage> passages = parse_passages(file, bytes);
-  if (variant == LambadaVariant::kWord) check_last_words(file, passages);
-  const size_t file_passages = passages.size();
-  if (flags.eval.limit && static_cast<uint64_t>(*flags.eval.limit) < passages.size()) {
-    passages.resize(static_cast<size_t>(*flags.eval.limit));
-  }
+  const auto [bytes, passages, file_passages] = read_passages(flags.eval, variant);
   ResultOutput output(flags.eval.common.json);
   const Tokenizer tokenizer = open_tokenizer(flags.eval.common);
   const bool bos = adds_bos(tokenizer) && !flags.no_bos;
@@ -67,12 +61,7 @@ void run(const LambadaFlags& flags) {
       [&tokenizer, bos](std::string_view text) { return tokenizer.encode(text, bos); },
       Model::inspect(load_options(flags.eval.common)).context);
 
-  // A passage is computed whole: quantizing kernels give other results for one cut into steps.
-  int64_t step_tokens = flags.eval.batch_tokens;
-  for (const LambadaExample& example : examples) {
-    step_tokens = std::max(step_tokens, static_cast<int64_t>(example.ids.size()));
-  }
-  Model model = load_model(flags.eval.common, step_tokens);
+  Model model = load_for_eval(flags.eval.common, flags.eval, longest_input(inputs_of(examples)));
   std::optional<Journal> journal = open_journal(
       flags.eval, "lambada", model.info(), bytes,
       {{"variant", std::string(lambada_variant_name(variant))}, {"bos", bos ? "yes" : "no"}});

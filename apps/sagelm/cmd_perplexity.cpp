@@ -106,8 +106,7 @@ void run(const PerplexityFlags& flags) {
 
   CommonOptions common = flags.eval.common;
   common.context = protocol.ctx;  // refused if it is beyond the model's
-  // A window is computed whole: quantizing kernels give other results for one cut into steps.
-  Model model = load_model(common, std::max(flags.eval.batch_tokens, protocol.ctx));
+  Model model = load_for_eval(common, flags.eval, protocol.ctx);
   std::optional<Journal> journal = open_journal(flags.eval, "perplexity", model.info(), bytes,
                                                 {{"protocol", protocol.name},
                                                  {"ctx", fmt::format("{}", protocol.ctx)},

@@ -1,5 +1,6 @@
 #include "eval_options.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "base/error.h"
@@ -54,6 +55,28 @@ TextEncoder text_encoder(const Tokenizer& tokenizer) {
   if (tokenizer.eos_id() >= 0) encoder.eos_id = tokenizer.eos_id();
   encoder.adds_bos = adds_bos(tokenizer);
   return encoder;
+}
+
+Model load_for_eval(const CommonOptions& common, const EvalFlags& flags, int64_t longest) {
+  return load_model(common, std::max(flags.batch_tokens, longest));
+}
+
+int64_t longest_input(std::span<const Model::ScoreInput> inputs) {
+  size_t longest = 0;
+  for (const Model::ScoreInput& input : inputs) longest = std::max(longest, input.ids.size());
+  return static_cast<int64_t>(longest);
+}
+
+PassageFile read_passages(const EvalFlags& flags, LambadaVariant variant) {
+  PassageFile file;
+  file.bytes = read_text_file(flags.file);
+  file.passages = parse_passages(flags.file, file.bytes);
+  if (variant == LambadaVariant::kWord) check_last_words(flags.file, file.passages);
+  file.file_passages = file.passages.size();
+  if (flags.limit && static_cast<uint64_t>(*flags.limit) < file.passages.size()) {
+    file.passages.resize(static_cast<size_t>(*flags.limit));
+  }
+  return file;
 }
 
 std::optional<Journal> open_journal(const EvalFlags& flags, std::string_view command,

@@ -5,10 +5,14 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
+#include "eval/dataset.h"
 #include "eval/journal.h"
+#include "eval/lambada.h"
 #include "eval/perplexity.h"
 #include "eval/scorer.h"
 #include "json_output.h"
@@ -41,6 +45,21 @@ bool adds_bos(const Tokenizer& tokenizer);  // as its configuration says
 std::vector<int32_t> encode_for_eval(const Tokenizer& tokenizer, std::string_view text);
 // tokenizer must outlive it.
 TextEncoder text_encoder(const Tokenizer& tokenizer);
+
+// The model for inputs of at most `longest` tokens, with steps that hold any of them: quantizing
+// kernels give other results for an input that is cut into steps, and --batch-tokens is to change
+// none.
+Model load_for_eval(const CommonOptions& common, const EvalFlags& flags, int64_t longest);
+// Tokens of the longest one.
+int64_t longest_input(std::span<const Model::ScoreInput> inputs);
+
+// The passages of --file (LAMBADA), checked for that variant.
+struct PassageFile {
+  std::string bytes;
+  std::vector<Passage> passages;  // the first --limit ones
+  size_t file_passages = 0;       // that the file holds
+};
+PassageFile read_passages(const EvalFlags& flags, LambadaVariant variant);
 
 // The journal of --resume, or none. What every run depends on is in its header: the version, the
 // command, the model's contents, device and attention, the data, --limit and --batch-tokens; own

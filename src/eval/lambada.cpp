@@ -110,17 +110,22 @@ std::vector<LambadaExample> prepare_lambada(std::string_view name,
   return examples;
 }
 
+std::vector<Model::ScoreInput> inputs_of(std::span<const LambadaExample> examples) {
+  std::vector<Model::ScoreInput> inputs;
+  inputs.reserve(examples.size());
+  for (const LambadaExample& example : examples) {
+    inputs.push_back({.ids = example.ids, .first_scored = example.first_scored});
+  }
+  return inputs;
+}
+
 double LambadaResult::tokens_per_second() const {
   return seconds > 0 ? static_cast<double>(tokens_run) / seconds : 0;
 }
 
 LambadaResult run_lambada(std::span<const LambadaExample> examples, int64_t batch_tokens,
                           const Scorer& scorer, const EvalCallback& on_progress, Journal* journal) {
-  std::vector<Model::ScoreInput> inputs;
-  inputs.reserve(examples.size());
-  for (const LambadaExample& example : examples) {
-    inputs.push_back({.ids = example.ids, .first_scored = example.first_scored});
-  }
+  const std::vector<Model::ScoreInput> inputs = inputs_of(examples);
   LambadaResult result;
   result.examples_planned = static_cast<int64_t>(examples.size());
   Moments hits;

@@ -48,6 +48,9 @@ std::vector<LambadaExample> prepare_lambada(std::string_view name,
                                             LambadaVariant variant, const Encoder& encode,
                                             int64_t max_tokens);
 
+// As a model scores them; views of the examples.
+std::vector<Model::ScoreInput> inputs_of(std::span<const LambadaExample> examples);
+
 struct LambadaResult {
   int64_t examples = 0;
   int64_t examples_planned = 0;  // more than `examples` only if the run was stopped
