@@ -30,16 +30,21 @@ void check_text(std::string_view name, std::string_view bytes) {
   if (strip(bytes).empty()) fail("{}: there is nothing but white space in the file", name);
 }
 
+std::vector<TextLine> filled_lines(std::string_view bytes) {
+  std::vector<TextLine> lines;
+  for (int64_t number = 1; !bytes.empty(); ++number) {
+    const size_t end = bytes.find('\n');
+    const std::string_view text = bytes.substr(0, end);
+    bytes.remove_prefix(end == std::string_view::npos ? bytes.size() : end + 1);
+    if (!strip(text).empty()) lines.push_back({.number = number, .text = text});
+  }
+  return lines;
+}
+
 std::vector<Passage> parse_passages(std::string_view name, std::string_view bytes) {
   check_text(name, bytes);
   std::vector<Passage> passages;
-  int64_t line = 0;
-  while (!bytes.empty()) {
-    const size_t end = bytes.find('\n');
-    const std::string_view row = bytes.substr(0, end);
-    bytes.remove_prefix(end == std::string_view::npos ? bytes.size() : end + 1);
-    ++line;
-    if (strip(row).empty()) continue;
+  for (const auto& [line, row] : filled_lines(bytes)) {
     const nlohmann::json value = nlohmann::json::parse(row, nullptr, /*allow_exceptions=*/false);
     if (!value.is_object()) {
       fail("{}:{}: not a JSON object like {{\"text\": \"…\"}}", name, line);

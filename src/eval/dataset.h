@@ -13,6 +13,14 @@ namespace sagelm {
 // is the file's, for messages.
 void check_text(std::string_view name, std::string_view bytes);
 
+// A line of a file.
+struct TextLine {
+  int64_t number;  // from 1
+  std::string_view text;
+};
+// The lines of bytes that are more than white space.
+std::vector<TextLine> filled_lines(std::string_view bytes);
+
 struct Passage {
   int64_t line;  // in its file, from 1
   std::string text;

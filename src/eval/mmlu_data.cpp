@@ -228,13 +228,7 @@ std::vector<MmluQuestion> parse_mmlu_csv(std::string_view name, std::string_view
 std::vector<MmluQuestion> parse_mmlu_jsonl(std::string_view name, std::string_view bytes) {
   check_text(name, bytes);
   std::vector<MmluQuestion> questions;
-  int64_t line = 0;
-  while (!bytes.empty()) {
-    const size_t end = bytes.find('\n');
-    const std::string_view row = bytes.substr(0, end);
-    bytes.remove_prefix(end == std::string_view::npos ? bytes.size() : end + 1);
-    ++line;
-    if (strip(row).empty()) continue;
+  for (const auto& [line, row] : filled_lines(bytes)) {
     questions.push_back(parse_json_question(fmt::format("{}:{}", name, line), line, row));
   }
   if (questions.empty()) fail("{}: there is no question in the file", name);

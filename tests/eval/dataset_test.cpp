@@ -6,18 +6,10 @@
 #include <string>
 
 #include "base/error.h"
+#include "support/error_of.h"
 
 namespace sagelm {
 namespace {
-
-std::string error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
 
 std::string text_error(std::string_view bytes) {
   return error_of([bytes] { check_text("f.txt", bytes); });

@@ -12,20 +12,12 @@
 #include <vector>
 
 #include "base/error.h"
+#include "support/error_of.h"
 
 namespace sagelm {
 namespace {
 
 namespace fs = std::filesystem;
-
-std::string error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
 
 std::string csv_error(std::string_view text) {
   return error_of([&] { parse_mmlu_csv("x_test.csv", text); });

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "support/error_of.h"
 
 namespace sagelm {
 namespace {
@@ -88,15 +89,6 @@ struct ToyModel {
                   const Model::ChoiceCallback& take) { return score(prefix, inputs, take); };
   }
 };
-
-std::string error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
 
 TEST(Mmlu, PromptsAndWhatTheyShare) {
   const MmluData data = two_subjects();
