@@ -84,6 +84,9 @@ Session& Session::operator=(Session&&) noexcept = default;
 
 Session Model::start_session(int64_t forks) {
   if (forks < 0) fail("a session cannot have {} forks", forks);
+  const Llama& llama = *impl_->llama;
+  check_fits(impl_->memory_needs(llama.config(), {&llama.attention(), 1}, forks + 1), true,
+             *impl_->backend);
   const KvRoom one = kv_room(impl_->kv_type, impl_->info.context);
   const KvRoom room{.pages = one.pages * (forks + 1), .tails = one.tails * (forks + 1)};
   return Session(std::make_unique<Session::Impl>(impl_, room));
@@ -171,6 +174,7 @@ void Session::Impl::decode(std::vector<float> logits, const GenerateOptions& opt
   };
 
   result.stop_reason = StopReason::kMaxTokens;
+  model->backend->repeated_seconds();  // only what follows counts
   while (static_cast<int64_t>(result.ids.size()) < options.max_tokens) {
     if (static_cast<int64_t>(ids.size()) >= model->info.context) {
       result.stop_reason = StopReason::kContextFull;
@@ -211,6 +215,7 @@ void Session::Impl::decode(std::vector<float> logits, const GenerateOptions& opt
     show(rest);
   }
   result.decode_seconds = seconds_since(start);
+  result.decode_device_seconds = model->backend->repeated_seconds();
 }
 
 }  // namespace sagelm

@@ -12,7 +12,17 @@ namespace sagelm {
 namespace {
 
 // Which scratch buffer holds what.
-enum Slot : int { kHidden, kNormed, kQkv, kAttended, kGateUp, kActivated, kGathered, kLogits };
+enum Slot : int {
+  kHidden,
+  kNormed,
+  kQkv,
+  kAttended,
+  kGateUp,
+  kActivated,
+  kGathered,
+  kLogits,
+  kNumSlots
+};
 
 // Rows of logits computed at once when scoring: bounds the buffer to kScoreRows * vocab_size.
 constexpr int64_t kScoreRows = 256;
@@ -121,6 +131,19 @@ Llama::Llama(const ModelConfig& config, const ModelWeights& weights, Backend& ba
   final_norm_ = backend.add_vector(weights.final_norm);
   lm_head_ = backend.add_linear(std::span(&weights.lm_head, 1));
   if (progress) progress(1.0);
+}
+
+std::vector<ScratchSize> Llama::scratch_sizes(const ModelConfig& config, int64_t tokens) {
+  std::vector<ScratchSize> sizes(kNumSlots);
+  const int64_t hidden = config.hidden_size;
+  sizes[kHidden] = sizes[kGathered] = {tokens, hidden, Holds::kResidual};
+  sizes[kNormed] = {tokens, hidden, Holds::kActivations};
+  sizes[kQkv] = {tokens, config.q_size() + 2 * config.kv_size(), Holds::kActivations};
+  sizes[kAttended] = {tokens, config.q_size(), Holds::kActivations};
+  sizes[kGateUp] = {tokens, 2 * config.intermediate_size, Holds::kActivations};
+  sizes[kActivated] = {tokens, config.intermediate_size, Holds::kActivations};
+  sizes[kLogits] = {std::min(tokens, kScoreRows), config.vocab_size, Holds::kLogits};
+  return sizes;
 }
 
 KvCache Llama::make_cache(KvType type, const KvRoom& room) {
