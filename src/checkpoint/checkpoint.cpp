@@ -255,7 +255,7 @@ void Checkpoint::count_tensors() {
 }
 
 void check_weights_finite(const ModelWeights& weights) {
-  constexpr int64_t kPart = int64_t{1} << 18;
+  static constexpr int64_t kPart = int64_t{1} << 18;
   for_each_tensor(weights, [](const TensorView& tensor) {
     const int64_t count = tensor.num_elements();
     int64_t first = count;

@@ -66,7 +66,9 @@ StepLimits limits_of_steps(const ModelConfig& config, std::span<const AttentionS
                            int64_t tokens, int64_t context) {
   StepLimits limits;
   limits.scratch = Llama::scratch_sizes(config, tokens);
-  for (const AttentionSpec& spec : attention) {
+  for (size_t i = 0; i < attention.size(); ++i) {
+    const AttentionSpec& spec = attention[i];
+    if (std::ranges::find(attention.first(i), spec) != attention.first(i).end()) continue;
     limits.attention.push_back({config.num_heads, config.num_kv_heads, config.head_dim, spec});
   }
   limits.tokens = tokens;

@@ -85,7 +85,7 @@ Session& Session::operator=(Session&&) noexcept = default;
 Session Model::start_session(int64_t forks) {
   if (forks < 0) fail("a session cannot have {} forks", forks);
   const Llama& llama = *impl_->llama;
-  check_fits(impl_->memory_needs(llama.config(), {&llama.attention(), 1}, forks + 1), true,
+  check_fits(impl_->memory_needs(llama.config(), llama.attention(), forks + 1), true,
              *impl_->backend);
   const KvRoom one = kv_room(impl_->kv_type, impl_->info.context);
   const KvRoom room{.pages = one.pages * (forks + 1), .tails = one.tails * (forks + 1)};

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -146,6 +147,13 @@ class CudaBackend : public Backend {
     }
   }
 
+  std::vector<AttentionVariant> adaptive_variants() const override {
+    // On Hopper sage1 has the MMA kernel only, and fp16's warp-group kernel is faster than that.
+    if (properties_.capability == 90) return {AttentionVariant::kSage2_8b, AttentionVariant::kFp16};
+    if (properties_.capability < 89) return {AttentionVariant::kSage1B, AttentionVariant::kFp16};
+    return {AttentionVariant::kSage2_8b, AttentionVariant::kSage1B, AttentionVariant::kFp16};
+  }
+
   bool reads_int8_kv(const AttentionShape& shape) const override {
     return ModelAttention::reads_quantized_kv(shape, properties_.capability);
   }
@@ -156,12 +164,16 @@ class CudaBackend : public Backend {
     step_ = send_step_inputs(batch, step_arrays_, stream_.get());
   }
 
-  void repeat(const KvStorage& kv, const AttentionSpec& spec,
+  void repeat(const KvStorage& kv, std::span<const AttentionSpec> layers,
               const std::function<void()>& work) override {
     const auto& cache = static_cast<const CudaKv&>(kv);
+    std::string attention;
+    for (const AttentionSpec& spec : layers) {
+      attention += static_cast<char>(spec.variant);
+      attention += spec.smooth_k ? '+' : '-';
+    }
     graphs_.run({step_.num_sequences, step_.max_kv_len, step_.page_table_stride, step_.tokens,
-                 cache.address(), static_cast<int32_t>(spec.variant), spec.smooth_k,
-                 step_.max_closed_pages, step_.closes_first_page},
+                 cache.address(), attention, step_.max_closed_pages, step_.closes_first_page},
                 work);
   }
 
