@@ -199,6 +199,7 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
     const auto index = static_cast<int64_t>(i);
     const AttentionShape shape{config_.num_heads, config_.num_kv_heads, config_.head_dim,
                                attention_[i]};
+    b.enter_layer(index);
     b.rmsnorm(hidden, layer.input_norm, config_.rms_norm_eps, normed);
     b.linear(normed, layer.qkv, qkv);
     b.rope_append(qkv, batch, shape, inverse_frequencies_, index, kv);
@@ -211,8 +212,7 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
     b.linear_add(attended, layer.o, hidden);
     Matrix out = hidden;
     if (i + 1 == layers_.size()) {
-      // Nothing reads the other rows any more.
-      if (wanted.empty()) break;
+      if (wanted.empty()) break;  // nothing reads the other rows any more
       if (!wants_all) b.gather_rows(hidden, wanted, gathered);
       out = gathered;
     }
@@ -225,6 +225,7 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
       fail("NaN or Inf appears in the output of layer {}", i);
     }
   }
+  b.enter_layer(-1);
   return gathered;
 }
 
