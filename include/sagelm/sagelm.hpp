@@ -186,6 +186,13 @@ class Model {
   // A session for one prompt; on_text gets the continuation only.
   Generation generate(std::string_view prompt, const GenerateOptions& options = {},
                       const TextCallback& on_text = {});
+  // Several answers to one prompt, drawn as one batch: the prompt runs once and they share its
+  // whole pages of the KV cache. Answer i is drawn with seed options.sampling.seed + i. Their times
+  // are those of all of them together. on_text is told whose text it gets; false ends that answer.
+  using SampleCallback = std::function<bool(int64_t sample, std::string_view text)>;
+  std::vector<Generation> generate_samples(std::span<const int32_t> prompt_ids,
+                                           const GenerateOptions& options, int64_t samples,
+                                           const SampleCallback& on_text = {});
   // Scores ids[first_scored ...] of each sequence given all before them (ids[0] has no score:
   // first_scored >= 1). Packs the sequences into ragged batches of batch_tokens and returns them in
   // the order given; a sequence's scores do not depend on its neighbours. A sequence may be one
