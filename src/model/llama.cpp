@@ -25,6 +25,10 @@ enum Slot : int {
   kNumSlots
 };
 
+class NotFinite : public Error {
+  using Error::Error;
+};
+
 void advance(std::span<const StepInput> inputs, const ModelConfig& config) {
   std::vector<Sequence*> sequences;
   std::vector<int64_t> counts;
@@ -202,8 +206,8 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
     b.rope_append(qkv, batch, shape, inverse_frequencies_, index, kv);
     b.attention(qkv, batch, shape, index, kv, attended);
     if (check && !b.all_finite(attended)) {
-      fail("NaN or Inf appears in the attention of layer {} ({})", i,
-           describe_attention(attention_[i]));
+      throw NotFinite(fmt::format("NaN or Inf appears in the attention of layer {} ({})", i,
+                                  describe_attention(attention_[i])));
     }
     if (probe) probe(index, copy_to_host(b, qkv), copy_to_host(b, attended));
     b.linear_add(attended, layer.o, hidden);
@@ -219,7 +223,7 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
     b.linear_swiglu(mlp_normed, layer.gate_up, rows_of(gate_up, 0, out.rows), mlp_activated);
     b.linear_add(mlp_activated, layer.down, out);
     if (check && !b.all_finite(out)) {
-      fail("NaN or Inf appears in the output of layer {}", i);
+      throw NotFinite(fmt::format("NaN or Inf appears in the output of layer {}", i));
     }
   }
   b.enter_layer(-1);
@@ -256,8 +260,14 @@ void Llama::run(std::span<const StepInput> inputs, bool with_head, const Want& w
     try {
       read(result);
     } catch (const Error&) {
-      // The logits are not finite: run again with a check after each step, to name the layer.
-      run_layers(batch, kv, wanted, true);
+      // If the logits are not finite: run again with a check after each step, to name the layer. A
+      // device that failed otherwise will again, and what it said first counts.
+      try {
+        run_layers(batch, kv, wanted, true);
+      } catch (const NotFinite&) {
+        throw;
+      } catch (const Error&) {
+      }
       throw;
     }
   } catch (...) {

@@ -1,8 +1,5 @@
 #include "backend/cuda/upload.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -46,25 +43,16 @@ void convert(const std::byte* from, DType type, int64_t count, std::byte* to, DT
   }
 }
 
-// The kernel maps pages of a file that is in its cache one fault at a time otherwise.
-void map_pages(const std::byte* from, size_t bytes) {
-  static const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  const auto start = reinterpret_cast<uintptr_t>(from) / page * page;
-  madvise(reinterpret_cast<void*>(start), reinterpret_cast<uintptr_t>(from) + bytes - start,
-          MADV_POPULATE_READ);  // advice: older kernels do not know it
-}
-
 // Fills `to` with `count` elements of the tensor from element `first` on.
 void fill(const TensorView& tensor, int64_t first, int64_t count, DType type, std::byte* to) {
   const size_t from_size = dtype_size(tensor.dtype), to_size = dtype_size(type);
   const int64_t end = first + count;
   int64_t bad = end;
-#pragma omp parallel for schedule(dynamic) reduction(min : bad)
+#pragma omp parallel for schedule(static) reduction(min : bad)
   for (int64_t begin = first; begin < end; begin += kPart) {
     const int64_t size = std::min(kPart, end - begin);
     const std::byte* source = tensor.data + static_cast<size_t>(begin) * from_size;
     std::byte* target = to + static_cast<size_t>(begin - first) * to_size;
-    map_pages(source, static_cast<size_t>(size) * from_size);
     if (tensor.dtype == type) {
       std::memcpy(target, source, static_cast<size_t>(size) * to_size);
     } else {
