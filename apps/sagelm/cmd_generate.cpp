@@ -76,7 +76,7 @@ void run_generate(const GenerateFlags& flags, bool has_file) {
   if (flags.logprobs && !output.wants_json()) {
     throw UsageError("--logprobs writes to the JSON object only: add --json");
   }
-  Model model = load_model(flags.common);
+  Model model = load_model(flags.common, 0, 1);
   const std::vector<int32_t> ids = model.tokenize(prompt, !flags.no_bos);
   std::vector<Generation> samples;
   if (flags.samples == 1) {  // as it is drawn

@@ -92,6 +92,9 @@ Session& Session::operator=(Session&&) noexcept = default;
 
 Session Model::start_session(int64_t forks) {
   if (forks < 0) fail("a session cannot have {} forks", forks);
+  const Llama& llama = *impl_->llama;
+  check_fits(impl_->memory_needs(llama.config(), llama.attention(), forks + 1), true,
+             *impl_->backend);
   const KvRoom one = kv_room(impl_->kv_type, impl_->info.context);
   const KvRoom room{.pages = one.pages * (forks + 1), .tails = one.tails * (forks + 1)};
   return Session(std::make_unique<Session::Impl>(impl_, room));
@@ -185,6 +188,7 @@ void Session::Impl::decode(std::span<const Branch> branches, std::span<const flo
     if (answers[i].take(drawn_from)) going.push_back(i);
   }
   std::vector<StepInput> inputs;
+  model.backend->repeated_seconds();  // only what follows counts
   while (!going.empty()) {
     inputs.clear();
     for (const size_t i : going) {
@@ -198,9 +202,11 @@ void Session::Impl::decode(std::span<const Branch> branches, std::span<const flo
       return !answers[i].take(std::span(drawn_from).subspan(vocab * row++, vocab));
     });
   }
+  const double device_seconds = model.backend->repeated_seconds();
   for (size_t i = 0; i < branches.size(); ++i) {
     answers[i].finish();
     branches[i].result->decode_seconds = seconds_since(start);
+    branches[i].result->decode_device_seconds = device_seconds;
   }
 }
 

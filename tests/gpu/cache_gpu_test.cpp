@@ -207,6 +207,7 @@ TEST_F(CacheGpu, PagesAreTilesOfThePrefillQuantizer) {
     const auto dim = static_cast<size_t>(shape.padded());
     kernels::place_sage_tiles(p, shape.padded(), nullptr, &bytes);
     DeviceBuffer workspace(bytes);
+    workspace.fill(0);  // parts of it stay unwritten, and all of it is read below
     const auto tiles = kernels::place_sage_tiles(p, shape.padded(), workspace.data(), &bytes);
     expect_done(kernels::quantize_to_sage_tiles(p, shape.padded(), tiles, nullptr), "quantize");
     std::vector<std::byte> host(bytes);
