@@ -151,6 +151,9 @@ class Backend {
   // Seconds that the device spent in work that it repeated, since the last call; waits for it.
   virtual double repeated_seconds() { return 0; }
 
+  // Errors of the operations that follow name this layer; none if it is -1.
+  virtual void enter_layer(int64_t /*layer*/) {}
+
   // Operations. x and out never overlap unless said.
   virtual void embed(WeightHandle table, const Batch& batch, Matrix out) = 0;
   virtual void rmsnorm(Matrix x, WeightHandle weight, double eps, Matrix out) = 0;

@@ -141,7 +141,7 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
     args.rotations = rotations_;
     args.smooth_k = shape.spec.smooth_k;
     args.rotate_keys = true;  // attention reads them where sequences begin
-    check(kernels::append_to_quantized_kv(args, stream_), "appending to the KV cache");
+    check(kernels::append_to_quantized_kv(args, stream_), "appending to the KV cache", layer);
     return;
   }
   kernels::RopeAppend args;
@@ -156,7 +156,7 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
   args.rotations = rotations_;
   args.keys = cache.keys(layer);
   args.values = cache.values(layer);
-  check(kernels::rope_append(args, stream_), "the rotary embedding");
+  check(kernels::rope_append(args, stream_), "the rotary embedding", layer);
 }
 
 void ModelAttention::attention(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
@@ -255,7 +255,7 @@ bool ModelAttention::decode_quantized(const StepInputs& step, Matrix qkv,
       fail("the attention of layer {} takes more workspace than was set aside", layer);
     }
     check(kernels::decode_from_quantized_kv(args, workspace_, stream_),
-          fmt::format("attention from the quantized cache in layer {}", layer));
+          "the attention from the quantized cache", layer);
   });
   return true;
 }
@@ -274,7 +274,7 @@ std::pair<void*, void*> ModelAttention::expand(const StepInputs& step, const Cud
   args.cu_kv_lens = step.cu_kv_lens;
   args.keys = expanded_keys_.get();
   args.values = expanded_values_.get();
-  check(kernels::expand_quantized_kv(args, stream_), "reading the quantized cache");
+  check(kernels::expand_quantized_kv(args, stream_), "reading the quantized cache", layer);
   return {expanded_keys_.get(), expanded_values_.get()};
 }
 
