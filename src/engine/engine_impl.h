@@ -17,6 +17,8 @@
 
 namespace sagelm {
 
+struct SharedRun;  // choices.cpp
+
 struct Model::Impl {
   LoadOptions options;
   ModelInfo info;
@@ -51,6 +53,17 @@ struct Model::Impl {
   void for_each_step(std::span<const ScoreInput> inputs, const ScoreStep& run_step);
   void for_each_chunk(Sequence& sequence, std::span<const int32_t> tokens, int64_t first_scored,
                       size_t input, const ScoreStep& run_step);
+
+  // score_distributions of inputs whose first `shared` tokens are the same.
+  void score_shared(std::span<const ScoreInput> inputs, int64_t shared,
+                    const DistributionCallback& on_block);
+  // Runs `pages`, whole pages of tokens, once and every run after a fork of them, packed into
+  // steps; take gets each step, its first one being that of runs[first], and returns false to stop.
+  // Returns the tokens run.
+  using RunStep = std::function<bool(size_t first, std::span<const StepInput> steps,
+                                     std::span<const int64_t> first_scored)>;
+  int64_t run_after(std::span<const int32_t> pages, std::span<const SharedRun> runs,
+                    const RunStep& take);
 
   // A cache of the current type, with at least this room, that no sequence uses.
   KvCache& cache_for_scoring(const KvRoom& room);
