@@ -213,8 +213,10 @@ class Model {
     std::span<const float> logits;  // [tokens.size(), vocab_size], not normalised, all finite
   };
   using DistributionCallback = std::function<void(const LogitsBlock& block)>;
-  void score_distributions(std::span<const ScoreInput> inputs,
-                           const DistributionCallback& on_block);
+  // shared: all inputs begin with the same so many tokens, fewer than any one's first_scored, and
+  // those are run once: see score_choices.
+  void score_distributions(std::span<const ScoreInput> inputs, const DistributionCallback& on_block,
+                           int64_t shared = 0);
   // Runs ids (at most batch_tokens and the context) as a sequence of its own and hands over what
   // attention read and wrote, layer by layer. The spans are valid during the call only.
   struct AttentionRecord {

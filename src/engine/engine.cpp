@@ -216,7 +216,8 @@ std::vector<std::vector<Scored>> Model::score(std::span<const ScoreInput> inputs
 }
 
 void Model::score_distributions(std::span<const ScoreInput> inputs,
-                                const DistributionCallback& on_block) {
+                                const DistributionCallback& on_block, int64_t shared) {
+  if (shared > 0) return impl_->score_shared(inputs, shared, on_block);
   std::vector<ScoredToken> tokens;
   impl_->for_each_step(inputs, [&](std::span<const StepInput> steps,
                                    std::span<const int64_t> first_scored,
