@@ -60,7 +60,7 @@ CLI::Option* add_context(CLI::App& command, CommonOptions& options, const Common
 
 CLI::Option* add_kv_cache(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
   return add_value<&CommonOptions::kv_cache>(command, options, flag)
-      ->check(CLI::IsMember({"auto", "fp16", "int8"}));
+      ->check(CLI::IsMember({"auto", "fp16", "int8", "int4"}));
 }
 
 CLI::Option* add_seed(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
@@ -96,8 +96,9 @@ const std::array kCommonFlags = {
                add_value<&CommonOptions::attention>},
     CommonFlag{kKernelGroup, "--no-smooth-k", "", "", "quantize K as it is, its mean left in",
                add_switch<&CommonOptions::no_smooth_k>},
-    CommonFlag{kCacheGroup, "--kv-cache", "auto|fp16|int8", "auto",
-               "KV cache: fp16, int8 (8-bit keys and values, half the memory; with sage2), or auto "
+    CommonFlag{kCacheGroup, "--kv-cache", "auto|fp16|int8|int4", "auto",
+               "KV cache: fp16, int8 (8-bit keys and values, half the memory; with sage2), int4 "
+               "(4-bit keys, 8-bit values; with sage2 and sage2-4b), or auto "
                "(int8 where it can be had)",
                add_kv_cache},
     CommonFlag{kDeviceGroup, "--device", "auto|cpu|cuda[:N]", "auto", "where to compute",

@@ -47,6 +47,11 @@ const VariantRow& row_of(AttentionVariant variant) {
 
 }  // namespace
 
+bool reads_quantized_kv(AttentionVariant variant, KvType type) {
+  return variant == AttentionVariant::kSage2_8b ||
+         (variant == AttentionVariant::kSage2_4b && type == KvType::kInt4);
+}
+
 std::string_view attention_variant_name(AttentionVariant variant) { return row_of(variant).name; }
 
 AttentionVariant parse_attention_variant(std::string_view name) {

@@ -5,6 +5,8 @@
 #include <string>
 #include <string_view>
 
+#include "backend/kv_layout.h"
+
 namespace sagelm {
 
 enum class AttentionVariant : uint8_t {
@@ -21,6 +23,9 @@ struct AttentionSpec {
   AttentionVariant variant = AttentionVariant::kSage2_8b;
   bool smooth_k = true;
 };
+
+// Whether the variant multiplies what pages of such a cache hold. A kFp16 cache is for all.
+bool reads_quantized_kv(AttentionVariant variant, KvType type);
 
 // Canonical name, as --attention takes it ("sage2-8b").
 std::string_view attention_variant_name(AttentionVariant variant);

@@ -45,8 +45,8 @@ struct WeightHandle {
 class KvStorage {
  public:
   virtual ~KvStorage() = default;
-  // Copies what all layers hold in FP16 on page (kFp16) or tail (kInt8, with its mean) `from` to
-  // `to`, before the operations that follow.
+  // Copies what all layers hold in FP16 on page (kFp16) or tail (with its mean) `from` to `to`,
+  // before the operations that follow.
   virtual void copy_open_page(int32_t from, int32_t to) = 0;
 };
 
@@ -88,14 +88,16 @@ class Backend {
   virtual WeightHandle add_vector(const TensorView& tensor) = 0;             // a norm's weight
   virtual WeightHandle add_embedding(const TensorView& tensor) = 0;
   virtual std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) = 0;
+  // What a page takes there, in one layer and KV head, with its scales.
+  virtual int64_t kv_page_bytes(KvType type, int64_t head_dim) const = 0;
   // One growing buffer per slot; a slot always holds the same.
   virtual Matrix scratch(int slot, int64_t rows, int64_t cols, Holds holds) = 0;
   // Bytes of an element of such a matrix.
   virtual size_t element_size(Holds holds) const = 0;
   // Throws UsageError for a variant, Error for a shape, that attention() could not compute.
   virtual void check_attention(const AttentionShape& shape) const = 0;
-  // Whether attention() can read a kInt8 cache.
-  virtual bool reads_int8_kv(const AttentionShape& shape) const = 0;
+  // Whether attention() can read such a cache.
+  virtual bool reads_kv(const AttentionShape& shape, KvType type) const = 0;
 
   // Starts a step over batch, which must outlive it: operations that take a batch take this one.
   virtual void begin(const Batch& batch) = 0;
@@ -119,8 +121,8 @@ class Backend {
   virtual void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) = 0;
 
   // Rotates the query and key columns of qkv [rows, q + k + v] in place by each row's position and
-  // appends keys and values, rounded to FP16, to the pages of the row's sequence. In a kInt8 cache
-  // the pages that become full are quantized, and the tail then holds the tokens past them.
+  // appends keys and values, rounded to FP16, to the pages of the row's sequence. In a quantized
+  // cache the pages that become full are quantized, and the tail then holds the tokens past them.
   virtual void rope_append(Matrix qkv, const Batch& batch, const AttentionShape& shape,
                            std::span<const float> inverse_frequencies, int64_t layer,
                            KvStorage& kv) = 0;

@@ -60,7 +60,7 @@ AttentionSpec attention_spec(std::string_view name, bool smooth_k) {
 }
 
 constexpr std::string_view kv_type_name(KvType type) {
-  return type == KvType::kInt8 ? "int8" : "fp16";
+  return type == KvType::kInt8 ? "int8" : type == KvType::kInt4 ? "int4" : "fp16";
 }
 
 // Checks that the backend has the attention and the cache that goes with it; the type of that.
@@ -71,27 +71,29 @@ KvType check_attention(const AttentionSpec& spec, std::string_view kv_cache,
                              .head_dim = config.head_dim,
                              .spec = spec};
   backend.check_attention(shape);
-  if (kv_cache == kv_type_name(KvType::kFp16)) return KvType::kFp16;
-  const bool reads_int8 = backend.reads_int8_kv(shape);
-  if (kv_cache == "auto") return reads_int8 ? KvType::kInt8 : KvType::kFp16;
-  if (kv_cache != kv_type_name(KvType::kInt8)) {
-    fail_usage("unknown type of KV cache '{}': use auto, fp16 or int8", kv_cache);
+  if (kv_cache == "auto") {
+    return backend.reads_kv(shape, KvType::kInt8) ? KvType::kInt8 : KvType::kFp16;
   }
-  if (!reads_int8) {
-    fail_usage("attention {} on {} cannot read an 8-bit KV cache: use --kv-cache auto or fp16",
-               attention_variant_name(spec.variant), backend.device_name());
+  for (const KvType type : {KvType::kFp16, KvType::kInt8, KvType::kInt4}) {
+    if (kv_cache != kv_type_name(type)) continue;
+    if (!backend.reads_kv(shape, type)) {
+      fail_usage("attention {} on {} cannot read an {} KV cache: use --kv-cache auto or fp16",
+                 attention_variant_name(spec.variant), backend.device_name(), kv_cache);
+    }
+    return type;
   }
-  return KvType::kInt8;
+  fail_usage("unknown type of KV cache '{}': use auto, fp16, int8 or int4", kv_cache);
 }
 
-void set_kv_info(KvType type, const ModelConfig& config, ModelInfo& info) {
+void set_kv_info(KvType type, const ModelConfig& config, const Backend& backend, ModelInfo& info) {
   const KvRoom room = kv_room(type, info.context);
   const KvLayout layout{.type = type,
                         .num_layers = config.num_layers,
                         .num_kv_heads = config.num_kv_heads,
                         .head_dim = config.head_dim,
                         .num_pages = room.pages,
-                        .num_tails = room.tails};
+                        .num_tails = room.tails,
+                        .head_page_bytes = backend.kv_page_bytes(type, config.head_dim)};
   info.kv_cache = kv_type_name(type);
   info.kv_bytes_per_token = (layout.page_bytes() + kPageTokens - 1) / kPageTokens;
   info.kv_bytes = layout.bytes();
@@ -129,7 +131,7 @@ ModelInfo describe(const Checkpoint& checkpoint, const LoadOptions& options,
   info.context = options.context > 0 ? options.context : config.max_position_embeddings;
   info.checkpoint_bytes = checkpoint.bytes();
   info.weight_bytes = estimate_weights(checkpoint.weights(), backend);
-  set_kv_info(kv_type, config, info);
+  set_kv_info(kv_type, config, backend, info);
   info.activation_bytes =
       estimate_activations(config, std::min(options.batch_tokens, info.context), backend);
   info.rope_theta = config.rope_theta;
@@ -212,7 +214,7 @@ void Model::set_attention(std::string_view name, bool smooth_k, std::string_view
   const ModelConfig& config = impl_->llama->config();
   impl_->kv_type = check_attention(spec, kv_cache, config, *impl_->backend);
   impl_->llama->set_attention(spec);
-  set_kv_info(impl_->kv_type, config, impl_->info);
+  set_kv_info(impl_->kv_type, config, *impl_->backend, impl_->info);
   impl_->info.attention = describe_attention(spec);
 }
 

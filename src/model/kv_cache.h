@@ -16,7 +16,7 @@ class KvCache;
 // What a cache has room for, or what sequences need of it.
 struct KvRoom {
   int64_t pages = 0;
-  int64_t tails = 0;  // a kInt8 cache's: one per sequence
+  int64_t tails = 0;  // a quantized cache's: one per sequence
 
   KvRoom& operator+=(const KvRoom& other) {
     pages += other.pages;
@@ -96,7 +96,7 @@ class KvCache {
     std::vector<int32_t> owners_;
   };
 
-  bool quantized() const { return layout_.type == KvType::kInt8; }
+  bool quantized() const { return is_quantized(layout_.type); }
   // Replaces id, which has several owners, by a copy of it.
   void unshare(Pool& pool, int32_t& id);
 

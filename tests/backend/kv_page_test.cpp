@@ -67,8 +67,8 @@ TEST(KvPage, HoldsTheSameNumbersOnEveryInstructionSet) {
       for (const cpu::KernelTable* kernels : cpu::available_attention_kernels()) {
         std::vector<uint8_t> operands(static_cast<size_t>(2 * kPageTokens * dim), 0xEE);
         std::vector<float> scales(kPageScales);
-        kernels->quantize_page(problem.k.data(), problem.v.data(), mean.data(), head_dim,
-                               operands.data(), scales.data());
+        kernels->quantize_page(KvType::kInt8, problem.k.data(), problem.v.data(), mean.data(),
+                               head_dim, operands.data(), scales.data());
         for (size_t g = 0; g < scales.size(); ++g) {
           EXPECT_FLOAT_EQ(scales[g], expected.amax[g] / (g == 4 ? 448.0F : 127.0F));
         }

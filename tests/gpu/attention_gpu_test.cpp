@@ -25,6 +25,7 @@ constexpr Kernel kKernels[] = {
     {"sage1_mma", SAGELM_ATTENTION_SAGE1, SAGELM_ATTENTION_KERNEL_MMA, {.02, .03, .08, .004}},
     {"sage2_mma", SAGELM_ATTENTION_SAGE2, SAGELM_ATTENTION_KERNEL_MMA, {.045, .05, .08, .012}},
     {"sage2_wgmma", SAGELM_ATTENTION_SAGE2, SAGELM_ATTENTION_KERNEL_WGMMA, {.045, .05, .08, .012}},
+    {"sage2_4b_mma", SAGELM_ATTENTION_SAGE2_4B, SAGELM_ATTENTION_KERNEL_MMA, {.3, .25, .5, .06}},
 };
 
 class AttentionGpu : public ::testing::TestWithParam<Kernel> {

@@ -82,6 +82,9 @@ class CpuBackend : public Backend {
   std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) override {
     return std::make_unique<cpu::CpuKv>(layout);
   }
+  int64_t kv_page_bytes(KvType type, int64_t head_dim) const override {
+    return cpu::CpuKv::page_bytes(type, head_dim);
+  }
 
   Matrix scratch(int slot, int64_t rows, int64_t cols, Holds /*holds*/) override {
     const auto index = static_cast<size_t>(slot);
@@ -93,8 +96,8 @@ class CpuBackend : public Backend {
 
   size_t element_size(Holds /*holds*/) const override { return sizeof(float); }
   void check_attention(const AttentionShape& /*shape*/) const override {}  // every variant is here
-  bool reads_int8_kv(const AttentionShape& shape) const override {
-    return shape.spec.variant == AttentionVariant::kSage2_8b;
+  bool reads_kv(const AttentionShape& shape, KvType type) const override {
+    return type == KvType::kFp16 || reads_quantized_kv(shape.spec.variant, type);
   }
   void begin(const Batch& /*batch*/) override {}
 
