@@ -18,8 +18,10 @@ inline constexpr float kInt4Max = 7.0f;
 // and by these factors, which are exact and whose product is 1 / dim. Logits stay the same, and no
 // channel is much larger than the others.
 inline constexpr int kRotatedDim = 64;  // the least
-inline constexpr float rotated_key_factor(int dim) { return dim == 256 ? 0.0625f : 0.125f; }
-inline constexpr float rotated_query_factor(int dim) { return dim == 64 ? 0.125f : 0.0625f; }
+template <int kDim>
+inline constexpr float kRotatedKeyFactor = kDim == 256 ? 0.0625f : 0.125f;
+template <int kDim>
+inline constexpr float kRotatedQueryFactor = kDim == 64 ? 0.125f : 0.0625f;
 // They are then cut into 16 steps between their least and largest element: middle + step * integer.
 inline constexpr float kInt4Steps = 15.0f;
 inline constexpr float kInt4Middle = 8.0f;

@@ -109,7 +109,7 @@ class KvCaches : public testing::TestWithParam<KvType> {};
 // Sequences that grow, fork, go back and end in any order always hold what plain arrays hold, and a
 // full cache changes nothing.
 TEST_P(KvCaches, RandomUseAgreesWithPlainArrays) {
-  Mirror mirror(GetParam(), {.pages = 24, .tails = GetParam() == KvType::kInt8 ? 7 : 0}, 7);
+  Mirror mirror(GetParam(), {.pages = 24, .tails = is_quantized(GetParam()) ? 7 : 0}, 7);
   std::vector<Mirrored> live;
   int full = 0, forks = 0, cuts = 0;
   for (int step = 0; step < 4000; ++step) {
@@ -140,7 +140,7 @@ TEST_P(KvCaches, RandomUseAgreesWithPlainArrays) {
       const int64_t length = mirror.draw(before + 1);
       one.sequence.truncate(length);
       const bool whole_pages =
-          GetParam() == KvType::kInt8 && length / kPageTokens < before / kPageTokens;
+          is_quantized(GetParam()) && length / kPageTokens < before / kPageTokens;
       ASSERT_EQ(one.sequence.length(), whole_pages ? length / kPageTokens * kPageTokens : length);
       one.numbers.resize(static_cast<size_t>(one.sequence.length()));
       ++cuts;

@@ -78,7 +78,7 @@ inline void write_int4_keys(const uint16_t* k, const float* padded_mean, int64_t
     for (int64_t c = 0; c < dim; c += kLanes) {
       store(row + c, smoothed(k + key * head_dim, padded_mean, c, head_dim));
     }
-    rotate(row, dim, recipe::rotated_key_factor(static_cast<int>(dim)));
+    rotate_key(row, dim);
     store(words + key, write_int4_key(row, dim, bytes + key * dim));
   }
   for (int64_t i = 0; i < kHalf * dim; ++i) {

@@ -50,6 +50,13 @@ inline void rotate(float* x, int64_t dim, float factor) {
   for (int64_t i = 0; i < dim; ++i) x[i] *= factor;
 }
 
+inline void rotate_key(float* x, int64_t dim) {
+  rotate(x, dim, dim == 256 ? recipe::kRotatedKeyFactor<256> : recipe::kRotatedKeyFactor<128>);
+}
+inline void rotate_query(float* x, int64_t dim) {
+  rotate(x, dim, dim == 64 ? recipe::kRotatedQueryFactor<64> : recipe::kRotatedQueryFactor<128>);
+}
+
 inline void zero_row(float* row, int64_t dim) {
   for (int64_t c = 0; c < dim; c += kLanes) store(row + c, VecF{});
 }
@@ -337,7 +344,7 @@ void prepare_queries(const Plan& plan, const QueryBlock& block, const Workspace&
       for (int64_t c = 0; c < dim; c += kLanes) {
         store(rows + r * dim + c, load<VecF>(work.rows + r * dim + c));
       }
-      rotate(rows + r * dim, dim, recipe::rotated_query_factor(static_cast<int>(dim)));
+      rotate_query(rows + r * dim, dim);
     }
   }
   const uint8_t* group_of = plan.q_group + block.first_in_block;
