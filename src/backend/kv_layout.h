@@ -21,8 +21,9 @@ enum class KvType : uint8_t {
 
 inline constexpr bool is_quantized(KvType type) { return type != KvType::kFp16; }
 
-// Sizes of a cache. Pages and tails are shared by all layers; every sequence that holds tokens has
-// one tail in a quantized cache, and a kFp16 cache has none.
+// Sizes of a cache; what they take is the backend's to say (Backend::kv_bytes). Pages and tails are
+// shared by all layers; every sequence that holds tokens has one tail in a quantized cache, and a
+// kFp16 cache has none.
 struct KvLayout {
   KvType type = KvType::kFp16;
   int64_t num_layers = 0;
@@ -30,13 +31,8 @@ struct KvLayout {
   int64_t head_dim = 0;
   int64_t num_pages = 0;  // of kPageTokens tokens each
   int64_t num_tails = 0;
-  int64_t head_page_bytes = 0;  // of a page, in one layer and KV head: Backend::kv_page_bytes
 
   int64_t heads() const { return num_layers * num_kv_heads; }
-  int64_t page_bytes() const { return heads() * head_page_bytes; }
-  // With the mean key of the sequence's first page, FP32.
-  int64_t tail_bytes() const { return heads() * (kPageTokens * head_dim * 4 + head_dim * 4); }
-  int64_t bytes() const { return num_pages * page_bytes() + num_tails * tail_bytes(); }
 };
 
 }  // namespace sagelm

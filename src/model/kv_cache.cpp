@@ -30,13 +30,7 @@ void KvCache::Pool::release(int32_t id) {
 
 KvCache::KvCache(Backend& backend, KvType type, int64_t num_layers, int64_t num_kv_heads,
                  int64_t head_dim, const KvRoom& room)
-    : layout_{type,
-              num_layers,
-              num_kv_heads,
-              head_dim,
-              room.pages,
-              room.tails,
-              backend.kv_page_bytes(type, head_dim)},
+    : layout_{type, num_layers, num_kv_heads, head_dim, room.pages, room.tails},
       storage_(backend.make_kv(layout_)),
       pages_(room.pages),
       tails_(room.tails) {}

@@ -72,7 +72,6 @@ class KvCache {
   KvType type() const { return layout_.type; }
   KvRoom room() const { return {.pages = layout_.num_pages, .tails = layout_.num_tails}; }
   KvRoom free_room() const { return {.pages = pages_.num_free(), .tails = tails_.num_free()}; }
-  int64_t bytes() const { return layout_.bytes(); }
   KvStorage& storage() { return *storage_; }
 
   // Pages that so many tokens touch.

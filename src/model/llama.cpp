@@ -13,7 +13,17 @@ namespace sagelm {
 namespace {
 
 // Which scratch buffer holds what.
-enum Slot : int { kHidden, kNormed, kQkv, kAttended, kGateUp, kActivated, kGathered, kLogits };
+enum Slot : int {
+  kHidden,
+  kNormed,
+  kQkv,
+  kAttended,
+  kGateUp,
+  kActivated,
+  kGathered,
+  kLogits,
+  kNumSlots
+};
 
 // Rows of logits computed at once when scoring: bounds the buffer to kScoreRows * vocab_size.
 constexpr int64_t kScoreRows = 256;
@@ -129,6 +139,19 @@ void Llama::set_attention(std::vector<AttentionSpec> layers) {
     fail("attention is set for {} layers, and the model has {}", layers.size(), layers_.size());
   }
   attention_ = std::move(layers);
+}
+
+std::vector<ScratchSize> Llama::scratch_sizes(const ModelConfig& config, int64_t tokens) {
+  std::vector<ScratchSize> sizes(kNumSlots);
+  const int64_t hidden = config.hidden_size;
+  sizes[kHidden] = sizes[kGathered] = {tokens, hidden, Holds::kResidual};
+  sizes[kNormed] = {tokens, hidden, Holds::kActivations};
+  sizes[kQkv] = {tokens, config.q_size() + 2 * config.kv_size(), Holds::kActivations};
+  sizes[kAttended] = {tokens, config.q_size(), Holds::kActivations};
+  sizes[kGateUp] = {tokens, 2 * config.intermediate_size, Holds::kActivations};
+  sizes[kActivated] = {tokens, config.intermediate_size, Holds::kActivations};
+  sizes[kLogits] = {std::min(tokens, kScoreRows), config.vocab_size, Holds::kLogits};
+  return sizes;
 }
 
 KvCache Llama::make_cache(KvType type, const KvRoom& room) {

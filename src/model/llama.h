@@ -48,6 +48,8 @@ class Llama {
   void set_attention(std::vector<AttentionSpec> layers);
   Backend& backend() { return *backend_; }
   KvCache make_cache(KvType type, const KvRoom& room);
+  // The scratch memory that steps of up to `tokens` tokens take: the backend must have it reserved.
+  static std::vector<ScratchSize> scratch_sizes(const ModelConfig& config, int64_t tokens);
 
   // All inputs' sequences are of one cache and distinct.
 

@@ -234,6 +234,7 @@ TEST_F(CacheGpu, PagesAreTilesOfThePrefillQuantizer) {
     const auto dim = static_cast<size_t>(shape.padded());
     kernels::place_sage_tiles(p, shape.padded(), nullptr, &bytes);
     DeviceBuffer workspace(bytes);
+    workspace.fill(0);  // parts of it stay unwritten, and all of it is read below
     const auto tiles = kernels::place_sage_tiles(p, shape.padded(), workspace.data(), &bytes);
     expect_done(kernels::quantize_to_sage_tiles(p, shape.padded(), tiles, nullptr), "quantize");
     std::vector<std::byte> host(bytes);
@@ -351,6 +352,31 @@ TEST_F(CacheGpu, DecodeLongSequence) {
   // More parts than a warp has lanes.
   check_decode({Element::kF16, 1, 1, 64}, {{18000}, {1}});
   check_decode({Element::kF16, 1, 1, 64, true}, {{18000}, {1}});
+}
+
+// A fact at the start of a 16k-token text decides the last token's attention as with an FP16 cache.
+TEST_F(CacheGpu, OneKeyFarBackDominates) {
+  constexpr int kLength = 16384 + 40, kFact = 20;
+  const auto distance = [](const std::vector<double>& a, const std::vector<double>& b) {
+    double difference = 0, size = 0;
+    for (size_t i = 0; i < b.size(); ++i) {
+      difference += std::abs(a[i] - b[i]);
+      size += std::abs(b[i]);
+    }
+    return difference / size;
+  };
+  for (const int dim : {64, 128}) {
+    for (const bool int4_keys : {false, true}) {
+      const KvShape shape{Element::kF16, 1, 1, dim, int4_keys};
+      GpuQuantizedKv cache(shape, {kLength}, true, kFact);
+      cache.append({kLength - 1});
+      cache.append({1});
+      const std::vector<double> exact = cache.exact(0, 0, 0).out;
+      EXPECT_GT(exact[0], 1.0);
+      EXPECT_LT(distance(cache.with_fp16_cache(), exact), 0.01) << name(shape);
+      EXPECT_LT(distance(cache.decode().out, exact), int4_keys ? 0.1 : 0.03) << name(shape);
+    }
+  }
 }
 
 TEST_F(CacheGpu, SequenceDoesNotDependOnItsNeighbours) {

@@ -10,6 +10,7 @@
 #include "base/fp8.h"
 #include "kernels/attention/recipe.h"
 #include "kernels/ops/rope_append.h"
+#include "sagelm/attention.h"
 
 namespace sagelm::testing {
 namespace {
@@ -75,6 +76,25 @@ std::vector<float> rotated(std::vector<float> x, std::vector<size_t> strides, fl
   return x;
 }
 
+void plant_fact(const KvShape& shape, int last, int fact, std::vector<float>& rows) {
+  const auto dim = static_cast<size_t>(shape.dim), half = dim / 2;
+  const float* query = rows.data() + static_cast<size_t>(last) * shape.width();
+  float* key = rows.data() + static_cast<size_t>(fact) * shape.width() +
+               static_cast<size_t>(shape.heads) * dim;
+  float* value = key + static_cast<size_t>(shape.kv_heads) * dim;
+  double square = 0;
+  for (size_t c = 0; c < dim; ++c) square += double(query[c]) * double(query[c]);
+  const double gain = 13.0 * std::sqrt(double(dim)) / square;
+  for (size_t i = 0; i < half; ++i) {
+    // Rotated as far as its position, this is the query as far as its own.
+    const double angle = (last - fact) * std::pow(10000.0, -double(i) / double(half));
+    const double a = query[i], b = query[i + half];
+    key[i] = static_cast<float>(gain * (a * std::cos(angle) - b * std::sin(angle)));
+    key[i + half] = static_cast<float>(gain * (b * std::cos(angle) + a * std::sin(angle)));
+  }
+  for (size_t c = 0; c < dim; ++c) value[c] = c % 2 == 0 ? 2.0f : -2.0f;
+}
+
 }  // namespace
 
 std::vector<float> rotated_key(std::vector<float> x) {
@@ -85,7 +105,8 @@ std::vector<float> rotated_query(std::vector<float> x) {
   return rotated(std::move(x), {1, 2, 4, 32, 64, 8, 16}, factor);
 }
 
-GpuQuantizedKv::GpuQuantizedKv(const KvShape& shape, const std::vector<int>& lengths, bool smooth_k)
+GpuQuantizedKv::GpuQuantizedKv(const KvShape& shape, const std::vector<int>& lengths, bool smooth_k,
+                               int fact)
     : shape_(shape),
       smooth_k_(smooth_k),
       sequences_(static_cast<int>(lengths.size())),
@@ -106,6 +127,7 @@ GpuQuantizedKv::GpuQuantizedKv(const KvShape& shape, const std::vector<int>& len
                           head < static_cast<size_t>(shape.heads + shape.kv_heads);
       if (is_key && column % dim % 8 == 7) rows[at] += column % 16 == 7 ? 4.0f : -3.0f;
     }
+    if (i == 0 && fact >= 0) plant_fact(shape, lengths[0] - 1, fact, rows);
     // The keys as an FP16 cache has them.
     const GpuArray qkv(shape.type, rows);
     std::vector<int32_t> positions(static_cast<size_t>(lengths[i]));
@@ -425,6 +447,43 @@ GpuQuantizedKv::Row GpuQuantizedKv::exact(int sequence, int query_index, int hea
   }
   return attend(std::move(logits), dim,
                 [&](int key, int c) { return token(sequence, key, 1, kv_head, c); });
+}
+
+std::vector<double> GpuQuantizedKv::with_fp16_cache() const {
+  const int tokens = length(0), dim = shape_.dim;
+  std::vector<float> query, keys, values;
+  for (int c = 0; c < dim; ++c) {
+    query.push_back(static_cast<float>(this->query(0, last_count(0) - 1, 0, c)));
+  }
+  for (int t = 0; t < tokens; ++t) {
+    for (int c = 0; c < dim; ++c) {
+      keys.push_back(static_cast<float>(token(0, t, 0, 0, c)));
+      values.push_back(static_cast<float>(token(0, t, 1, 0, c)));
+    }
+  }
+  const GpuArray q(kernels::Element::kF16, query), k(kernels::Element::kF16, keys),
+      v(kernels::Element::kF16, values), out(kernels::Element::kF16, query.size());
+  sagelm_attention_args args = {};
+  args.struct_size = sizeof args;
+  args.batch = args.num_heads = args.num_kv_heads = args.max_q_len = 1;
+  args.head_dim = dim;
+  args.max_kv_len = tokens;
+  args.causal = 1;
+  args.q = {q.data(), dim, dim, dim};
+  args.out = {out.data(), dim, dim, dim};
+  args.k = {k.data(), int64_t{tokens} * dim, dim, dim};
+  args.v = {v.data(), int64_t{tokens} * dim, dim, dim};
+  size_t bytes = 0;
+  if (sagelm_attention_workspace_bytes(&args, &bytes) != SAGELM_ATTENTION_OK) {
+    throw std::runtime_error(sagelm_attention_last_error());
+  }
+  const DeviceBuffer workspace(bytes);
+  args.workspace = workspace.data();
+  args.workspace_bytes = bytes;
+  if (sagelm_attention(&args) != SAGELM_ATTENTION_OK) {
+    throw std::runtime_error(sagelm_attention_last_error());
+  }
+  return out.download();
 }
 
 void GpuQuantizedKv::check_untouched() const {

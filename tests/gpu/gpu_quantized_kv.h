@@ -35,7 +35,10 @@ std::vector<float> rotated_query(std::vector<float> x);
 class GpuQuantizedKv {
  public:
   // Room for sequences of so many tokens, whose QKV rows depend on the seed and the sequence alone.
-  GpuQuantizedKv(const KvShape& shape, const std::vector<int>& lengths, bool smooth_k = true);
+  // fact, if not negative: the position of a token of sequence 0 whose key answers the query of the
+  // last one, head 0, with a logit of 13, and whose values are 2 and -2 in turn.
+  GpuQuantizedKv(const KvShape& shape, const std::vector<int>& lengths, bool smooth_k = true,
+                 int fact = -1);
 
   // One step: counts[i] more tokens of sequence i.
   void append(const std::vector<int>& counts, bool rotate_keys = false);
@@ -59,6 +62,8 @@ class GpuQuantizedKv {
   // In float64 from what the device holds, with INT8 queries for pages, as the kernel has them;
   // query: of the last step.
   Row oracle(int sequence, int query, int head) const;
+  // Of head 0 of sequence 0's last query, by the FP16 kernel over plain FP16 tokens.
+  std::vector<double> with_fp16_cache() const;
   // In float64 from the rows as appended.
   Row exact(int sequence, int query, int head) const;
 

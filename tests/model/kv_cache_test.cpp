@@ -231,13 +231,9 @@ TEST(KvCache, MovedSequenceOwnsItsPages) {
 TEST(KvLayout, QuantizedPagesTakeHalfTheBytes) {
   const std::unique_ptr<Backend> backend = make_cpu_backend(1);
   const auto bytes_per_token = [&](KvType type) {
-    const KvLayout llama{.type = type,
-                         .num_layers = 32,
-                         .num_kv_heads = 32,
-                         .head_dim = 128,
-                         .num_pages = 1,
-                         .head_page_bytes = backend->kv_page_bytes(type, 128)};
-    return llama.page_bytes() / kPageTokens;
+    const KvLayout llama{
+        .type = type, .num_layers = 32, .num_kv_heads = 32, .head_dim = 128, .num_pages = 1};
+    return backend->kv_bytes(llama) / kPageTokens;
   };
   EXPECT_EQ(bytes_per_token(KvType::kFp16), 512 * 1024);
   EXPECT_EQ(bytes_per_token(KvType::kInt8), 256 * 1024 + 160);  // the scales: 20 bytes a page

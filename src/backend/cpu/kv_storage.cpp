@@ -36,10 +36,13 @@ CpuKv::CpuKv(const KvLayout& layout)
   allocate(layout.heads() * layout.num_tails * layout.head_dim, means_);
 }
 
-int64_t CpuKv::page_bytes(KvType type, int64_t head_dim) {
-  if (type == KvType::kFp16) return kPageTokens * head_dim * 4;
-  const PageShape shape = page_shape(type, head_dim);
-  return shape.operand_bytes() + shape.scales * static_cast<int64_t>(sizeof(float));
+int64_t CpuKv::bytes(const KvLayout& layout) {
+  constexpr int64_t kFloat = sizeof(float);
+  const int64_t open = kPageTokens * layout.head_dim * 2 * static_cast<int64_t>(sizeof(uint16_t));
+  if (!is_quantized(layout.type)) return layout.heads() * layout.num_pages * open;
+  const PageShape page = page_shape(layout.type, layout.head_dim);
+  return layout.heads() * (layout.num_pages * (page.operand_bytes() + page.scales * kFloat) +
+                           layout.num_tails * (open + layout.head_dim * kFloat));
 }
 
 template <typename T>
@@ -48,7 +51,7 @@ void CpuKv::allocate(int64_t count, Buffer<T>& buffer) {
   buffer.reset(static_cast<T*>(std::calloc(static_cast<size_t>(count), sizeof(T))));
   if (buffer == nullptr) {
     fail("no memory for a KV cache of {:.1f} GiB ({} pages of {} tokens); use a smaller --ctx",
-         static_cast<double>(layout_.bytes()) / (1 << 30), layout_.num_pages, kPageTokens);
+         static_cast<double>(bytes(layout_)) / (1 << 30), layout_.num_pages, kPageTokens);
   }
 }
 

@@ -19,8 +19,8 @@ class CpuKv : public KvStorage {
  public:
   explicit CpuKv(const KvLayout& layout);
 
-  // Backend::kv_page_bytes.
-  static int64_t page_bytes(KvType type, int64_t head_dim);
+  // What such a cache takes.
+  static int64_t bytes(const KvLayout& layout);
 
   KvType type() const { return layout_.type; }
   void copy_open_page(int32_t from, int32_t to) override;
