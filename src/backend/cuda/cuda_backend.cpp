@@ -154,8 +154,8 @@ class CudaBackend : public Backend {
     return {AttentionVariant::kSage2_8b, AttentionVariant::kSage1B, AttentionVariant::kFp16};
   }
 
-  bool reads_int8_kv(const AttentionShape& shape) const override {
-    return ModelAttention::reads_quantized_kv(shape, properties_.capability);
+  bool reads_kv(const AttentionShape& shape, KvType type) const override {
+    return type == KvType::kFp16 || ModelAttention::reads_kv(shape, type, properties_.capability);
   }
 
   void begin(const Batch& batch) override {
