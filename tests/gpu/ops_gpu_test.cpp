@@ -193,6 +193,74 @@ TEST_P(HalfOpsGpu, GemvRowDoesNotDependOnItsNeighbours) {
   }
 }
 
+TEST_P(HalfOpsGpu, GemvNormalises) {
+  constexpr float kEps = 1e-5f;
+  for (const GemvOutput output : {GemvOutput::kHalf, GemvOutput::kFloat, GemvOutput::kSwiglu}) {
+    for (const GemvSize size : {GemvSize{33, 8}, GemvSize{300, 1000}, GemvSize{140, 4096}}) {
+      const int64_t rows = 8192 / size.k < 2 ? 1 : 2;
+      const GpuArray x(Element::kF32, normal_values(static_cast<size_t>(rows * size.k), 3.0f, 5));
+      const GpuArray norm(Element::kF32, normal_values(static_cast<size_t>(size.k), 1.0f, 6));
+      const GemvCase test(GetParam(), output, size, rows);
+      const GpuArray out(test.out_type(), static_cast<size_t>(rows * size.n));
+      Gemv args;
+      args.type = GetParam();
+      args.x = x.data();
+      args.weight = test.weight.data();
+      args.out = out.data();
+      args.rows = rows;
+      args.n = size.n;
+      args.k = size.k;
+      args.output = output;
+      args.norm = static_cast<const float*>(norm.data());
+      args.eps = kEps;
+      if (!kernels::gemv_normalises(args)) GTEST_SKIP() << "kernels do not overlap here";
+      expect_done(kernels::gemv(args, nullptr), "gemv");
+      const std::vector<double> actual = out.download();
+      for (int64_t row = 0; row < rows; ++row) {
+        std::vector<float> normed;
+        double squares = 0;
+        for (int64_t i = 0; i < size.k; ++i) {
+          const double value = x[static_cast<size_t>(row * size.k + i)];
+          squares += value * value;
+        }
+        const double scale = 1.0 / std::sqrt(squares / static_cast<double>(size.k) + kEps);
+        for (int64_t i = 0; i < size.k; ++i) {
+          normed.push_back(static_cast<float>(x[static_cast<size_t>(row * size.k + i)] * scale *
+                                              norm[static_cast<size_t>(i)]));
+        }
+        const auto product = [&](int64_t weight_row) {
+          GemvCase::Sum sum;
+          for (int64_t i = 0; i < size.k; ++i) {
+            const double term = static_cast<double>(normed[static_cast<size_t>(i)]) *
+                                test.weight[static_cast<size_t>(weight_row * size.k + i)];
+            sum.value += term;
+            sum.magnitude += std::abs(term);
+          }
+          return sum;
+        };
+        for (int64_t o = 0; o < size.n; ++o) {
+          // Every normalised element is rounded to the type, which mostly averages out.
+          const double rounded = rounding(GetParam());
+          const GemvCase::Sum sum = product(o);
+          double expected = sum.value, bound = rounded * sum.magnitude;
+          if (output == GemvOutput::kSwiglu) {
+            const GemvCase::Sum up = product(size.n + o);
+            expected = silu(sum.value) * up.value;
+            bound = 1.1 * bound * std::abs(up.value) +
+                    rounded * up.magnitude * (std::abs(silu(sum.value)) + bound);
+          }
+          bound += rounding(test.out_type()) * std::abs(expected) + kSmallestHalf;
+          expect_near(actual[static_cast<size_t>(row * size.n + o)], expected, bound,
+                      "output " + std::to_string(static_cast<int>(output)) + ", k " +
+                          std::to_string(size.k) + ", at " + std::to_string(row) + "," +
+                          std::to_string(o));
+          if (HasFailure()) return;
+        }
+      }
+    }
+  }
+}
+
 TEST_F(OpsGpu, GemvRefusesWhatItCannotDo) {
   Gemv args;
   args.n = args.k = 8;

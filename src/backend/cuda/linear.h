@@ -14,7 +14,7 @@
 namespace sagelm::cuda {
 
 struct Product {
-  const void* x = nullptr;       // [rows, in_features] of `type`
+  const void* x = nullptr;       // [rows, in_features] of `type`; with a norm F32
   const void* weight = nullptr;  // [out_features, in_features] of `type`
   void* out = nullptr;           // [rows, out_features] of out_type
   int64_t rows = 0;
@@ -26,6 +26,9 @@ struct Product {
   // out = silu(x G^T) * (x U^T) instead, weight = [G; U] [2 * out_features, in_features]; at most
   // kernels::kGemvRows rows
   bool swiglu = false;
+  // The weights [in_features] of a norm that x is to go through first, where normalises() is true
+  const float* norm = nullptr;
+  float eps = 0;
 };
 
 class LinearEngine {
@@ -36,6 +39,8 @@ class LinearEngine {
   // fastest among those whose result equals, bit by bit, that of the one it recommends, so that
   // results don't depend on timing.
   void run(const Product& product);
+  // Whether run() takes such a product with a norm.
+  static bool normalises(const Product& product);
 
   int64_t memory_bytes() const { return static_cast<int64_t>(workspace_.bytes()); }
 

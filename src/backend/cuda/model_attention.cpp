@@ -7,6 +7,7 @@
 #include "backend/cuda/attention_runner.h"
 #include "backend/cuda/check.h"
 #include "backend/cuda/element.h"
+#include "kernels/attention/mma_decode.h"
 #include "kernels/ops/rope_append.h"
 
 namespace sagelm::cuda {
@@ -43,6 +44,49 @@ kernels::QuantizedKvStep quantized_step(const StepInputs& inputs) {
   step.tails = inputs.tails;
   step.means = inputs.tails;  // a mean is kept with its sequence's tail
   return step;
+}
+
+float softmax_scale(const AttentionShape& shape) {
+  return 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
+}
+
+kernels::DecodeFromQuantizedKv quantized_decode(const StepInputs& step, Matrix qkv,
+                                                const AttentionShape& shape, int64_t layer,
+                                                const CudaKv& cache, Matrix out) {
+  kernels::DecodeFromQuantizedKv args;
+  args.cache = cache.quantized(layer, shape.num_heads);
+  args.step = quantized_step(step);
+  args.queries = qkv.data;
+  args.query_stride = qkv.cols;
+  args.out = out.data;
+  args.out_stride = out.cols;
+  args.softmax_scale = softmax_scale(shape);
+  return args;
+}
+
+// Of a token of every sequence, by the FP16 kernel over a cache of the activations' type.
+kernels::Problem half_decode(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
+                             int64_t layer, const CudaKv& cache, Matrix out) {
+  const int64_t dim = shape.head_dim, token = shape.num_kv_heads * dim;
+  kernels::Problem p = {};
+  p.q = {qkv.data, qkv.cols, qkv.cols, dim};
+  p.out = {out.data, out.cols, out.cols, dim};
+  p.k = {cache.keys(layer), kPageTokens * token, token, dim};
+  p.v = {cache.values(layer), kPageTokens * token, token, dim};
+  p.kv_lens = step.kv_lens;
+  p.page_table = step.page_table;
+  p.page_table_stride = step.page_table_stride;
+  p.page_tokens = static_cast<int32_t>(kPageTokens);
+  p.batch = step.num_sequences;
+  p.num_heads = static_cast<int32_t>(shape.num_heads);
+  p.num_kv_heads = static_cast<int32_t>(shape.num_kv_heads);
+  p.head_dim = static_cast<int32_t>(dim);
+  p.max_q_len = step.max_q_len;
+  p.max_kv_len = step.max_kv_len;
+  p.softmax_scale = softmax_scale(shape);
+  p.causal = true;
+  p.bf16 = qkv.type == DType::kBF16;
+  return p;
 }
 
 }  // namespace
@@ -144,8 +188,54 @@ void ModelAttention::attention(const StepInputs& step, Matrix qkv, const Attenti
   run(sagelm_attention(&args));
 }
 
+void ModelAttention::append_and_attend(const StepInputs& step, Matrix qkv,
+                                       const AttentionShape& shape,
+                                       std::span<const float> inverse_frequencies, int64_t layer,
+                                       const CudaKv& cache, Matrix out) {
+  grow_rotations(step.max_kv_len, inverse_frequencies);
+  if (decode_step(step, qkv, shape, layer, cache, out)) return;
+  rope_append(step, qkv, shape, inverse_frequencies, layer, cache);
+  attention(step, qkv, shape, layer, cache, out);
+}
+
+// One token of every sequence, by one kernel that appends it too; false if there is none for it.
+bool ModelAttention::decode_step(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
+                                 int64_t layer, const CudaKv& cache, Matrix out) {
+  if (step.max_q_len != 1 || step.rows != step.num_sequences) return false;
+  const auto prepare = [&](size_t workspace_bytes) {
+    grow(workspace_, workspace_bytes, "the workspace of attention");
+    const auto bytes =
+        static_cast<size_t>(step.num_sequences * shape.num_kv_heads) * sizeof(uint32_t);
+    if (bytes <= arrivals_.bytes()) return;
+    grow(arrivals_, bytes, "the workspace of attention");
+    check(cudaMemsetAsync(arrivals_.get(), 0, bytes, stream_), "attention");
+  };
+  if (cache.type() == KvType::kInt8) {
+    kernels::DecodeFromQuantizedKv args = quantized_decode(step, qkv, shape, layer, cache, out);
+    if (!kernels::quantized_kv_decode_takes(args) ||
+        !kernels::quantized_kv_decode_appends(args.cache, args.step)) {
+      return false;
+    }
+    prepare(kernels::quantized_kv_decode_workspace_bytes(args));
+    args.rotations = rotations_.get<float>();
+    args.arrivals = arrivals_.get<uint32_t>();
+    check(kernels::decode_from_quantized_kv(args, workspace_.get(), stream_),
+          "attention from the quantized cache");
+    return true;
+  }
+  kernels::Problem p = half_decode(step, qkv, shape, layer, cache, out);
+  if (shape.spec.variant != AttentionVariant::kFp16 || !kernels::mma_decode_appends(p)) {
+    return false;
+  }
+  prepare(kernels::mma_decode_workspace_bytes(p));
+  p.rotations = rotations_.get<float>();
+  p.arrivals = arrivals_.get<uint32_t>();
+  check(kernels::mma_decode(p, workspace_.get(), stream_), "attention");
+  return true;
+}
+
 int64_t ModelAttention::memory_bytes() const {
-  int64_t bytes = 0;
+  int64_t bytes = static_cast<int64_t>(arrivals_.bytes());
   for (const DeviceBuffer* buffer :
        {&workspace_, &expanded_keys_, &expanded_values_, &rotations_, &frequencies_}) {
     bytes += static_cast<int64_t>(buffer->bytes());
@@ -157,14 +247,7 @@ int64_t ModelAttention::memory_bytes() const {
 bool ModelAttention::decode_quantized(const StepInputs& step, Matrix qkv,
                                       const AttentionShape& shape, int64_t layer,
                                       const CudaKv& cache, Matrix out) {
-  kernels::DecodeFromQuantizedKv args;
-  args.cache = cache.quantized(layer, shape.num_heads);
-  args.step = quantized_step(step);
-  args.queries = qkv.data;
-  args.query_stride = qkv.cols;
-  args.out = out.data;
-  args.out_stride = out.cols;
-  args.softmax_scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
+  const kernels::DecodeFromQuantizedKv args = quantized_decode(step, qkv, shape, layer, cache, out);
   if (!kernels::quantized_kv_decode_takes(args)) return false;
   grow(workspace_, kernels::quantized_kv_decode_workspace_bytes(args),
        "the workspace of attention");

@@ -37,10 +37,15 @@ class ModelAttention {
                    std::span<const float> inverse_frequencies, int64_t layer, const CudaKv& cache);
   void attention(const StepInputs& step, Matrix qkv, const AttentionShape& shape, int64_t layer,
                  const CudaKv& cache, Matrix out);
+  void append_and_attend(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
+                         std::span<const float> inverse_frequencies, int64_t layer,
+                         const CudaKv& cache, Matrix out);
 
   int64_t memory_bytes() const;
 
  private:
+  bool decode_step(const StepInputs& step, Matrix qkv, const AttentionShape& shape, int64_t layer,
+                   const CudaKv& cache, Matrix out);
   bool decode_quantized(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                         int64_t layer, const CudaKv& cache, Matrix out);
   std::pair<void*, void*> expand(const StepInputs& step, const CudaKv& cache, Matrix qkv,
@@ -50,6 +55,7 @@ class ModelAttention {
 
   cudaStream_t stream_;
   GraphCache* graphs_;
+  DeviceBuffer arrivals_;  // zeros between kernels
   DeviceBuffer workspace_, expanded_keys_, expanded_values_, rotations_, frequencies_;
   std::vector<float> rotated_by_;  // the inverse frequencies in rotations_
   int64_t num_rotations_ = 0;
