@@ -221,9 +221,7 @@ struct LastToken {
                         uint16_t* value) const {
     if (is_there()) {
       const uint32_t to = (is_value() ? values : keys) + chunk_offset<2 * kDim>(row, place());
-      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(chunk.x), "r"(chunk.y),
-                   "r"(chunk.z), "r"(chunk.w)
-                   : "memory");
+      store_chunk(to, chunk);
       *reinterpret_cast<uint4*>((is_value() ? value : key) + place() * 8) = chunk;
     }
     __syncwarp();

@@ -99,15 +99,6 @@ class WeightCopies {
   uint32_t ring_;
 };
 
-__device__ __forceinline__ uint4 load_shared(uint32_t at) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(at)
-               : "memory");
-  return x;
-}
-
 // The norm's weights of this thread, which need not wait for anything.
 struct NormWeights {
   float values[kNormKept][4];
@@ -209,8 +200,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       fetch_x(turn + kTurn < k ? turn + kTurn + first_column : first_column, b);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint4 low = load_shared(step + step_offset(group, 4 * i + quad));
-        const uint4 high = load_shared(step + step_offset(group + 8, 4 * i + quad));
+        const uint4 low = ptx::load_chunk(step + step_offset(group, 4 * i + quad));
+        const uint4 high = ptx::load_chunk(step + step_offset(group + 8, 4 * i + quad));
         ptx::multiply_half<kBf16>(even, {low.x, high.x, low.y, high.y}, now[i].x, now[i].y);
         ptx::multiply_half<kBf16>(odd, {low.z, high.z, low.w, high.w}, now[i].z, now[i].w);
       }
