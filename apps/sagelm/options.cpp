@@ -2,12 +2,14 @@
 
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iostream>
 #include <iterator>
 
+#include "adaptive.h"
 #include "base/error.h"
 #include "checkpoint/checkpoint.h"
 #include "progress.h"
@@ -91,11 +93,15 @@ const std::array kCommonFlags = {
                "llama2-7b, llama2-13b, llama3-8b, llama3.2-1b, tinyllama-1.1b or llama-160m",
                add_value<&CommonOptions::random_weights>},
     CommonFlag{kKernelGroup, "--attention", "NAME", "sage",
-               "attention kernel: fp16, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b], or sage (the best of "
-               "them for the device)",
+               "attention kernel: fp16, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b], sage (the best of "
+               "them for the device), sage-adaptive (for each layer the fastest that is accurate "
+               "enough there, see calibrate), or one for each layer, separated by /",
                add_value<&CommonOptions::attention>},
     CommonFlag{kKernelGroup, "--no-smooth-k", "", "", "quantize K as it is, its mean left in",
                add_switch<&CommonOptions::no_smooth_k>},
+    CommonFlag{kCalibrationGroup, "--calibration", "FILE", "in the cache directory",
+               "where the choice of sage-adaptive is kept; made and written if it is not there",
+               add_value<&CommonOptions::calibration>},
     CommonFlag{kCacheGroup, "--kv-cache", "auto|fp16|int8", "auto",
                "KV cache: fp16, int8 (8-bit keys and values, half the memory; with sage2), or auto "
                "(int8 where it can be had)",
@@ -157,6 +163,7 @@ LoadOptions load_options(const CommonOptions& options) {
   } else if (!options.model.empty()) {
     throw UsageError("-m names a checkpoint and --random-weights makes one up: use one of them");
   }
+  check_calibration_option(options, {&options.attention, 1});
   load.random_weights = options.random_weights;
   load.attention = options.attention;
   load.smooth_k = !options.no_smooth_k;
@@ -164,24 +171,43 @@ LoadOptions load_options(const CommonOptions& options) {
   load.device = options.device;
   load.threads = options.threads;
   load.context = options.context;
+  if (is_adaptive(options)) {
+    if (!options.random_weights.empty()) {
+      fail_usage("{} cannot be calibrated with made-up weights: name an attention", kAdaptive);
+    }
+    if (const std::optional<Calibration> stored = stored_calibration(options)) {
+      load.attention = stored->attention();
+    } else {  // what runs everywhere, until load_model has chosen
+      load.attention = "fp16";
+      load.kv_cache = "auto";
+    }
+  }
   return load;
 }
 
-Model load_model(const CommonOptions& options, int64_t batch_tokens) {
+Model load_model(const CommonOptions& options, int64_t batch_tokens, int64_t sessions) {
   LoadOptions load = load_options(options);
   if (batch_tokens > 0) load.batch_tokens = batch_tokens;
+  load.sessions = sessions;
   Progress progress("loading", "", kProgressSteps);
   load.progress = [&progress](double fraction) {
     progress.update(static_cast<int64_t>(fraction * kProgressSteps));
   };
+  const auto begin = std::chrono::steady_clock::now();
   Model model = Model::load(load);
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  if (is_adaptive(options)) {
+    model.set_attention(resolve_attention(model, options), load.smooth_k, options.kv_cache);
+  }
   if (options.verbose) {
     const ModelInfo info = model.info();
     std::cerr << fmt::format(
         "model {} ({}, {} parameters, {})\ndevice {}\nattention {}\ncontext {} of {} tokens, "
-        "KV cache {}, {} bytes per token\nweights {} bytes\n",
+        "KV cache {}, {} bytes per token\nweights {} bytes, loaded in {:.2f} s ({:.2f} GB/s)\n",
         info.name, info.architecture, info.num_parameters, info.dtype, info.device, info.attention,
-        info.context, info.max_context, info.kv_cache, info.kv_bytes_per_token, info.weight_bytes);
+        info.context, info.max_context, info.kv_cache, info.kv_bytes_per_token, info.weight_bytes,
+        seconds, static_cast<double>(info.checkpoint_bytes) / seconds * 1e-9);
   }
   return model;
 }

@@ -1,5 +1,7 @@
 #include "backend/cuda/graph_cache.h"
 
+#include <utility>
+
 #include "backend/cuda/check.h"
 
 namespace sagelm::cuda {
@@ -37,7 +39,22 @@ void GraphCache::run(const GraphKey& key, const std::function<void()>& work) {
     check(cudaGraphInstantiate(&graph, recorded.get(), 0), "recording a step");
     found->second = Graph(graph);
   }
+  count_last();
+  check(cudaEventRecord(begin_.get(), stream_), "a step");
   check(cudaGraphLaunch(found->second.get(), stream_), "a step");
+  check(cudaEventRecord(end_.get(), stream_), "a step");
+  pending_ = true;
+}
+
+double GraphCache::seconds() {
+  count_last();
+  return std::exchange(seconds_, 0);
+}
+
+void GraphCache::count_last() {
+  if (!pending_) return;
+  seconds_ += static_cast<double>(milliseconds(begin_.get(), end_.get())) * 1e-3;
+  pending_ = false;
 }
 
 }  // namespace sagelm::cuda

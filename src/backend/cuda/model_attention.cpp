@@ -50,34 +50,50 @@ float softmax_scale(const AttentionShape& shape) {
   return 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
 }
 
-kernels::DecodeFromQuantizedKv quantized_decode(const StepInputs& step, Matrix qkv,
-                                                const AttentionShape& shape, int64_t layer,
-                                                const CudaKv& cache, Matrix out) {
+kernels::DecodeFromQuantizedKv decode_args(const AttentionShape& shape, const StepInputs& step) {
   kernels::DecodeFromQuantizedKv args;
-  args.cache = cache.quantized(layer, shape.num_heads);
+  args.cache.num_heads = static_cast<int32_t>(shape.num_heads);
+  args.cache.num_kv_heads = static_cast<int32_t>(shape.num_kv_heads);
+  args.cache.head_dim = static_cast<int32_t>(shape.head_dim);
   args.step = quantized_step(step);
-  args.queries = qkv.data;
-  args.query_stride = qkv.cols;
-  args.out = out.data;
-  args.out_stride = out.cols;
   args.softmax_scale = softmax_scale(shape);
   return args;
 }
 
-// Of a token of every sequence, by the FP16 kernel over a cache of the activations' type.
+// Of sequences of at most so many query rows and keys.
+size_t workspace_for(const AttentionShape& shape, DType type, int64_t sequences, int64_t q_len,
+                     int64_t kv_len) {
+  StepInputs step;
+  step.num_sequences = static_cast<int32_t>(sequences);
+  step.max_q_len = static_cast<int32_t>(q_len);
+  step.max_kv_len = static_cast<int32_t>(kv_len);
+  sagelm_attention_args args = attention_args(shape, type);
+  args.batch = step.num_sequences;
+  args.max_q_len = step.max_q_len;
+  args.max_kv_len = step.max_kv_len;
+  args.causal = 0;  // nothing is known of the sequences' lengths
+  size_t bytes = 0;
+  if (sagelm_attention_workspace_bytes(&args, &bytes) != SAGELM_ATTENTION_OK) {
+    fail("attention {}: {}", attention_variant_name(shape.spec.variant),
+         sagelm_attention_last_error());
+  }
+  const kernels::DecodeFromQuantizedKv decode = decode_args(shape, step);
+  if (kernels::quantized_kv_decode_takes(decode)) {
+    bytes = std::max(bytes, kernels::quantized_kv_decode_workspace_bytes(decode));
+  }
+  return bytes;
+}
+
+// Of a token of every sequence, by the FP16 kernel over a cache of the activations' type; without
+// what differs between groups of sequences.
 kernels::Problem half_decode(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
-                             int64_t layer, const CudaKv& cache, Matrix out) {
+                             int64_t layer, const CudaKv& cache) {
   const int64_t dim = shape.head_dim, token = shape.num_kv_heads * dim;
   kernels::Problem p = {};
-  p.q = {qkv.data, qkv.cols, qkv.cols, dim};
-  p.out = {out.data, out.cols, out.cols, dim};
   p.k = {cache.keys(layer), kPageTokens * token, token, dim};
   p.v = {cache.values(layer), kPageTokens * token, token, dim};
-  p.kv_lens = step.kv_lens;
-  p.page_table = step.page_table;
   p.page_table_stride = step.page_table_stride;
   p.page_tokens = static_cast<int32_t>(kPageTokens);
-  p.batch = step.num_sequences;
   p.num_heads = static_cast<int32_t>(shape.num_heads);
   p.num_kv_heads = static_cast<int32_t>(shape.num_kv_heads);
   p.head_dim = static_cast<int32_t>(dim);
@@ -90,6 +106,46 @@ kernels::Problem half_decode(const StepInputs& step, Matrix qkv, const Attention
 }
 
 }  // namespace
+
+AttentionRoom ModelAttention::room(const StepLimits& limits, DType type) {
+  // Kernels for few rows take up to so many of a sequence.
+  constexpr int64_t kDecodeRows = 16;
+  const int64_t context = decode_length(limits.context);
+  AttentionRoom room;
+  for (const AttentionShape& shape : limits.attention) {
+    const auto allow = [&](int64_t sequences, int64_t q_len, int64_t kv_len) {
+      room.workspace =
+          std::max(room.workspace, workspace_for(shape, type, sequences, q_len, kv_len));
+    };
+    // The longest sequence by itself, and as many short ones as a step has: other steps are done in
+    // groups of sequences where that is not enough.
+    for (int64_t rows = 1; rows <= std::min(kDecodeRows, limits.tokens); ++rows) {
+      allow(1, rows, context);
+    }
+    allow(1, limits.tokens, context);
+    allow(limits.sequences, kPageTokens, kPageTokens);
+    room.rotations = context;
+    room.arrivals = std::max(room.arrivals, limits.sequences * shape.num_kv_heads);
+    room.rotation_bytes =
+        static_cast<size_t>((2 * context + 1) * (shape.head_dim / 2)) * sizeof(float) +
+        static_cast<size_t>(room.arrivals) * sizeof(uint32_t);
+  }
+  return room;
+}
+
+void ModelAttention::set_memory(const AttentionRoom& room, void* rotations, void* workspace,
+                                size_t workspace_bytes) {
+  workspace_ = workspace;
+  workspace_bytes_ = workspace_bytes;
+  if (rotations_ == rotations && num_rotations_ == room.rotations &&
+      num_arrivals_ == room.arrivals) {
+    return;
+  }
+  rotations_ = static_cast<float*>(rotations);
+  num_rotations_ = room.rotations;
+  num_arrivals_ = room.arrivals;
+  rotated_by_.clear();
+}
 
 std::string ModelAttention::problem(const AttentionShape& shape, DType type) {
   sagelm_attention_args args = attention_args(shape, type);
@@ -108,13 +164,13 @@ bool ModelAttention::reads_quantized_kv(const AttentionShape& shape, int capabil
 void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                                  std::span<const float> inverse_frequencies, int64_t layer,
                                  const CudaKv& cache) {
-  grow_rotations(step.max_kv_len, inverse_frequencies);
+  prepare_rotations(step.max_kv_len, inverse_frequencies);
   if (cache.type() == KvType::kInt8) {
     kernels::AppendToQuantizedKv args;
     args.cache = cache.quantized(layer, shape.num_heads);
     args.step = quantized_step(step);
     args.qkv = qkv.data;
-    args.rotations = rotations_.get<float>();
+    args.rotations = rotations_;
     args.smooth_k = shape.spec.smooth_k;
     args.rotate_keys = true;  // attention reads them where sequences begin
     check(kernels::append_to_quantized_kv(args, stream_), "appending to the KV cache");
@@ -129,7 +185,7 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
   args.head_dim = static_cast<int32_t>(shape.head_dim);
   args.positions = step.positions;
   args.slots = step.slots;
-  args.rotations = rotations_.get<float>();
+  args.rotations = rotations_;
   args.keys = cache.keys(layer);
   args.values = cache.values(layer);
   check(kernels::rope_append(args, stream_), "the rotary embedding");
@@ -180,79 +236,126 @@ void ModelAttention::attention(const StepInputs& step, Matrix qkv, const Attenti
            sagelm_attention_last_error());
     }
   };
-  size_t needed = 0;
-  run(sagelm_attention_workspace_bytes(&args, &needed));
-  grow(workspace_, needed, "the workspace of attention");
-  args.workspace = workspace_.get();
-  args.workspace_bytes = workspace_.bytes();
-  run(sagelm_attention(&args));
+  args.workspace = workspace_;
+  args.workspace_bytes = workspace_bytes_;
+  const auto bytes = [&](int32_t count) {
+    args.batch = count;
+    size_t needed = 0;
+    run(sagelm_attention_workspace_bytes(&args, &needed));
+    return needed;
+  };
+  in_groups(step, bytes, [&](const StepInputs& part) {
+    args.batch = part.num_sequences;
+    args.cu_q_lens = part.cu_q_lens;
+    if (args.page_table != nullptr) {
+      args.kv_lens = part.kv_lens;
+      args.page_table = part.page_table;
+    } else {
+      args.cu_kv_lens = part.cu_kv_lens;
+    }
+    run(sagelm_attention(&args));
+  });
+}
+
+template <typename Bytes, typename Run>
+void ModelAttention::in_groups(const StepInputs& step, const Bytes& bytes, const Run& run) const {
+  int32_t count = step.num_sequences;
+  while (count > 1 && bytes(count) > workspace_bytes_) count = (count + 1) / 2;
+  if (bytes(count) > workspace_bytes_) fail("attention takes more workspace than was set aside");
+  for (int32_t first = 0; first < step.num_sequences; first += count) {
+    run(sequences_of(step, first, std::min(count, step.num_sequences - first)));
+  }
 }
 
 void ModelAttention::append_and_attend(const StepInputs& step, Matrix qkv,
                                        const AttentionShape& shape,
                                        std::span<const float> inverse_frequencies, int64_t layer,
                                        const CudaKv& cache, Matrix out) {
-  grow_rotations(step.max_kv_len, inverse_frequencies);
-  if (decode_step(step, qkv, shape, layer, cache, out)) return;
+  prepare_rotations(step.max_kv_len, inverse_frequencies);
+  if (append_in_decode(step, qkv, shape, layer, cache, out)) return;
   rope_append(step, qkv, shape, inverse_frequencies, layer, cache);
   attention(step, qkv, shape, layer, cache, out);
 }
 
 // One token of every sequence, by one kernel that appends it too; false if there is none for it.
-bool ModelAttention::decode_step(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
-                                 int64_t layer, const CudaKv& cache, Matrix out) {
-  if (step.max_q_len != 1 || step.rows != step.num_sequences) return false;
-  const auto prepare = [&](size_t workspace_bytes) {
-    grow(workspace_, workspace_bytes, "the workspace of attention");
-    const auto bytes =
-        static_cast<size_t>(step.num_sequences * shape.num_kv_heads) * sizeof(uint32_t);
-    if (bytes <= arrivals_.bytes()) return;
-    grow(arrivals_, bytes, "the workspace of attention");
-    check(cudaMemsetAsync(arrivals_.get(), 0, bytes, stream_), "attention");
+bool ModelAttention::append_in_decode(const StepInputs& step, Matrix qkv,
+                                      const AttentionShape& shape, int64_t layer,
+                                      const CudaKv& cache, Matrix out) {
+  if (step.max_q_len != 1 || step.rows != step.num_sequences ||
+      step.num_sequences * shape.num_kv_heads > num_arrivals_) {
+    return false;
+  }
+  const auto row_of = [&](const StepInputs& part, Matrix x) {
+    const int64_t first = part.kv_lens - step.kv_lens;
+    return static_cast<std::byte*>(x.data) +
+           first * x.cols * static_cast<int64_t>(dtype_size(x.type));
   };
   if (cache.type() == KvType::kInt8) {
-    kernels::DecodeFromQuantizedKv args = quantized_decode(step, qkv, shape, layer, cache, out);
+    kernels::DecodeFromQuantizedKv args = decode_args(shape, step);
+    args.cache = cache.quantized(layer, shape.num_heads);
     if (!kernels::quantized_kv_decode_takes(args) ||
         !kernels::quantized_kv_decode_appends(args.cache, args.step)) {
       return false;
     }
-    prepare(kernels::quantized_kv_decode_workspace_bytes(args));
-    args.rotations = rotations_.get<float>();
-    args.arrivals = arrivals_.get<uint32_t>();
-    check(kernels::decode_from_quantized_kv(args, workspace_.get(), stream_),
-          "attention from the quantized cache");
+    args.query_stride = qkv.cols;
+    args.out_stride = out.cols;
+    args.rotations = rotations_;
+    args.arrivals = arrivals_;
+    const auto bytes = [&](int32_t count) {
+      args.step.num_sequences = count;
+      return kernels::quantized_kv_decode_workspace_bytes(args);
+    };
+    in_groups(step, bytes, [&](const StepInputs& part) {
+      args.step = quantized_step(part);
+      args.step.rows = part.num_sequences;
+      args.queries = row_of(part, qkv);
+      args.out = row_of(part, out);
+      check(kernels::decode_from_quantized_kv(args, workspace_, stream_),
+            fmt::format("attention from the quantized cache in layer {}", layer));
+    });
     return true;
   }
-  kernels::Problem p = half_decode(step, qkv, shape, layer, cache, out);
+  kernels::Problem p = half_decode(step, qkv, shape, layer, cache);
   if (shape.spec.variant != AttentionVariant::kFp16 || !kernels::mma_decode_appends(p)) {
     return false;
   }
-  prepare(kernels::mma_decode_workspace_bytes(p));
-  p.rotations = rotations_.get<float>();
-  p.arrivals = arrivals_.get<uint32_t>();
-  check(kernels::mma_decode(p, workspace_.get(), stream_), "attention");
+  p.rotations = rotations_;
+  p.arrivals = arrivals_;
+  const auto bytes = [&](int32_t count) {
+    p.batch = count;
+    return kernels::mma_decode_workspace_bytes(p);
+  };
+  in_groups(step, bytes, [&](const StepInputs& part) {
+    p.batch = part.num_sequences;
+    p.kv_lens = part.kv_lens;
+    p.page_table = part.page_table;
+    p.q = {row_of(part, qkv), qkv.cols, qkv.cols, shape.head_dim};
+    p.out = {row_of(part, out), out.cols, out.cols, shape.head_dim};
+    check(kernels::mma_decode(p, workspace_, stream_), fmt::format("attention in layer {}", layer));
+  });
   return true;
-}
-
-int64_t ModelAttention::memory_bytes() const {
-  int64_t bytes = static_cast<int64_t>(arrivals_.bytes());
-  for (const DeviceBuffer* buffer :
-       {&workspace_, &expanded_keys_, &expanded_values_, &rotations_, &frequencies_}) {
-    bytes += static_cast<int64_t>(buffer->bytes());
-  }
-  return bytes;
 }
 
 // The attention of few rows, from the quantized pages themselves; false if there are too many.
 bool ModelAttention::decode_quantized(const StepInputs& step, Matrix qkv,
                                       const AttentionShape& shape, int64_t layer,
                                       const CudaKv& cache, Matrix out) {
-  const kernels::DecodeFromQuantizedKv args = quantized_decode(step, qkv, shape, layer, cache, out);
+  kernels::DecodeFromQuantizedKv args = decode_args(shape, step);
+  args.cache = cache.quantized(layer, shape.num_heads);
+  args.queries = qkv.data;
+  args.query_stride = qkv.cols;
+  args.out = out.data;
+  args.out_stride = out.cols;
   if (!kernels::quantized_kv_decode_takes(args)) return false;
-  grow(workspace_, kernels::quantized_kv_decode_workspace_bytes(args),
-       "the workspace of attention");
-  check(kernels::decode_from_quantized_kv(args, workspace_.get(), stream_),
-        "attention from the quantized cache");
+  const auto bytes = [&](int32_t count) {
+    args.step.num_sequences = count;
+    return kernels::quantized_kv_decode_workspace_bytes(args);
+  };
+  in_groups(step, bytes, [&](const StepInputs& part) {
+    args.step = quantized_step(part);
+    check(kernels::decode_from_quantized_kv(args, workspace_, stream_),
+          fmt::format("attention from the quantized cache in layer {}", layer));
+  });
   return true;
 }
 
@@ -282,26 +385,30 @@ void ModelAttention::grow(DeviceBuffer& buffer, size_t bytes, std::string_view w
   buffer = DeviceBuffer(bytes, what);
 }
 
-// Makes rotations_ hold at least `positions` positions.
-void ModelAttention::grow_rotations(int64_t positions, std::span<const float> inverse_frequencies) {
-  const bool same = std::equal(inverse_frequencies.begin(), inverse_frequencies.end(),
-                               rotated_by_.begin(), rotated_by_.end());
-  if (same && positions <= num_rotations_) return;
-  constexpr int64_t kStep = 4096;
-  const int64_t count = (positions + kStep - 1) / kStep * kStep;
-  const size_t half = inverse_frequencies.size();
-  if (!same || frequencies_.bytes() == 0) {
-    rotated_by_.assign(inverse_frequencies.begin(), inverse_frequencies.end());
-    frequencies_ = DeviceBuffer(half * sizeof(float), "the rotary frequencies");
-    check(cudaMemcpyAsync(frequencies_.get(), rotated_by_.data(), half * sizeof(float),
-                          cudaMemcpyHostToDevice, stream_),
-          "copying the rotary frequencies");
+// Fills rotations_, which must have room for so many positions.
+void ModelAttention::prepare_rotations(int64_t positions,
+                                       std::span<const float> inverse_frequencies) {
+  if (positions > num_rotations_) {
+    fail("a sequence of {} tokens is longer than the {} that memory was set aside for", positions,
+         num_rotations_);
   }
-  grow(rotations_, static_cast<size_t>(count) * 2 * half * sizeof(float), "the rotary embedding");
-  check(kernels::fill_rotations(frequencies_.get<float>(), static_cast<int32_t>(half), count,
-                                rotations_.get<float>(), stream_),
+  if (std::equal(inverse_frequencies.begin(), inverse_frequencies.end(), rotated_by_.begin(),
+                 rotated_by_.end())) {
+    return;
+  }
+  rotated_by_.assign(inverse_frequencies.begin(), inverse_frequencies.end());
+  const auto half = static_cast<int64_t>(rotated_by_.size());
+  float* frequencies = rotations_ + 2 * num_rotations_ * half;
+  check(cudaMemcpyAsync(frequencies, rotated_by_.data(), rotated_by_.size() * sizeof(float),
+                        cudaMemcpyHostToDevice, stream_),
+        "copying the rotary frequencies");
+  check(kernels::fill_rotations(frequencies, static_cast<int32_t>(half), num_rotations_, rotations_,
+                                stream_),
         "the rotary embedding");
-  num_rotations_ = count;
+  arrivals_ = reinterpret_cast<uint32_t*>(frequencies + half);
+  check(
+      cudaMemsetAsync(arrivals_, 0, static_cast<size_t>(num_arrivals_) * sizeof(uint32_t), stream_),
+      "clearing counters");
 }
 
 }  // namespace sagelm::cuda

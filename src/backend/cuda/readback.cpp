@@ -42,7 +42,14 @@ void check_finite(bool finite, size_t row) {
 Readback::Readback(cudaStream_t stream)
     : stream_(stream),
       scores_(kScoreRows * sizeof(kernels::RowScore), "scores"),
-      flag_(sizeof(int32_t), "a flag") {}
+      flag_(sizeof(int32_t), "a flag") {
+  targets_.reserve(kScoreRows);
+}
+
+int64_t Readback::memory_bytes() {
+  return kScoreRows * static_cast<int64_t>(sizeof(kernels::RowScore)) +
+         static_cast<int64_t>(sizeof(int32_t)) + DeviceIntegers::room(kScoreRows);
+}
 
 void Readback::read_logits(Matrix logits, std::span<float> out) {
   const auto count = static_cast<size_t>(logits.rows * logits.cols);
