@@ -42,13 +42,14 @@ CompareSettingFlags parse_setting(std::string_view text, const CommonOptions& co
         equals == std::string_view::npos ? std::string_view() : option.substr(equals + 1);
     if (option == "no-smooth-k") {
       setting.common.no_smooth_k = true;
-    } else if (key == "kv-cache" && (value == "auto" || value == "fp16" || value == "int8")) {
+    } else if (key == "kv-cache" &&
+               (value == "auto" || value == "fp16" || value == "int8" || value == "int4")) {
       setting.common.kv_cache = value;
     } else if (key == "device" && !value.empty()) {
       setting.common.device = value;
     } else {
       fail_usage(
-          "unknown option '{}' in the setting {}: use no-smooth-k, kv-cache=auto|fp16|int8 or "
+          "unknown option '{}' in the setting {}: use no-smooth-k, kv-cache=auto|fp16|int8|int4 or "
           "device=auto|cpu|cuda[:N]",
           option, setting.name);
     }

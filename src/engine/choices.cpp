@@ -23,9 +23,6 @@ struct SharedRun {
 
 namespace {
 
-// Pages of a batch: as many as its tokens would need if each sequence left 3/4 of a page unused.
-constexpr int64_t kPagesFactor = 4;
-
 int64_t size_of(const SharedRun& run) { return static_cast<int64_t>(run.tokens.size()); }
 
 // The runs of one input; suffix is what of the prefix is not on shared pages.
@@ -70,7 +67,7 @@ struct RunBatch {
 };
 
 std::vector<RunBatch> pack(std::span<const SharedRun> runs, int64_t batch_tokens, KvType type) {
-  const int64_t max_pages = kPagesFactor * KvCache::pages_for(batch_tokens);
+  const int64_t max_pages = pages_of_step(batch_tokens);
   std::vector<RunBatch> batches;
   int64_t tokens = 0;
   int64_t pages = 0;

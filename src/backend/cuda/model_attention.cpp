@@ -45,7 +45,75 @@ kernels::QuantizedKvStep quantized_step(const StepInputs& inputs) {
   return step;
 }
 
+kernels::DecodeFromQuantizedKv decode_args(const AttentionShape& shape, const StepInputs& step) {
+  kernels::DecodeFromQuantizedKv args;
+  args.cache.num_heads = static_cast<int32_t>(shape.num_heads);
+  args.cache.num_kv_heads = static_cast<int32_t>(shape.num_kv_heads);
+  args.cache.head_dim = static_cast<int32_t>(shape.head_dim);
+  args.step = quantized_step(step);
+  args.softmax_scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
+  return args;
+}
+
+// Of sequences of at most so many query rows and keys.
+size_t workspace_for(const AttentionShape& shape, DType type, int64_t sequences, int64_t q_len,
+                     int64_t kv_len) {
+  StepInputs step;
+  step.num_sequences = static_cast<int32_t>(sequences);
+  step.max_q_len = static_cast<int32_t>(q_len);
+  step.max_kv_len = static_cast<int32_t>(kv_len);
+  sagelm_attention_args args = attention_args(shape, type);
+  args.batch = step.num_sequences;
+  args.max_q_len = step.max_q_len;
+  args.max_kv_len = step.max_kv_len;
+  args.causal = 0;  // nothing is known of the sequences' lengths
+  size_t bytes = 0;
+  if (sagelm_attention_workspace_bytes(&args, &bytes) != SAGELM_ATTENTION_OK) {
+    fail("attention {}: {}", attention_variant_name(shape.spec.variant),
+         sagelm_attention_last_error());
+  }
+  const kernels::DecodeFromQuantizedKv decode = decode_args(shape, step);
+  if (kernels::quantized_kv_decode_takes(decode)) {
+    bytes = std::max(bytes, kernels::quantized_kv_decode_workspace_bytes(decode));
+  }
+  return bytes;
+}
+
 }  // namespace
+
+AttentionRoom ModelAttention::room(const StepLimits& limits, DType type) {
+  // Kernels for few rows take up to so many of a sequence.
+  constexpr int64_t kDecodeRows = 16;
+  const int64_t context = decode_length(limits.context);
+  AttentionRoom room;
+  for (const AttentionShape& shape : limits.attention) {
+    const auto allow = [&](int64_t sequences, int64_t q_len, int64_t kv_len) {
+      room.workspace =
+          std::max(room.workspace, workspace_for(shape, type, sequences, q_len, kv_len));
+    };
+    // The longest sequence by itself, and as many short ones as a step has: other steps are done in
+    // groups of sequences where that is not enough.
+    for (int64_t rows = 1; rows <= std::min(kDecodeRows, limits.tokens); ++rows) {
+      allow(1, rows, context);
+    }
+    allow(1, limits.tokens, context);
+    allow(limits.sequences, kPageTokens, kPageTokens);
+    room.rotations = context;
+    room.rotation_bytes =
+        static_cast<size_t>((2 * context + 1) * (shape.head_dim / 2)) * sizeof(float);
+  }
+  return room;
+}
+
+void ModelAttention::set_memory(const AttentionRoom& room, void* rotations, void* workspace,
+                                size_t workspace_bytes) {
+  workspace_ = workspace;
+  workspace_bytes_ = workspace_bytes;
+  if (rotations_ == rotations && num_rotations_ == room.rotations) return;
+  rotations_ = static_cast<float*>(rotations);
+  num_rotations_ = room.rotations;
+  rotated_by_.clear();
+}
 
 std::string ModelAttention::problem(const AttentionShape& shape, DType type) {
   sagelm_attention_args args = attention_args(shape, type);
@@ -54,8 +122,8 @@ std::string ModelAttention::problem(const AttentionShape& shape, DType type) {
   return sagelm_attention_kernel_name(&args) == nullptr ? sagelm_attention_last_error() : "";
 }
 
-bool ModelAttention::reads_quantized_kv(const AttentionShape& shape, int capability) {
-  return shape.spec.variant == AttentionVariant::kSage2_8b && capability == 90 &&
+bool ModelAttention::reads_kv(const AttentionShape& shape, KvType type, int capability) {
+  return reads_quantized_kv(shape.spec.variant, type) && capability == 90 &&
          kernels::quantized_kv_refusal(static_cast<int32_t>(shape.num_heads),
                                        static_cast<int32_t>(shape.num_kv_heads),
                                        static_cast<int32_t>(shape.head_dim)) == nullptr;
@@ -64,16 +132,16 @@ bool ModelAttention::reads_quantized_kv(const AttentionShape& shape, int capabil
 void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                                  std::span<const float> inverse_frequencies, int64_t layer,
                                  const CudaKv& cache) {
-  grow_rotations(step.max_kv_len, inverse_frequencies);
-  if (cache.type() == KvType::kInt8) {
+  prepare_rotations(step.max_kv_len, inverse_frequencies);
+  if (is_quantized(cache.type())) {
     kernels::AppendToQuantizedKv args;
     args.cache = cache.quantized(layer, shape.num_heads);
     args.step = quantized_step(step);
     args.qkv = qkv.data;
-    args.rotations = rotations_.get<float>();
+    args.rotations = rotations_;
     args.smooth_k = shape.spec.smooth_k;
     args.rotate_keys = true;  // attention reads them where sequences begin
-    check(kernels::append_to_quantized_kv(args, stream_), "appending to the KV cache");
+    check(kernels::append_to_quantized_kv(args, stream_), "appending to the KV cache", layer);
     return;
   }
   kernels::RopeAppend args;
@@ -85,16 +153,16 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
   args.head_dim = static_cast<int32_t>(shape.head_dim);
   args.positions = step.positions;
   args.slots = step.slots;
-  args.rotations = rotations_.get<float>();
+  args.rotations = rotations_;
   args.keys = cache.keys(layer);
   args.values = cache.values(layer);
-  check(kernels::rope_append(args, stream_), "the rotary embedding");
+  check(kernels::rope_append(args, stream_), "the rotary embedding", layer);
 }
 
 void ModelAttention::attention(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                                int64_t layer, const CudaKv& cache, Matrix out) {
   const int64_t dim = shape.head_dim;
-  if (cache.type() == KvType::kInt8 && decode_quantized(step, qkv, shape, layer, cache, out)) {
+  if (is_quantized(cache.type()) && decode_quantized(step, qkv, shape, layer, cache, out)) {
     return;
   }
   sagelm_attention_args args = attention_args(shape, qkv.type);
@@ -136,40 +204,59 @@ void ModelAttention::attention(const StepInputs& step, Matrix qkv, const Attenti
            sagelm_attention_last_error());
     }
   };
-  size_t needed = 0;
-  run(sagelm_attention_workspace_bytes(&args, &needed));
-  grow(workspace_, needed, "the workspace of attention");
-  args.workspace = workspace_.get();
-  args.workspace_bytes = workspace_.bytes();
-  run(sagelm_attention(&args));
+  args.workspace = workspace_;
+  args.workspace_bytes = workspace_bytes_;
+  const auto bytes = [&](int32_t count) {
+    args.batch = count;
+    size_t needed = 0;
+    run(sagelm_attention_workspace_bytes(&args, &needed));
+    return needed;
+  };
+  in_groups(step, bytes, [&](const StepInputs& part) {
+    args.batch = part.num_sequences;
+    args.cu_q_lens = part.cu_q_lens;
+    if (args.page_table != nullptr) {
+      args.kv_lens = part.kv_lens;
+      args.page_table = part.page_table;
+    } else {
+      args.cu_kv_lens = part.cu_kv_lens;
+    }
+    run(sagelm_attention(&args));
+  });
 }
 
-int64_t ModelAttention::memory_bytes() const {
-  int64_t bytes = 0;
-  for (const DeviceBuffer* buffer :
-       {&workspace_, &expanded_keys_, &expanded_values_, &rotations_, &frequencies_}) {
-    bytes += static_cast<int64_t>(buffer->bytes());
+template <typename Bytes, typename Run>
+void ModelAttention::in_groups(const StepInputs& step, const Bytes& bytes, const Run& run) const {
+  int32_t count = step.num_sequences;
+  while (count > 1 && bytes(count) > workspace_bytes_) count = (count + 1) / 2;
+  for (int32_t first = 0; first < step.num_sequences; first += count) {
+    run(sequences_of(step, first, std::min(count, step.num_sequences - first)));
   }
-  return bytes;
 }
 
 // The attention of few rows, from the quantized pages themselves; false if there are too many.
 bool ModelAttention::decode_quantized(const StepInputs& step, Matrix qkv,
                                       const AttentionShape& shape, int64_t layer,
                                       const CudaKv& cache, Matrix out) {
-  kernels::DecodeFromQuantizedKv args;
+  kernels::DecodeFromQuantizedKv args = decode_args(shape, step);
   args.cache = cache.quantized(layer, shape.num_heads);
-  args.step = quantized_step(step);
   args.queries = qkv.data;
   args.query_stride = qkv.cols;
   args.out = out.data;
   args.out_stride = out.cols;
-  args.softmax_scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
   if (!kernels::quantized_kv_decode_takes(args)) return false;
-  grow(workspace_, kernels::quantized_kv_decode_workspace_bytes(args),
-       "the workspace of attention");
-  check(kernels::decode_from_quantized_kv(args, workspace_.get(), stream_),
-        "attention from the quantized cache");
+  const auto bytes = [&](int32_t count) {
+    args.step.num_sequences = count;
+    return kernels::quantized_kv_decode_workspace_bytes(args);
+  };
+  in_groups(step, bytes, [&](const StepInputs& part) {
+    args.step = quantized_step(part);
+    if (kernels::quantized_kv_decode_workspace_bytes(args) > workspace_bytes_) {
+      fail("the attention of layer {} takes more workspace than was set aside", layer);
+    }
+    check(kernels::decode_from_quantized_kv(args, workspace_, stream_),
+          "the attention from the quantized cache", layer);
+  });
   return true;
 }
 
@@ -187,7 +274,7 @@ std::pair<void*, void*> ModelAttention::expand(const StepInputs& step, const Cud
   args.cu_kv_lens = step.cu_kv_lens;
   args.keys = expanded_keys_.get();
   args.values = expanded_values_.get();
-  check(kernels::expand_quantized_kv(args, stream_), "reading the quantized cache");
+  check(kernels::expand_quantized_kv(args, stream_), "reading the quantized cache", layer);
   return {expanded_keys_.get(), expanded_values_.get()};
 }
 
@@ -199,26 +286,26 @@ void ModelAttention::grow(DeviceBuffer& buffer, size_t bytes, std::string_view w
   buffer = DeviceBuffer(bytes, what);
 }
 
-// Makes rotations_ hold at least `positions` positions.
-void ModelAttention::grow_rotations(int64_t positions, std::span<const float> inverse_frequencies) {
-  const bool same = std::equal(inverse_frequencies.begin(), inverse_frequencies.end(),
-                               rotated_by_.begin(), rotated_by_.end());
-  if (same && positions <= num_rotations_) return;
-  constexpr int64_t kStep = 4096;
-  const int64_t count = (positions + kStep - 1) / kStep * kStep;
-  const size_t half = inverse_frequencies.size();
-  if (!same || frequencies_.bytes() == 0) {
-    rotated_by_.assign(inverse_frequencies.begin(), inverse_frequencies.end());
-    frequencies_ = DeviceBuffer(half * sizeof(float), "the rotary frequencies");
-    check(cudaMemcpyAsync(frequencies_.get(), rotated_by_.data(), half * sizeof(float),
-                          cudaMemcpyHostToDevice, stream_),
-          "copying the rotary frequencies");
+// Fills rotations_, which must have room for so many positions.
+void ModelAttention::prepare_rotations(int64_t positions,
+                                       std::span<const float> inverse_frequencies) {
+  if (positions > num_rotations_) {
+    fail("a sequence of {} tokens is longer than the {} that memory was set aside for", positions,
+         num_rotations_);
   }
-  grow(rotations_, static_cast<size_t>(count) * 2 * half * sizeof(float), "the rotary embedding");
-  check(kernels::fill_rotations(frequencies_.get<float>(), static_cast<int32_t>(half), count,
-                                rotations_.get<float>(), stream_),
+  if (std::equal(inverse_frequencies.begin(), inverse_frequencies.end(), rotated_by_.begin(),
+                 rotated_by_.end())) {
+    return;
+  }
+  rotated_by_.assign(inverse_frequencies.begin(), inverse_frequencies.end());
+  const auto half = static_cast<int64_t>(rotated_by_.size());
+  float* frequencies = rotations_ + 2 * num_rotations_ * half;
+  check(cudaMemcpyAsync(frequencies, rotated_by_.data(), rotated_by_.size() * sizeof(float),
+                        cudaMemcpyHostToDevice, stream_),
+        "copying the rotary frequencies");
+  check(kernels::fill_rotations(frequencies, static_cast<int32_t>(half), num_rotations_, rotations_,
+                                stream_),
         "the rotary embedding");
-  num_rotations_ = count;
 }
 
 }  // namespace sagelm::cuda

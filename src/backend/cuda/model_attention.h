@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/cuda/arena.h"
 #include "backend/cuda/graph_cache.h"
 #include "backend/cuda/kv_storage.h"
 #include "backend/cuda/memory.h"
@@ -30,15 +31,19 @@ class ModelAttention {
 
   // Why there is no kernel for the shape, with activations of that type; empty if there is one.
   static std::string problem(const AttentionShape& shape, DType type);
-  // Whether such a device has kernels that read the quantized cache for the shape.
-  static bool reads_quantized_kv(const AttentionShape& shape, int capability);
+  // Whether such a device has kernels that read such a quantized cache for the shape.
+  static bool reads_kv(const AttentionShape& shape, KvType type, int capability);
+
+  // What steps take, on the current device.
+  static AttentionRoom room(const StepLimits& limits, DType type);
+  // Where that is; workspace_bytes may be more. What rotations holds is written when it is needed.
+  void set_memory(const AttentionRoom& room, void* rotations, void* workspace,
+                  size_t workspace_bytes);
 
   void rope_append(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                    std::span<const float> inverse_frequencies, int64_t layer, const CudaKv& cache);
   void attention(const StepInputs& step, Matrix qkv, const AttentionShape& shape, int64_t layer,
                  const CudaKv& cache, Matrix out);
-
-  int64_t memory_bytes() const;
 
  private:
   bool decode_quantized(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
@@ -46,13 +51,20 @@ class ModelAttention {
   std::pair<void*, void*> expand(const StepInputs& step, const CudaKv& cache, Matrix qkv,
                                  const AttentionShape& shape, int64_t layer);
   void grow(DeviceBuffer& buffer, size_t bytes, std::string_view what);
-  void grow_rotations(int64_t positions, std::span<const float> inverse_frequencies);
+  void prepare_rotations(int64_t positions, std::span<const float> inverse_frequencies);
+  // Calls run with the step's sequences, as many at a time as the workspace has room for;
+  // bytes(count) is what so many take.
+  template <typename Bytes, typename Run>
+  void in_groups(const StepInputs& step, const Bytes& bytes, const Run& run) const;
 
   cudaStream_t stream_;
   GraphCache* graphs_;
-  DeviceBuffer workspace_, expanded_keys_, expanded_values_, rotations_, frequencies_;
-  std::vector<float> rotated_by_;  // the inverse frequencies in rotations_
+  void* workspace_ = nullptr;
+  size_t workspace_bytes_ = 0;
+  float* rotations_ = nullptr;  // [num_rotations_][2][half], then the inverse frequencies
   int64_t num_rotations_ = 0;
+  std::vector<float> rotated_by_;  // the inverse frequencies in rotations_
+  DeviceBuffer expanded_keys_, expanded_values_;
 };
 
 }  // namespace sagelm::cuda
