@@ -118,7 +118,7 @@ Llama::Llama(const ModelConfig& config, const ModelWeights& weights, Backend& ba
     layer.qkv = backend.add_linear(std::vector{from.q_proj, from.k_proj, from.v_proj});
     layer.o = backend.add_linear(std::span(&from.o_proj, 1));
     layer.post_norm = backend.add_vector(from.post_norm);
-    layer.gate_up = backend.add_linear(std::vector{from.gate_proj, from.up_proj});
+    layer.gate_up = backend.add_gate_up(from.gate_proj, from.up_proj);
     layer.down = backend.add_linear(std::span(&from.down_proj, 1));
     layers_.push_back(layer);
     if (progress) {
