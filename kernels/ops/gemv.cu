@@ -37,8 +37,8 @@ struct GemvMemory {
   // Then, where the block normalises it, x: [rows][k].
 };
 
-// Where in a ring's step lies chunk `chunk` (16 bytes) of row `row`: two rows that are read together
-// lie in different banks.
+// Where in a ring's step lies chunk `chunk` (16 bytes) of row `row`: two rows that are read
+// together lie in different banks.
 __device__ inline int step_offset(int row, int chunk) {
   return row * kRowBytes + (chunk ^ (row % 2 * 4)) * 16;
 }

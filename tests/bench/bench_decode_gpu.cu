@@ -69,7 +69,7 @@ void must(sagelm_attention_status status) {
 
 struct Layer {
   DeviceBuffer input_norm, post_norm, qkv, o, gate_up, down;
-  DeviceBuffer keys, values;         // FP16 pages
+  DeviceBuffer keys, values;                                  // FP16 pages
   DeviceBuffer key_bytes, value_bytes, scales, means, tails;  // quantized pages
 
   Layer(int64_t tokens, bool quantized)
@@ -366,7 +366,8 @@ class Step {
 
   int batch_, context_;
   bool quantized_;
-  DeviceBuffer hidden_, normed_, qkv_, attended_, activated_, logits_, head_, rotations_, workspace_;
+  DeviceBuffer hidden_, normed_, qkv_, attended_, activated_, logits_, head_, rotations_,
+      workspace_;
   DeviceBuffer table_, starts_, slots_, ids_, lens_, positions_;
   cudaStream_t stream_ = nullptr;
   std::vector<Layer> layers_;
