@@ -8,6 +8,7 @@
 
 #include "kernels/attention/decode_parts.cuh"
 #include "kernels/attention/quantize_tile.cuh"
+#include "kernels/cache/int4_keys.cuh"
 #include "kernels/cache/quantized_kv.h"
 #include "kernels/common/sm90.cuh"
 #include "kernels/ops/elements.cuh"
@@ -34,14 +35,18 @@ struct DecodeCall {
   float scale;  // softmax_scale * log2(e)
 };
 
-template <int kDim>
+template <int kDim_, bool kInt4_>
 struct PageRing {
+  static constexpr int kDim = kDim_;
+  static constexpr bool kInt4 = kInt4_;
   static constexpr int kStages = kDim == 64 ? 4 : 2;
   static constexpr int kTileBytes = kTileTokens * kDim;
+  static constexpr int kKeyBytes = kInt4 ? kTileBytes / 2 : kTileBytes;
+  static constexpr int kScales = kInt4 ? kInt4Scales : kTileScales;
   static constexpr int kSliceBytes = kSlice * 2 * kDim;  // of a tail's keys or values
 
   struct Pages {
-    int8_t keys[kStages][kTileBytes];
+    int8_t keys[kStages][kKeyBytes];
     uint8_t values[kStages][kTileBytes];
   };
   union {
@@ -49,7 +54,7 @@ struct PageRing {
     uint8_t tail[kWarps][kWarpSlices][2][kSliceBytes];
     MergeMemory<kDim, kWarps> merge;
   };
-  float scales[kStages][kTileScales];
+  alignas(16) float scales[kStages][kScales];
   uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
 
   __device__ void init_barriers() {
@@ -64,10 +69,8 @@ struct PageRing {
 };
 
 // What fills the ring with the pages of a part: a whole warp calls it.
-template <int kDim>
+template <class Ring>
 class PageSource {
-  using Ring = PageRing<kDim>;
-
  public:
   // lane_page: lane i has the id of page i.
   __device__ PageSource(const DecodeCall& call, int kv_head, int lane_page, int count, Ring& ring)
@@ -82,10 +85,9 @@ class PageSource {
   }
 
  private:
-  template <typename T>
+  template <typename T, int kBytes>
   __device__ void bring(int i, uint64_t (&full)[Ring::kStages], uint64_t (&empty)[Ring::kStages],
-                        const T* from, T (&to)[Ring::kStages][Ring::kTileBytes],
-                        bool scales) const {
+                        const T* from, T (&to)[Ring::kStages][kBytes], bool scales) const {
     if (i >= count_) return;
     const int64_t place =
         static_cast<int64_t>(__shfl_sync(0xFFFFFFFFu, lane_page_, i)) * call_.p.num_kv_heads +
@@ -96,10 +98,10 @@ class PageSource {
       if (i >= Ring::kStages) {
         mbarrier_wait(smem_address(&empty[s]), (i / Ring::kStages & 1) ^ 1);
       }
-      mbarrier_expect_bytes(barrier, Ring::kTileBytes + (scales ? sizeof ring_.scales[s] : 0));
-      bulk_copy(smem_address(to[s]), from + place * Ring::kTileBytes, Ring::kTileBytes, barrier);
+      mbarrier_expect_bytes(barrier, kBytes + (scales ? sizeof ring_.scales[s] : 0));
+      bulk_copy(smem_address(to[s]), from + place * kBytes, kBytes, barrier);
       if (scales) {
-        bulk_copy(smem_address(ring_.scales[s]), call_.cache.scales + place * kTileScales,
+        bulk_copy(smem_address(ring_.scales[s]), call_.cache.scales + place * Ring::kScales,
                   sizeof ring_.scales[s], barrier);
       }
     }
@@ -150,19 +152,98 @@ __device__ __forceinline__ void quantize_rows(const Problem& p, int b, int kv_he
   }
 }
 
+// The same for pages of INT4 keys: rotated first, in the order of their nibbles. sums: of a row's
+// integers.
+template <bool kBf16, int kDim>
+__device__ __forceinline__ void quantize_rotated_rows(const Problem& p, int b, int kv_head,
+                                                      int rows, int group, float scale,
+                                                      uint32_t (&queries)[kDim / 32][4],
+                                                      float (&scales)[2], float (&sums)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float x[kDim / 4] = {};  // 8 channels of every 32
+    const int row = threadIdx.x % 32 / 4 + 8 * r;
+    if (row < rows) {
+      const uint16_t* from = static_cast<const uint16_t*>(p.q.data) +
+                             p.q_offset(p.q, b, row / group, kv_head * group + row % group);
+#pragma unroll
+      for (int i = 0; i < kDim / 32; ++i) {
+        const int channel = i * 32 + threadIdx.x % 4 * 8;
+        if (channel < p.head_dim) {
+          float y[8];
+          unpack<kBf16>(*reinterpret_cast<const uint4*>(from + channel), y);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) x[8 * i + e] = y[e];
+        }
+      }
+    }
+    rotate_registers(x);
+    rotate_lanes<4>(x);
+    uint32_t largest = __float_as_uint(recipe::kAmaxFloor);
+#pragma unroll
+    for (int i = 0; i < kDim / 4; ++i) {
+      x[i] *= recipe::kRotatedQueryFactor<kDim>;
+      largest = max(largest, magnitude(x[i]));
+    }
+    const float amax = __uint_as_float(max_over_lanes<4>(largest));
+    const float inverse = recipe::kInt8Max / amax;
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      const uint32_t bytes =
+          pack_bytes(rounded_byte(x[4 * i], inverse), rounded_byte(x[4 * i + 1], inverse),
+                     rounded_byte(x[4 * i + 2], inverse), rounded_byte(x[4 * i + 3], inverse));
+      queries[i / 2][i % 2 * 2 + r] = bytes;
+      sum = __dp4a(static_cast<int>(bytes), 0x01010101, sum);
+    }
+    sums[r] = static_cast<float>(over_lanes<4>(sum, [](int a, int c) { return a + c; }));
+    scales[r] = amax * (1.0f / recipe::kInt8Max) * scale;
+  }
+}
+
+// The products of the queries with 16 keys from row `row` of a page's tile on; INT4 keys count 16
+// times.
+template <class Ring>
+__device__ __forceinline__ void multiply_page_keys(const uint32_t (&queries)[Ring::kDim / 32][4],
+                                                   uint32_t keys, int row,
+                                                   int32_t (&integers)[2][4]) {
+  const int lane = threadIdx.x % 32;
+  const int lane_row = row + lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
+  if constexpr (Ring::kInt4) {
+#pragma unroll
+    for (int k = 0; k < Ring::kDim / 32; k += 2) {
+      uint32_t key[4];  // of 8 keys: 32 channels, the next 32; then of the next 8 keys
+      load_matrices(key, keys + int4_chunk_offset<Ring::kDim>(lane_row, k + half));
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        multiply_int8(integers[m / 2], queries[k + m % 2], low_nibbles(key[m]),
+                      high_nibbles(key[m]));
+      }
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < Ring::kDim / 32; ++k) {
+      uint32_t key[4];
+      load_matrices(key, keys + chunk_offset<Ring::kDim>(lane_row, 2 * k + half));
+      multiply_int8(integers[0], queries[k], key[0], key[1]);
+      multiply_int8(integers[1], queries[k], key[2], key[3]);
+    }
+  }
+}
+
 // A warp's 32 keys of every page of the part. Rows of a key tile are permuted (sage_tiles.cuh) such
 // that this thread's logits of every 16 keys are those of keys 4c .. 4c + 3, all of scale group c;
 // those are the four neighbours that it gets of every channel's row of the transposed values, so P
 // goes into the product as it is.
-template <bool kBf16, int kDim>
+template <bool kBf16, class Ring>
 __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int kv_head, int q_len,
                                              int kv_len, int first, int count, int lane_page,
-                                             PageRing<kDim>& ring, DecodeRows<kDim>& result) {
-  using Ring = PageRing<kDim>;
+                                             Ring& ring, DecodeRows<Ring::kDim>& result) {
+  constexpr int kDim = Ring::kDim;
   const Problem& p = call.p;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = p.num_heads / p.num_kv_heads;
-  const PageSource<kDim> source(call, kv_head, lane_page, count, ring);
+  const PageSource<Ring> source(call, kv_head, lane_page, count, ring);
   if (warp == 0) {
     for (int i = 0; i < Ring::kStages; ++i) {
       source.bring_keys(i);
@@ -170,9 +251,14 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
     }
   }
   uint32_t queries[kDim / 32][4];
-  float query_scales[2];
-  quantize_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale, queries,
-                             query_scales);
+  float query_scales[2], query_sums[2];
+  if constexpr (Ring::kInt4) {
+    quantize_rotated_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale, queries,
+                                       query_scales, query_sums);
+  } else {
+    quantize_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale, queries,
+                               query_scales);
+  }
   int seen[2];
   const int seen_by_all = visible_keys(p, q_len, kv_len, group, seen);
   result.clear();
@@ -188,21 +274,33 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
       int32_t integers[2][4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) integers[0][e] = integers[1][e] = kIntegerSeed;
-#pragma unroll
-      for (int k = 0; k < kDim / 32; ++k) {
-        uint32_t key[4];
-        const int row = warp * kWarpKeys + h * kSlice + lane / 16 * 8 + lane % 8;
-        load_matrices(key, keys + chunk_offset<kDim>(row, 2 * k + lane / 8 % 2));
-        multiply_int8(integers[0], queries[k], key[0], key[1]);
-        multiply_int8(integers[1], queries[k], key[2], key[3]);
-      }
+      multiply_page_keys<Ring>(queries, keys, warp * kWarpKeys + h * kSlice, integers);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         logits[2 * h][e] = __int_as_float(integers[0][e]) - kIntegerZero;
         logits[2 * h + 1][e] = __int_as_float(integers[1][e]) - kIntegerZero;
       }
     }
-    const float key_scale = ring.scales[s][lane % 4];
+    float key_scale = 1.0f;
+    if constexpr (Ring::kInt4) {
+      const float* words = ring.scales[s] + kInt4Words + warp * kWarpKeys + lane % 4 * 4;
+#pragma unroll
+      for (int h = 0; h < kWarpSlices; ++h) {
+        const uint4 four = *reinterpret_cast<const uint4*>(words + h * kSlice);
+        const uint32_t word[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const uint32_t own = word[2 * n + e % 2];
+            logits[2 * h + n][e] = fmaf(logits[2 * h + n][e], int4_step(own) * (1.0f / 16.0f),
+                                        int4_middle(own) * query_sums[e / 2]);
+          }
+        }
+      }
+    } else {
+      key_scale = ring.scales[s][lane % 4];
+    }
     const float next_value_scale = ring.scales[s][kKeyGroups];
     const float inverse_value_scale = ring.scales[s][kKeyGroups + 2];
     if (i + Ring::kStages < count) mbarrier_arrive(smem_address(&ring.keys_empty[s]));
@@ -265,10 +363,11 @@ __device__ inline const float* mean_of(const DecodeCall& call, int b, int kv_hea
 
 // A warp's slices of the tail: its unsmoothed keys, in their own type. A sequence with pages has a
 // mean, whose product with the query is taken off, as the pages' logits lack it.
-template <bool kBf16, int kDim>
+template <bool kBf16, class Ring>
 __device__ __forceinline__ void attend_tail(const DecodeCall& call, int b, int kv_head, int q_len,
-                                            int kv_len, PageRing<kDim>& ring,
-                                            DecodeRows<kDim>& result) {
+                                            int kv_len, Ring& ring,
+                                            DecodeRows<Ring::kDim>& result) {
+  constexpr int kDim = Ring::kDim;
   const Problem& p = call.p;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = p.num_heads / p.num_kv_heads;
@@ -326,11 +425,11 @@ __device__ __forceinline__ void attend_tail(const DecodeCall& call, int b, int k
 }
 
 // Part 0 is the tail, part 1 + i the pages from i * kPartPages on.
-template <bool kBf16, int kDim>
+template <bool kBf16, class Ring>
 __global__ void __launch_bounds__(kThreads, 3)
     decode_part(const __grid_constant__ DecodeCall call) {
   extern __shared__ __align__(128) uint8_t smem[];
-  auto& ring = *reinterpret_cast<PageRing<kDim>*>(smem);
+  auto& ring = *reinterpret_cast<Ring*>(smem);
   const Problem& p = call.p;
   const int part = blockIdx.x, kv_head = blockIdx.y, b = blockIdx.z;
   if (part > 0) {
@@ -352,12 +451,11 @@ __global__ void __launch_bounds__(kThreads, 3)
   // Without anything to merge, a sequence without keys still has its zeros to write.
   const bool empty = part > 0 ? count <= 0 : call.parts.parts > 1 && kv_len % kTileTokens == 0;
   if (q_len == 0 || empty) return;
-  DecodeRows<kDim> result;
+  DecodeRows<Ring::kDim> result;
   if (part == 0) {
-    attend_tail<kBf16, kDim>(call, b, kv_head, q_len, kv_len, ring, result);
+    attend_tail<kBf16>(call, b, kv_head, q_len, kv_len, ring, result);
   } else {
-    attend_pages<kBf16, kDim>(call, b, kv_head, q_len, kv_len, first, count, lane_page, ring,
-                              result);
+    attend_pages<kBf16>(call, b, kv_head, q_len, kv_len, first, count, lane_page, ring, result);
   }
   __syncthreads();
   const int group = p.num_heads / p.num_kv_heads;
@@ -388,10 +486,11 @@ __global__ void __launch_bounds__(128) merge_parts(const __grid_constant__ Decod
             1 + (pages + kPartPages - 1) / kPartPages, b, query, head, bias);
 }
 
-template <typename T, int kDim>
+template <typename T, int kDim, bool kInt4>
 cudaError_t launch_decode(const DecodeCall& call, cudaStream_t stream) {
-  constexpr auto kernel = decode_part<std::is_same_v<T, __nv_bfloat16>, kDim>;
-  constexpr int kBytes = sizeof(PageRing<kDim>);
+  using Ring = PageRing<kDim, kInt4>;
+  constexpr auto kernel = decode_part<std::is_same_v<T, __nv_bfloat16>, Ring>;
+  constexpr int kBytes = sizeof(Ring);
   const Problem& p = call.p;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
@@ -460,8 +559,13 @@ cudaError_t decode_from_quantized_kv(const DecodeFromQuantizedKv& args, void* wo
   const DecodeCall call = make_call(args, workspace, &bytes);
   return with_half_type(args.cache.type, [&](auto element) {
     using T = decltype(element);
-    return quantized_kv_dim(args.cache.head_dim) == 64 ? launch_decode<T, 64>(call, stream)
-                                                       : launch_decode<T, 128>(call, stream);
+    const bool small = quantized_kv_dim(args.cache.head_dim) == 64;
+    if (args.cache.int4_keys) {
+      return small ? launch_decode<T, 64, true>(call, stream)
+                   : launch_decode<T, 128, true>(call, stream);
+    }
+    return small ? launch_decode<T, 64, false>(call, stream)
+                 : launch_decode<T, 128, false>(call, stream);
   });
 }
 

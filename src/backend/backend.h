@@ -45,8 +45,8 @@ struct WeightHandle {
 class KvStorage {
  public:
   virtual ~KvStorage() = default;
-  // Copies what all layers hold in FP16 on page (kFp16) or tail (kInt8, with its mean) `from` to
-  // `to`, before the operations that follow.
+  // Copies what all layers hold in FP16 on page (kFp16) or tail (with its mean) `from` to `to`,
+  // before the operations that follow.
   virtual void copy_open_page(int32_t from, int32_t to) = 0;
 };
 
@@ -116,7 +116,7 @@ class Backend {
   virtual DType embedding_type(DType stored) const { return stored; }
   // Whether a matrix of products that is the embedding too takes no memory of its own.
   virtual bool shares_embedding() const { return false; }
-  virtual int64_t kv_bytes(const KvLayout& layout) const { return layout.bytes(); }
+  virtual int64_t kv_bytes(const KvLayout& layout) const = 0;
   virtual int64_t step_bytes(const StepLimits& limits) const = 0;
 
   // Memory.
@@ -133,8 +133,8 @@ class Backend {
   virtual void check_attention(const AttentionShape& shape) const = 0;
   // What sage-adaptive picks from, fastest first, the last one being FP16 (docs/architecture.md).
   virtual std::vector<AttentionVariant> adaptive_variants() const = 0;
-  // Whether attention() can read a kInt8 cache.
-  virtual bool reads_int8_kv(const AttentionShape& shape) const = 0;
+  // Whether attention() can read such a cache.
+  virtual bool reads_kv(const AttentionShape& shape, KvType type) const = 0;
 
   // Starts a step over batch, which must outlive it: operations that take a batch take this one.
   virtual void begin(const Batch& batch) = 0;
@@ -151,6 +151,9 @@ class Backend {
   // Seconds that the device spent in work that it repeated, since the last call; waits for it.
   virtual double repeated_seconds() { return 0; }
 
+  // Errors of the operations that follow name this layer; none if it is -1.
+  virtual void enter_layer(int64_t /*layer*/) {}
+
   // Operations. x and out never overlap unless said.
   virtual void embed(WeightHandle table, const Batch& batch, Matrix out) = 0;
   virtual void rmsnorm(Matrix x, WeightHandle weight, double eps, Matrix out) = 0;
@@ -162,8 +165,8 @@ class Backend {
   virtual void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) = 0;
 
   // Rotates the query and key columns of qkv [rows, q + k + v] in place by each row's position and
-  // appends keys and values, rounded to FP16, to the pages of the row's sequence. In a kInt8 cache
-  // the pages that become full are quantized, and the tail then holds the tokens past them.
+  // appends keys and values, rounded to FP16, to the pages of the row's sequence. In a quantized
+  // cache the pages that become full are quantized, and the tail then holds the tokens past them.
   virtual void rope_append(Matrix qkv, const Batch& batch, const AttentionShape& shape,
                            std::span<const float> inverse_frequencies, int64_t layer,
                            KvStorage& kv) = 0;

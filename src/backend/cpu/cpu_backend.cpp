@@ -91,6 +91,7 @@ class CpuBackend : public Backend {
   std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) override {
     return std::make_unique<cpu::CpuKv>(layout);
   }
+  int64_t kv_bytes(const KvLayout& layout) const override { return cpu::CpuKv::bytes(layout); }
 
   // Buffers grow as steps need them: what no step touches takes no memory.
   void reserve(const StepLimits& /*limits*/) override {}
@@ -107,8 +108,8 @@ class CpuBackend : public Backend {
   std::vector<AttentionVariant> adaptive_variants() const override {
     return {AttentionVariant::kSage2_8b, AttentionVariant::kSage1B, AttentionVariant::kFp16};
   }
-  bool reads_int8_kv(const AttentionShape& shape) const override {
-    return shape.spec.variant == AttentionVariant::kSage2_8b;
+  bool reads_kv(const AttentionShape& shape, KvType type) const override {
+    return type == KvType::kFp16 || reads_quantized_kv(shape.spec.variant, type);
   }
   void begin(const Batch& /*batch*/) override {}
 

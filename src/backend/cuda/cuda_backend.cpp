@@ -154,13 +154,14 @@ class CudaBackend : public Backend {
     return {AttentionVariant::kSage2_8b, AttentionVariant::kSage1B, AttentionVariant::kFp16};
   }
 
-  bool reads_int8_kv(const AttentionShape& shape) const override {
-    return ModelAttention::reads_quantized_kv(shape, properties_.capability);
+  bool reads_kv(const AttentionShape& shape, KvType type) const override {
+    return type == KvType::kFp16 || ModelAttention::reads_kv(shape, type, properties_.capability);
   }
 
   void begin(const Batch& batch) override {
     use_device();
     uploader_.reset();  // the weights are there
+    layer_ = -1;
     step_ = send_step_inputs(batch, step_arrays_, stream_.get());
   }
 
@@ -176,6 +177,8 @@ class CudaBackend : public Backend {
                  cache.address(), attention, step_.max_closed_pages, step_.closes_first_page},
                 work);
   }
+
+  void enter_layer(int64_t layer) override { layer_ = layer; }
 
   double repeated_seconds() override { return graphs_.seconds(); }
 
@@ -195,7 +198,7 @@ class CudaBackend : public Backend {
     check(kernels::rmsnorm(static_cast<const float*>(x.data),
                            static_cast<const float*>(weight_of(weight).data()), x.rows, x.cols,
                            static_cast<float>(eps), element(out.type), out.data, stream_.get()),
-          "a normalisation");
+          "a normalisation", layer_);
   }
 
   void linear(Matrix x, WeightHandle weight, Matrix out) override {
@@ -218,7 +221,7 @@ class CudaBackend : public Backend {
     linear(x, weight, gate_up);
     check(kernels::swiglu(gate_up.data, element(out.type), out.rows, out.cols, out.data,
                           stream_.get()),
-          "the gated activation");
+          "the gated activation", layer_);
   }
 
   void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) override {
@@ -325,7 +328,8 @@ class CudaBackend : public Backend {
             .in_features = weight.cols,
             .out_features = weight.rows,
             .type = x.type,
-            .out_type = out.type};
+            .out_type = out.type,
+            .layer = layer_};
   }
 
   DType activation_type() const { return type_.value_or(DType::kF16); }
@@ -356,6 +360,7 @@ class CudaBackend : public Backend {
   Readback readback_;
   DeviceIntegers step_arrays_, gathered_;
   StepInputs step_;
+  int64_t layer_ = -1;  // of the operations being enqueued
 };
 
 }  // namespace

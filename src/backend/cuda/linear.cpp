@@ -69,7 +69,8 @@ void LinearEngine::run(const Product& product) {
     run_few_rows(product);
     return;
   }
-  check(execute(product, chosen.shape, chosen.algorithm, product.out), "a matrix product");
+  check(execute(product, chosen.shape, chosen.algorithm, product.out), "a matrix product",
+        product.layer);
 }
 
 // Passes over the weights, each for as many rows as the kernel takes.
@@ -89,7 +90,7 @@ void LinearEngine::run_few_rows(const Product& product) {
     args.rows = std::min(kernels::kGemvRows, product.rows - row);
     args.x = static_cast<const std::byte*>(product.x) + row * x_bytes;
     args.out = static_cast<std::byte*>(product.out) + row * out_bytes;
-    check(kernels::gemv(args, stream_), "a matrix-vector product");
+    check(kernels::gemv(args, stream_), "a matrix-vector product", product.layer);
   }
 }
 

@@ -26,6 +26,7 @@ struct Product {
   // out = silu(x G^T) * (x U^T) instead, weight = [G; U] [2 * out_features, in_features]; at most
   // kernels::kGemvRows rows
   bool swiglu = false;
+  int64_t layer = -1;  // that errors name, if it is of one
 };
 
 class LinearEngine {

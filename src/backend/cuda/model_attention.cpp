@@ -122,8 +122,8 @@ std::string ModelAttention::problem(const AttentionShape& shape, DType type) {
   return sagelm_attention_kernel_name(&args) == nullptr ? sagelm_attention_last_error() : "";
 }
 
-bool ModelAttention::reads_quantized_kv(const AttentionShape& shape, int capability) {
-  return shape.spec.variant == AttentionVariant::kSage2_8b && capability == 90 &&
+bool ModelAttention::reads_kv(const AttentionShape& shape, KvType type, int capability) {
+  return reads_quantized_kv(shape.spec.variant, type) && capability == 90 &&
          kernels::quantized_kv_refusal(static_cast<int32_t>(shape.num_heads),
                                        static_cast<int32_t>(shape.num_kv_heads),
                                        static_cast<int32_t>(shape.head_dim)) == nullptr;
@@ -133,7 +133,7 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
                                  std::span<const float> inverse_frequencies, int64_t layer,
                                  const CudaKv& cache) {
   prepare_rotations(step.max_kv_len, inverse_frequencies);
-  if (cache.type() == KvType::kInt8) {
+  if (is_quantized(cache.type())) {
     kernels::AppendToQuantizedKv args;
     args.cache = cache.quantized(layer, shape.num_heads);
     args.step = quantized_step(step);
@@ -141,7 +141,7 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
     args.rotations = rotations_;
     args.smooth_k = shape.spec.smooth_k;
     args.rotate_keys = true;  // attention reads them where sequences begin
-    check(kernels::append_to_quantized_kv(args, stream_), "appending to the KV cache");
+    check(kernels::append_to_quantized_kv(args, stream_), "appending to the KV cache", layer);
     return;
   }
   kernels::RopeAppend args;
@@ -156,13 +156,13 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
   args.rotations = rotations_;
   args.keys = cache.keys(layer);
   args.values = cache.values(layer);
-  check(kernels::rope_append(args, stream_), "the rotary embedding");
+  check(kernels::rope_append(args, stream_), "the rotary embedding", layer);
 }
 
 void ModelAttention::attention(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                                int64_t layer, const CudaKv& cache, Matrix out) {
   const int64_t dim = shape.head_dim;
-  if (cache.type() == KvType::kInt8 && decode_quantized(step, qkv, shape, layer, cache, out)) {
+  if (is_quantized(cache.type()) && decode_quantized(step, qkv, shape, layer, cache, out)) {
     return;
   }
   sagelm_attention_args args = attention_args(shape, qkv.type);
@@ -255,7 +255,7 @@ bool ModelAttention::decode_quantized(const StepInputs& step, Matrix qkv,
       fail("the attention of layer {} takes more workspace than was set aside", layer);
     }
     check(kernels::decode_from_quantized_kv(args, workspace_, stream_),
-          fmt::format("attention from the quantized cache in layer {}", layer));
+          "the attention from the quantized cache", layer);
   });
   return true;
 }
@@ -274,7 +274,7 @@ std::pair<void*, void*> ModelAttention::expand(const StepInputs& step, const Cud
   args.cu_kv_lens = step.cu_kv_lens;
   args.keys = expanded_keys_.get();
   args.values = expanded_values_.get();
-  check(kernels::expand_quantized_kv(args, stream_), "reading the quantized cache");
+  check(kernels::expand_quantized_kv(args, stream_), "reading the quantized cache", layer);
   return {expanded_keys_.get(), expanded_values_.get()};
 }
 

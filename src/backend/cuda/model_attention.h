@@ -31,8 +31,8 @@ class ModelAttention {
 
   // Why there is no kernel for the shape, with activations of that type; empty if there is one.
   static std::string problem(const AttentionShape& shape, DType type);
-  // Whether such a device has kernels that read the quantized cache for the shape.
-  static bool reads_quantized_kv(const AttentionShape& shape, int capability);
+  // Whether such a device has kernels that read such a quantized cache for the shape.
+  static bool reads_kv(const AttentionShape& shape, KvType type, int capability);
 
   // What steps take, on the current device.
   static AttentionRoom room(const StepLimits& limits, DType type);
