@@ -1,12 +1,16 @@
+#include <algorithm>
+
 #include "kernels/attention/quantize_tile.cuh"
 #include "kernels/attention/recipe.h"
 #include "kernels/attention/sage_quantize_sm90.h"
 #include "kernels/common/launch.h"
+#include "kernels/ops/launch.cuh"
 
 namespace sagelm::kernels {
 namespace {
 
 constexpr int kThreads = kQuantizeThreads;
+constexpr int kBlocks = 3;  // on a multiprocessor
 constexpr int kMeanTokens = 256;
 
 __device__ inline const uint4* row_chunk(const Tensor& x, int64_t offset, int chunk) {
@@ -15,6 +19,9 @@ __device__ inline const uint4* row_chunk(const Tensor& x, int64_t offset, int ch
 
 template <int kDim, bool kBf16>
 __global__ void __launch_bounds__(kThreads) key_means(Problem p, float* means) {
+  // In this order: blocks of the next kernel that need no means do not wait for anything.
+  wait_for_previous_kernel();
+  allow_next_kernel();
   constexpr int kLanes = kDim / 8;
   constexpr int kRows = kThreads / kLanes;
   const int head = blockIdx.x, b = blockIdx.y;
@@ -44,77 +51,39 @@ __global__ void __launch_bounds__(kThreads) key_means(Problem p, float* means) {
   }
 }
 
-template <int kDim, bool kBf16>
-__device__ void quantize_queries(const Problem& p, const SageTiles& tiles, int tile, int head,
-                                 int b) {
-  constexpr int kLanes = kDim / 8;
-  constexpr int kRows = kThreads / kLanes;
-  constexpr int kSteps = kTileTokens / kRows;
-  const int length = p.q_len(b);
-  if (tile * kTileTokens >= length) return;
-  const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
-  const bool inside = lane * 8 < p.head_dim;
-  const int64_t index = (static_cast<int64_t>(b) * p.num_heads + head) * tiles.query_tiles + tile;
-  int8_t* to = tiles.queries + index * (kTileTokens * kDim);
-  float mean[8] = {};
-  if (tiles.query_biases != nullptr) {
-    const int kv_head = head / (p.num_heads / p.num_kv_heads);
-    const float* from =
-        tiles.key_means + (static_cast<int64_t>(b) * p.num_kv_heads + kv_head) * kDim + lane * 8;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) mean[e] = from[e];
-  }
-  uint4 raw[kSteps];
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int token = tile * kTileTokens + i * kRows + first;
-    raw[i] = inside && token < length ? __ldg(row_chunk(p.q, p.q_offset(p.q, b, token, head), lane))
-                                      : make_uint4(0, 0, 0, 0);
-  }
-  const float logit_scale = p.softmax_scale * recipe::kLog2E;
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    float x[8];
-    unpack<kBf16>(raw[i], x);
-    uint32_t largest = __float_as_uint(recipe::kAmaxFloor);
-    float bias = 0;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      largest = max(largest, magnitude(x[e]));
-      bias = fmaf(x[e], mean[e], bias);
-    }
-    const float amax = __uint_as_float(max_over_lanes<kLanes>(largest));
-    const int row = i * kRows + first;
-    store_half_chunk<kDim>(to, row, lane, to_int8(x, recipe::kInt8Max / amax));
-    if (lane == 0) {
-      tiles.query_scales[index * kTileTokens + row] =
-          amax * (1.0f / recipe::kInt8Max) * logit_scale;
-    }
-    if (tiles.query_biases != nullptr) {
-#pragma unroll
-      for (int step = kLanes / 2; step > 0; step /= 2) {
-        bias += __shfl_xor_sync(0xFFFFFFFFu, bias, step);
-      }
-      if (lane == 0) tiles.query_biases[index * kTileTokens + row] = bias * logit_scale;
-    }
-  }
-}
-
-// Of a tile of K or V: the thread's chunk of token `token`; zeros past the sequence's end.
-template <int kDim>
+// Of a tile of Q, K or V: the thread's chunk of row `token`; zeros past the sequence's end.
+template <int kDim, bool kQueries>
 struct LoadRows {
   const Problem& p;
   const Tensor& x;
   int b, first_token, length, head;
 
   __device__ uint4 operator()(int token) const {
-    const int chunk = threadIdx.x % (kDim / 8);
-    return chunk * 8 < p.head_dim && first_token + token < length
-               ? __ldg(row_chunk(x, p.kv_offset(x, b, first_token + token, head), chunk))
-               : make_uint4(0, 0, 0, 0);
+    const int chunk = threadIdx.x % (kDim / 8), row = first_token + token;
+    if (chunk * 8 >= p.head_dim || row >= length) return make_uint4(0, 0, 0, 0);
+    const int64_t offset = kQueries ? p.q_offset(x, b, row, head) : p.kv_offset(x, b, row, head);
+    return __ldg(row_chunk(x, offset, chunk));
   }
   __device__ void finish(int /*token*/, uint4& /*chunk*/) const {}
 };
+
+template <int kDim, bool kBf16>
+__device__ void quantize_queries(const Problem& p, const SageTiles& tiles, int tile, int head,
+                                 int b) {
+  const int length = p.q_len(b), first = tile * kTileTokens;
+  if (first >= length) return;
+  const int64_t row = tiles.first_query(p.cu_q_lens, b, head) + first;
+  float mean[8] = {};
+  if (tiles.query_biases != nullptr) {
+    const int kv_head = head / (p.num_heads / p.num_kv_heads);
+    load_mean(tiles.key_means + (static_cast<int64_t>(b) * p.num_kv_heads + kv_head) * kDim,
+              threadIdx.x % (kDim / 8), mean);
+  }
+  quantize_query_tile<kDim, kBf16>(
+      LoadRows<kDim, true>{p, p.q, b, first, length, head}, p.softmax_scale * recipe::kLog2E, mean,
+      tiles.queries + row * kDim, tiles.query_scales + row,
+      tiles.query_biases != nullptr ? tiles.query_biases + row : nullptr);
+}
 
 template <int kDim, bool kBf16>
 __device__ void quantize_keys(const Problem& p, const SageTiles& tiles, int tile, int head, int b) {
@@ -124,8 +93,8 @@ __device__ void quantize_keys(const Problem& p, const SageTiles& tiles, int tile
   const int64_t index = sequence_head * tiles.kv_tiles + tile;
   float mean[8] = {};
   if (p.smooth_k) load_mean(tiles.key_means + sequence_head * kDim, threadIdx.x % (kDim / 8), mean);
-  quantize_key_tile<kDim, kBf16>(LoadRows<kDim>{p, p.k, b, first, length, head}, length - first,
-                                 mean, tiles.keys + index * (kTileTokens * kDim),
+  quantize_key_tile<kDim, kBf16>(LoadRows<kDim, false>{p, p.k, b, first, length, head},
+                                 length - first, mean, tiles.keys + index * (kTileTokens * kDim),
                                  tiles.scales + index * kTileScales);
 }
 
@@ -135,38 +104,42 @@ __device__ void quantize_values(const Problem& p, const SageTiles& tiles, int ti
   const int length = p.kv_len(b), first = tile * kTileTokens;
   if (first >= length) return;
   const int64_t index = (static_cast<int64_t>(b) * p.num_kv_heads + head) * tiles.kv_tiles + tile;
-  quantize_value_tile<kDim, kBf16>(LoadRows<kDim>{p, p.v, b, first, length, head},
+  quantize_value_tile<kDim, kBf16>(LoadRows<kDim, false>{p, p.v, b, first, length, head},
                                    tiles.values + index * (kTileTokens * kDim),
                                    tiles.scales + index * kTileScales);
 }
 
-// blockIdx.y: the heads of Q, then those of K, then those of V.
+// blockIdx.y: the heads of Q, then those of V, then those of K, which wait for the means.
 template <int kDim, bool kBf16>
-__global__ void __launch_bounds__(kThreads, 3) quantize(Problem p, SageTiles tiles) {
+__global__ void __launch_bounds__(kThreads, kBlocks) quantize(Problem p, SageTiles tiles) {
   const int tile = blockIdx.x, b = blockIdx.z;
   int head = blockIdx.y;
+  if (head >= p.num_heads + p.num_kv_heads || !p.smooth_k || tiles.query_biases != nullptr) {
+    wait_for_previous_kernel();
+  }
+  allow_next_kernel();
   if (head < p.num_heads) {
     quantize_queries<kDim, kBf16>(p, tiles, tile, head, b);
     return;
   }
   head -= p.num_heads;
   if (head < p.num_kv_heads) {
-    quantize_keys<kDim, kBf16>(p, tiles, tile, head, b);
+    quantize_values<kDim, kBf16>(p, tiles, tile, head, b);
   } else {
-    quantize_values<kDim, kBf16>(p, tiles, tile, head - p.num_kv_heads, b);
+    quantize_keys<kDim, kBf16>(p, tiles, tile, head - p.num_kv_heads, b);
   }
 }
 
 template <int kDim, bool kBf16>
-cudaError_t launch(const Problem& p, const SageTiles& tiles, cudaStream_t stream) {
+cudaError_t launch_quantize(const Problem& p, const SageTiles& tiles, cudaStream_t stream) {
   if (p.smooth_k) {
-    key_means<kDim, kBf16>
-        <<<dim3(p.num_kv_heads, p.batch), kThreads, 0, stream>>>(p, tiles.key_means);
+    const cudaError_t error = launch(key_means<kDim, kBf16>, dim3(p.num_kv_heads, p.batch),
+                                     kThreads, stream, p, tiles.key_means);
+    if (error != cudaSuccess) return error;
   }
-  const int most = tiles.query_tiles > tiles.kv_tiles ? tiles.query_tiles : tiles.kv_tiles;
-  quantize<kDim, kBf16>
-      <<<dim3(most, p.num_heads + 2 * p.num_kv_heads, p.batch), kThreads, 0, stream>>>(p, tiles);
-  return cudaGetLastError();
+  const int most = std::max(tiles.query_tiles, tiles.kv_tiles);
+  return launch(quantize<kDim, kBf16>, dim3(most, p.num_heads + 2 * p.num_kv_heads, p.batch),
+                kThreads, stream, p, tiles);
 }
 
 }  // namespace
@@ -175,7 +148,8 @@ SageTiles place_sage_tiles(const Problem& p, int dim, void* workspace, size_t* b
   SageTiles tiles{};
   tiles.query_tiles = (p.max_q_len + kTileTokens - 1) / kTileTokens;
   tiles.kv_tiles = (p.max_kv_len + kTileTokens - 1) / kTileTokens;
-  const size_t query_tiles = static_cast<size_t>(p.batch) * p.num_heads * tiles.query_tiles;
+  tiles.head_query_tiles = p.batch * tiles.query_tiles;
+  const size_t query_tiles = static_cast<size_t>(p.num_heads) * tiles.head_query_tiles;
   const size_t kv_heads = static_cast<size_t>(p.batch) * p.num_kv_heads;
   const size_t kv_tiles = kv_heads * tiles.kv_tiles;
   const size_t tile_bytes = static_cast<size_t>(kTileTokens) * dim;
@@ -195,9 +169,11 @@ SageTiles place_sage_tiles(const Problem& p, int dim, void* workspace, size_t* b
 cudaError_t quantize_to_sage_tiles(const Problem& p, int dim, const SageTiles& tiles,
                                    cudaStream_t stream) {
   if (dim == 64) {
-    return p.bf16 ? launch<64, true>(p, tiles, stream) : launch<64, false>(p, tiles, stream);
+    return p.bf16 ? launch_quantize<64, true>(p, tiles, stream)
+                  : launch_quantize<64, false>(p, tiles, stream);
   }
-  return p.bf16 ? launch<128, true>(p, tiles, stream) : launch<128, false>(p, tiles, stream);
+  return p.bf16 ? launch_quantize<128, true>(p, tiles, stream)
+                : launch_quantize<128, false>(p, tiles, stream);
 }
 
 }  // namespace sagelm::kernels

@@ -440,10 +440,8 @@ DecodeCall make_call(const DecodeFromQuantizedKv& args, void* workspace, size_t*
 
 }  // namespace
 
-bool quantized_kv_decode_takes(const DecodeFromQuantizedKv& args) {
-  const QuantizedKv& cache = args.cache;
-  return quantized_kv_refusal(cache.num_heads, cache.num_kv_heads, cache.head_dim) == nullptr &&
-         int64_t{args.step.max_q_len} * (cache.num_heads / cache.num_kv_heads) <= kDecodeRows;
+bool quantized_kv_decode_takes(int32_t num_heads, int32_t num_kv_heads, int32_t max_q_len) {
+  return int64_t{max_q_len} * (num_heads / num_kv_heads) <= kDecodeRows;
 }
 
 size_t quantized_kv_decode_workspace_bytes(const DecodeFromQuantizedKv& args) {
@@ -454,7 +452,11 @@ size_t quantized_kv_decode_workspace_bytes(const DecodeFromQuantizedKv& args) {
 
 cudaError_t decode_from_quantized_kv(const DecodeFromQuantizedKv& args, void* workspace,
                                      cudaStream_t stream) {
-  if (!quantized_kv_decode_takes(args)) return cudaErrorInvalidValue;
+  const QuantizedKv& cache = args.cache;
+  if (quantized_kv_refusal(cache.num_heads, cache.num_kv_heads, cache.head_dim) != nullptr ||
+      !quantized_kv_decode_takes(cache.num_heads, cache.num_kv_heads, args.step.max_q_len)) {
+    return cudaErrorInvalidValue;
+  }
   if (args.step.num_sequences == 0 || args.step.max_q_len == 0) return cudaSuccess;
   size_t bytes = 0;
   const DecodeCall call = make_call(args, workspace, &bytes);

@@ -1,6 +1,7 @@
 #include "gpu/gpu_quantized_kv.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -145,7 +146,7 @@ GpuQuantizedKv::GpuQuantizedKv(const KvShape& shape, const std::vector<int>& len
   }
 }
 
-void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
+void GpuQuantizedKv::append(const std::vector<int>& counts, bool for_prefill) {
   const auto width = static_cast<int64_t>(shape_.width());
   std::vector<float> rows;
   std::vector<int32_t> positions, slots, lens;
@@ -165,6 +166,7 @@ void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
     step_.max_kv_len = std::max(step_.max_kv_len, end);
     step_.max_closed_pages = std::max(step_.max_closed_pages, closed);
     step_.closes_first_page |= closed > 0 && start < kPage;
+    step_.begins_in_first_page |= start < kPage;
   }
   const auto send = [](DeviceBuffer& buffer, const std::vector<int32_t>& values) {
     buffer = upload_integers(values);
@@ -188,7 +190,14 @@ void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
   args.qkv = qkv_.data();
   args.rotations = static_cast<const float*>(rotations_.data());
   args.smooth_k = smooth_k_;
-  args.rotate_keys = rotate_keys;
+  args.softmax_scale = decode_args().softmax_scale;
+  for_prefill_ = for_prefill;
+  if (for_prefill) {
+    prefill_workspace_ =
+        DeviceBuffer(kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step));
+    prefill_workspace_.fill(0xFF);
+    args.prefill = prefill_workspace_.data();
+  }
   expect_done(kernels::append_to_quantized_kv(args, nullptr), "append_to_quantized_kv");
   download();
 }
@@ -237,6 +246,18 @@ GpuQuantizedKv::Output GpuQuantizedKv::decode() const {
   return {out.download(), out.raw(), read<float>(lse)};
 }
 
+GpuQuantizedKv::Output GpuQuantizedKv::prefill() const {
+  const auto columns = static_cast<size_t>(shape_.heads * shape_.dim);
+  const GpuArray out(shape_.type, static_cast<size_t>(step_.rows) * columns);
+  const kernels::PrefillFromQuantizedKv args = {.cache = decode_args().cache,
+                                                .step = step_,
+                                                .out = out.data(),
+                                                .out_stride = static_cast<int64_t>(columns)};
+  expect_done(kernels::prefill_from_quantized_kv(args, prefill_workspace_.data(), nullptr),
+              "prefill_from_quantized_kv");
+  return {out.download(), out.raw(), {}};
+}
+
 size_t GpuQuantizedKv::place(int sequence, int index, int kv_head) const {
   const int32_t id = page_table_[static_cast<size_t>(sequence * stride_ + index)];
   return static_cast<size_t>(id * shape_.kv_heads + kv_head);
@@ -278,6 +299,41 @@ GpuQuantizedKv::Page GpuQuantizedKv::page(int sequence, int index, int kv_head) 
   return page;
 }
 
+GpuQuantizedKv::Page GpuQuantizedKv::expected_page(int sequence, int index, int kv_head,
+                                                   const std::vector<float>& mean) const {
+  const int dim = shape_.dim, first = index * kPage;
+  const int count = std::min(kPage, length(sequence) - first);
+  const auto value = [&](int position, int which, int c) {
+    return static_cast<float>(token(sequence, first + position, which, kv_head, c));
+  };
+  float key_amax[4], value_amax = recipe::kAmaxFloor;
+  std::fill(key_amax, key_amax + 4, recipe::kAmaxFloor);
+  for (int i = 0; i < count; ++i) {
+    for (int c = 0; c < dim; ++c) {
+      float& group = key_amax[i / 4 % 4];
+      group = std::max(group, std::abs(value(i, 0, c) - mean[static_cast<size_t>(c)]));
+      value_amax = std::max(value_amax, std::abs(value(i, 1, c)));
+    }
+  }
+  Page page;
+  for (int i = 0; i < kPage; ++i) {
+    const float inverse = recipe::kInt8Max / key_amax[i / 4 % 4];
+    for (int c = 0; c < shape_.padded(); ++c) {
+      const bool inside = c < dim && i < count;
+      const float key = inside ? value(i, 0, c) - mean[static_cast<size_t>(c)] : 0.0f;
+      const float rounded = std::fma(key, inverse, 12582912.0f);
+      page.keys.push_back(static_cast<int8_t>(std::bit_cast<uint32_t>(rounded) & 0xFF));
+      page.values.push_back(inside ? float_to_e4m3(value(i, 1, c) * (recipe::kE4m3Max / value_amax))
+                                   : 0);
+    }
+  }
+  for (const float amax : key_amax) page.scales.push_back(amax * (1.0f / recipe::kInt8Max));
+  page.scales.push_back(value_amax * (1.0f / recipe::kE4m3Max));
+  page.scales.push_back(std::log2(page.scales[4]));
+  page.scales.push_back(1.0f / page.scales[4]);
+  return page;
+}
+
 std::vector<float> GpuQuantizedKv::mean(int sequence, int kv_head) const {
   const int32_t id = means_[static_cast<size_t>(sequence)];
   const auto from = host_means_.begin() + (id * shape_.kv_heads + kv_head) * shape_.dim;
@@ -287,8 +343,7 @@ std::vector<float> GpuQuantizedKv::mean(int sequence, int kv_head) const {
 double GpuQuantizedKv::token(int sequence, int position, int which, int kv_head,
                              int channel) const {
   const int head = shape_.heads + which * shape_.kv_heads + kv_head;
-  return rotated_[static_cast<size_t>(sequence)][static_cast<size_t>(position) * shape_.width() +
-                                                 static_cast<size_t>(head * shape_.dim + channel)];
+  return rotated(sequence, position, head * shape_.dim + channel);
 }
 
 double GpuQuantizedKv::tail(int sequence, int place, int which, int kv_head, int channel) const {
@@ -323,16 +378,20 @@ GpuQuantizedKv::Row GpuQuantizedKv::oracle(int sequence, int query_index, int he
   const float inverse = recipe::kInt8Max / amax;
   for (const double x : q) integers.push_back(std::nearbyint(x * double(inverse)));
   const int length = lengths_[static_cast<size_t>(sequence)];
-  const int full = length / kPage;
+  // Tiles of quantized tokens.
+  const int full = for_prefill_ ? (length + kPage - 1) / kPage : length / kPage;
   double mean_product = 0;
+  const std::vector<float> mean = this->mean(sequence, kv_head);
   if (full > 0) {
-    const std::vector<float> mean = this->mean(sequence, kv_head);
     for (int c = 0; c < dim; ++c) {
       mean_product += q[static_cast<size_t>(c)] * static_cast<double>(mean[static_cast<size_t>(c)]);
     }
   }
   std::vector<Page> pages;
-  for (int i = 0; i < full; ++i) pages.push_back(page(sequence, i, kv_head));
+  for (int i = 0; i < full; ++i) {
+    pages.push_back((i + 1) * kPage <= length ? page(sequence, i, kv_head)
+                                              : expected_page(sequence, i, kv_head, mean));
+  }
   const int seen = length - last_count(sequence) + query_index + 1;
   std::vector<double> logits;
   for (int key = 0; key < seen; ++key) {

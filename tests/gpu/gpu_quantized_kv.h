@@ -27,8 +27,8 @@ class GpuQuantizedKv {
   // Room for sequences of so many tokens, whose QKV rows depend on the seed and the sequence alone.
   GpuQuantizedKv(const KvShape& shape, const std::vector<int>& lengths, bool smooth_k = true);
 
-  // One step: counts[i] more tokens of sequence i.
-  void append(const std::vector<int>& counts, bool rotate_keys = false);
+  // One step: counts[i] more tokens of sequence i, for decode() or for prefill().
+  void append(const std::vector<int>& counts, bool for_prefill = false);
   // Of the last step's QKV as the append left it.
   double qkv(int sequence, int query, int column) const;
   // Of the rows as they were.
@@ -41,13 +41,15 @@ class GpuQuantizedKv {
   };
   // Of the last step's queries.
   Output decode() const;
+  // Likewise, without lse.
+  Output prefill() const;
 
   struct Row {
     std::vector<double> out, magnitudes;  // magnitudes: sum of P |V|
     double lse = 0;
   };
-  // In float64 from what the device holds, with INT8 queries for pages, as the kernel has them;
-  // query: of the last step.
+  // In float64 from what the device holds, with INT8 queries for pages, as the kernels have them;
+  // query: of the last step. For prefill() the tail is a page of few tokens.
   Row oracle(int sequence, int query, int head) const;
   // In float64 from the rows as appended.
   Row exact(int sequence, int query, int head) const;
@@ -60,6 +62,8 @@ class GpuQuantizedKv {
     bool operator==(const Page&) const = default;
   };
   Page page(int sequence, int index, int kv_head) const;
+  // What the recipe makes of the 16-bit tokens of a page, of as many as there are.
+  Page expected_page(int sequence, int index, int kv_head, const std::vector<float>& mean) const;
   // Their bytes as they lie.
   std::vector<uint8_t> raw_keys(int sequence, int index, int kv_head) const;
   std::vector<uint8_t> raw_values(int sequence, int index, int kv_head) const;
@@ -79,7 +83,12 @@ class GpuQuantizedKv {
   void download();
   size_t place(int sequence, int index, int kv_head) const;
   double query(int sequence, int query, int head, int channel) const {
-    return qkv(sequence, query, head * shape_.dim + channel);
+    const int position = length(sequence) - last_count(sequence) + query;
+    return rotated(sequence, position, head * shape_.dim + channel);
+  }
+  double rotated(int sequence, int position, int column) const {
+    return rotated_[static_cast<size_t>(sequence)]
+                   [static_cast<size_t>(position) * shape_.width() + static_cast<size_t>(column)];
   }
   int last_count(int sequence) const {
     return cu_q_lens_[static_cast<size_t>(sequence) + 1] -
@@ -101,7 +110,9 @@ class GpuQuantizedKv {
   std::vector<double> qkv_rows_;  // of the last step, [rows][width]
 
   // Of the last step.
+  bool for_prefill_ = false;
   kernels::QuantizedKvStep step_;
+  DeviceBuffer prefill_workspace_;
   GpuArray qkv_;
   DeviceBuffer positions_device_, slots_device_, cu_device_, lens_device_, table_device_,
       tails_device_, means_device_;

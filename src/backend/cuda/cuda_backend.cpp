@@ -5,7 +5,6 @@
 #include <cmath>
 #include <memory>
 #include <optional>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -60,8 +59,8 @@ class CudaBackend : public Backend {
   int64_t memory_bytes() const override {
     int64_t bytes = weight_bytes_ + linear_.memory_bytes();
     for (const DeviceBuffer& buffer : scratch_) bytes += static_cast<int64_t>(buffer.bytes());
-    for (const DeviceBuffer* buffer : {&attention_workspace_, &expanded_keys_, &expanded_values_,
-                                       &rotations_, &frequencies_, &scores_}) {
+    for (const DeviceBuffer* buffer :
+         {&attention_workspace_, &rotations_, &frequencies_, &scores_}) {
       bytes += static_cast<int64_t>(buffer->bytes());
     }
     return bytes;
@@ -208,7 +207,13 @@ class CudaBackend : public Backend {
       args.qkv = qkv.data;
       args.rotations = rotations_.get<float>();
       args.smooth_k = shape.spec.smooth_k;
-      args.rotate_keys = true;  // attention reads them where sequences begin
+      if (!decodes(shape)) {
+        grow(attention_workspace_,
+             kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step),
+             "the workspace of attention");
+        args.prefill = attention_workspace_.get();
+        args.softmax_scale = softmax_scale(shape);
+      }
       check(kernels::append_to_quantized_kv(args, stream_.get()), "appending to the KV cache");
       return;
     }
@@ -230,8 +235,11 @@ class CudaBackend : public Backend {
   void attention(Matrix qkv, const Batch& /*batch*/, const AttentionShape& shape, int64_t layer,
                  KvStorage& kv, Matrix out) override {
     const auto& cache = static_cast<const CudaKv&>(kv);
+    if (cache.type() == KvType::kInt8) {
+      attend_quantized(qkv, shape, layer, cache, out);
+      return;
+    }
     const int64_t dim = shape.head_dim;
-    if (cache.type() == KvType::kInt8 && decode_quantized(qkv, shape, layer, cache, out)) return;
     sagelm_attention_args args = attention_args(shape);
     args.batch = step_.num_sequences;
     args.max_q_len = step_.max_q_len;
@@ -241,29 +249,14 @@ class CudaBackend : public Backend {
     args.cu_q_lens = step_.cu_q_lens;
     args.k.token_stride = shape.num_kv_heads * dim;
     args.k.head_stride = dim;
-    if (cache.type() == KvType::kFp16) {
-      args.k.batch_stride = kPageTokens * shape.num_kv_heads * dim;
-      args.v = args.k;
-      args.k.data = cache.keys(layer);
-      args.v.data = cache.values(layer);
-      args.kv_lens = step_.kv_lens;
-      args.page_table = step_.page_table;
-      args.page_table_stride = step_.page_table_stride;
-      args.page_tokens = static_cast<int32_t>(kPageTokens);
-    } else if (step_.begins_all) {
-      // All keys and values are in this step's rows.
-      auto* rows = static_cast<std::byte*>(qkv.data);
-      const auto size = static_cast<int64_t>(element_size(Holds::kActivations));
-      args.k.token_stride = qkv.cols;
-      args.v = args.k;
-      args.k.data = rows + shape.num_heads * dim * size;
-      args.v.data = rows + (shape.num_heads + shape.num_kv_heads) * dim * size;
-      args.cu_kv_lens = step_.cu_kv_lens;
-    } else {
-      args.v = args.k;
-      std::tie(args.k.data, args.v.data) = expand(cache, shape, layer);
-      args.cu_kv_lens = step_.cu_kv_lens;
-    }
+    args.k.batch_stride = kPageTokens * shape.num_kv_heads * dim;
+    args.v = args.k;
+    args.k.data = cache.keys(layer);
+    args.v.data = cache.values(layer);
+    args.kv_lens = step_.kv_lens;
+    args.page_table = step_.page_table;
+    args.page_table_stride = step_.page_table_stride;
+    args.page_tokens = static_cast<int32_t>(kPageTokens);
     args.stream = stream_.get();
     const auto run = [&](sagelm_attention_status status) {
       if (status != SAGELM_ATTENTION_OK) {
@@ -409,6 +402,7 @@ class CudaBackend : public Backend {
     step.max_kv_len = step_.max_kv_len;
     step.max_closed_pages = step_.max_closed_pages;
     step.closes_first_page = step_.closes_first_page;
+    step.begins_in_first_page = step_.begins_in_first_page;
     step.positions = step_.positions;
     step.slots = step_.slots;
     step.cu_q_lens = step_.cu_q_lens;
@@ -420,39 +414,41 @@ class CudaBackend : public Backend {
     return step;
   }
 
-  // The attention of few rows, from the quantized pages themselves; false if there are too many.
-  bool decode_quantized(Matrix qkv, const AttentionShape& shape, int64_t layer, const CudaKv& cache,
+  static float softmax_scale(const AttentionShape& shape) {
+    return 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
+  }
+
+  // Whether the step's rows over a quantized cache are few enough for the decode kernel.
+  bool decodes(const AttentionShape& shape) const {
+    return kernels::quantized_kv_decode_takes(static_cast<int32_t>(shape.num_heads),
+                                              static_cast<int32_t>(shape.num_kv_heads),
+                                              step_.max_q_len);
+  }
+
+  // From the quantized pages themselves. Prefill's queries are where rope_append has left them.
+  void attend_quantized(Matrix qkv, const AttentionShape& shape, int64_t layer, const CudaKv& cache,
                         Matrix out) {
+    const kernels::QuantizedKv view = cache.quantized(layer, shape.num_heads);
+    const kernels::QuantizedKvStep step = quantized_step();
+    if (!decodes(shape)) {
+      check(kernels::prefill_from_quantized_kv(
+                {.cache = view, .step = step, .out = out.data, .out_stride = out.cols},
+                attention_workspace_.get(), stream_.get()),
+            "attention from the quantized cache");
+      return;
+    }
     kernels::DecodeFromQuantizedKv args;
-    args.cache = cache.quantized(layer, shape.num_heads);
-    args.step = quantized_step();
+    args.cache = view;
+    args.step = step;
     args.queries = qkv.data;
     args.query_stride = qkv.cols;
     args.out = out.data;
     args.out_stride = out.cols;
-    args.softmax_scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
-    if (!kernels::quantized_kv_decode_takes(args)) return false;
+    args.softmax_scale = softmax_scale(shape);
     grow(attention_workspace_, kernels::quantized_kv_decode_workspace_bytes(args),
          "the workspace of attention");
     check(kernels::decode_from_quantized_kv(args, attention_workspace_.get(), stream_.get()),
           "attention from the quantized cache");
-    return true;
-  }
-
-  // Keys and values of a layer of the quantized cache as plain tensors.
-  std::pair<void*, void*> expand(const CudaKv& cache, const AttentionShape& shape, int64_t layer) {
-    const auto bytes = static_cast<size_t>(step_.kv_tokens * shape.num_kv_heads * shape.head_dim) *
-                       element_size(Holds::kActivations);
-    grow(expanded_keys_, bytes, "the keys of a quantized cache");
-    grow(expanded_values_, bytes, "the values of a quantized cache");
-    kernels::ExpandQuantizedKv args;
-    args.cache = cache.quantized(layer, shape.num_heads);
-    args.step = quantized_step();
-    args.cu_kv_lens = step_.cu_kv_lens;
-    args.keys = expanded_keys_.get();
-    args.values = expanded_values_.get();
-    check(kernels::expand_quantized_kv(args, stream_.get()), "reading the quantized cache");
-    return {expanded_keys_.get(), expanded_values_.get()};
   }
 
   // Makes buffer hold at least so many bytes; what it held is lost.
@@ -542,8 +538,7 @@ class CudaBackend : public Backend {
   std::vector<Weight> weights_;
   int64_t weight_bytes_ = 0;
   std::vector<DeviceBuffer> scratch_;
-  DeviceBuffer attention_workspace_, expanded_keys_, expanded_values_, rotations_, frequencies_,
-      scores_, flag_;
+  DeviceBuffer attention_workspace_, rotations_, frequencies_, scores_, flag_;
   std::vector<float> rotated_by_;  // the inverse frequencies in rotations_
   int64_t num_rotations_ = 0;
   PinnedBuffer readback_;
