@@ -192,6 +192,7 @@ void GpuQuantizedKv::append(const std::vector<int>& counts, bool for_prefill) {
   args.smooth_k = smooth_k_;
   args.softmax_scale = decode_args().softmax_scale;
   for_prefill_ = for_prefill;
+  tiles_.clear();
   if (for_prefill) {
     prefill_workspace_ =
         DeviceBuffer(kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step));
@@ -365,6 +366,18 @@ double GpuQuantizedKv::row(int sequence, int position, int column) const {
                                                : bfloat16_to_float(float_to_bfloat16(value));
 }
 
+const std::vector<GpuQuantizedKv::Page>& GpuQuantizedKv::tiles(int sequence, int kv_head) const {
+  const auto [found, is_new] = tiles_.try_emplace({sequence, kv_head});
+  std::vector<Page>& tiles = found->second;
+  if (!is_new) return tiles;
+  const int pages = length(sequence) / kPage;
+  for (int i = 0; i < pages; ++i) tiles.push_back(page(sequence, i, kv_head));
+  if (for_prefill_ && length(sequence) % kPage != 0) {
+    tiles.push_back(expected_page(sequence, pages, kv_head, mean(sequence, kv_head)));
+  }
+  return tiles;
+}
+
 GpuQuantizedKv::Row GpuQuantizedKv::oracle(int sequence, int query_index, int head) const {
   const int dim = shape_.dim, kv_head = head / (shape_.heads / shape_.kv_heads);
   const double scale = 1.0 / std::sqrt(static_cast<double>(dim));
@@ -378,8 +391,7 @@ GpuQuantizedKv::Row GpuQuantizedKv::oracle(int sequence, int query_index, int he
   const float inverse = recipe::kInt8Max / amax;
   for (const double x : q) integers.push_back(std::nearbyint(x * double(inverse)));
   const int length = lengths_[static_cast<size_t>(sequence)];
-  // Tiles of quantized tokens.
-  const int full = for_prefill_ ? (length + kPage - 1) / kPage : length / kPage;
+  const auto full = static_cast<int>(tiles(sequence, kv_head).size());
   double mean_product = 0;
   const std::vector<float> mean = this->mean(sequence, kv_head);
   if (full > 0) {
@@ -387,11 +399,7 @@ GpuQuantizedKv::Row GpuQuantizedKv::oracle(int sequence, int query_index, int he
       mean_product += q[static_cast<size_t>(c)] * static_cast<double>(mean[static_cast<size_t>(c)]);
     }
   }
-  std::vector<Page> pages;
-  for (int i = 0; i < full; ++i) {
-    pages.push_back((i + 1) * kPage <= length ? page(sequence, i, kv_head)
-                                              : expected_page(sequence, i, kv_head, mean));
-  }
+  const std::vector<Page>& pages = tiles(sequence, kv_head);
   const int seen = length - last_count(sequence) + query_index + 1;
   std::vector<double> logits;
   for (int key = 0; key < seen; ++key) {

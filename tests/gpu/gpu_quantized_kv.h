@@ -5,6 +5,8 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <map>
+#include <utility>
 #include <vector>
 
 #include "gpu/gpu_attention.h"
@@ -90,6 +92,8 @@ class GpuQuantizedKv {
     return rotated_[static_cast<size_t>(sequence)]
                    [static_cast<size_t>(position) * shape_.width() + static_cast<size_t>(column)];
   }
+  // What a KV head's rows see as tiles of quantized tokens: its pages, for prefill() with the tail.
+  const std::vector<Page>& tiles(int sequence, int kv_head) const;
   int last_count(int sequence) const {
     return cu_q_lens_[static_cast<size_t>(sequence) + 1] -
            cu_q_lens_[static_cast<size_t>(sequence)];
@@ -111,6 +115,7 @@ class GpuQuantizedKv {
 
   // Of the last step.
   bool for_prefill_ = false;
+  mutable std::map<std::pair<int, int>, std::vector<Page>> tiles_;  // of those asked for
   kernels::QuantizedKvStep step_;
   DeviceBuffer prefill_workspace_;
   GpuArray qkv_;
