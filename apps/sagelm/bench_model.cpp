@@ -141,18 +141,10 @@ double prefill_ops(const ModelInfo& info, int64_t tokens) {
          2 * hidden * static_cast<double>(info.vocab_size);
 }
 
-DeviceBounds measure_bounds(const LoadOptions& options, const ModelBenchPlan& plan,
-                            const std::vector<std::string>& attention) {
+DeviceBounds measure_bounds(const LoadOptions& options, const ModelBenchPlan& plan) {
   const std::unique_ptr<Backend> backend = make_backend(options.device, options.threads);
   const Checkpoint checkpoint = open_checkpoint(options);
   const ModelConfig& config = checkpoint.config();
-  for (const std::string& name : attention) {
-    backend->check_attention(
-        {.num_heads = config.num_heads,
-         .num_kv_heads = config.num_kv_heads,
-         .head_dim = config.head_dim,
-         .spec = {.variant = parse_attention_variant(name), .smooth_k = options.smooth_k}});
-  }
   DeviceBounds bounds;
   bounds.device = backend->device_name();
   bounds.ceilings = backend->measure_ceilings();

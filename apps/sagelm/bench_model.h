@@ -43,9 +43,7 @@ struct DeviceBounds {
   std::vector<double> linear_seconds;
   int64_t weight_bytes_per_token = 0;  // read by one decode step
 };
-// Throws UsageError or Error, before it measures, for attention kernels that the device lacks.
-DeviceBounds measure_bounds(const LoadOptions& options, const ModelBenchPlan& plan,
-                            const std::vector<std::string>& attention);
+DeviceBounds measure_bounds(const LoadOptions& options, const ModelBenchPlan& plan);
 
 // Runs plan under the model's current attention. session must be new.
 std::vector<PrefillResult> bench_prefill(const Model& model, Session& session,

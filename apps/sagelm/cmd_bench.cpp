@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "adaptive.h"
 #include "bench_model.h"
 #include "bench_output.h"
 #include "commands.h"
@@ -31,6 +32,13 @@ std::string shown(const Spread& spread) {
 
 std::string in_gib(int64_t bytes) {
   return fmt::format("{:.3f} GiB", static_cast<double>(bytes) / (1 << 30));
+}
+
+// The options of one of the attentions that are measured.
+CommonOptions with_attention(CommonOptions options, const std::string& name) {
+  options.attention = name;
+  if (!is_adaptive(options)) options.calibration.clear();
+  return options;
 }
 
 // A list that was not given gets what of the defaults fits the model, or the longest that does.
@@ -97,7 +105,8 @@ Shown show_memory(const Model& model, const ModelInfo& expected) {
 
 void run_model(const ModelFlags& flags) {
   CommonOptions common = flags.common;
-  common.attention = flags.attention.front();
+  check_calibration_option(common, flags.attention);
+  common = with_attention(common, flags.attention.front());
   ModelBenchPlan plan = flags.plan;
   const int64_t longest = Model::inspect(load_options(common)).max_context - plan.decode_tokens - 1;
   fill_in(plan.prompt_tokens, {512, 2048}, longest);
@@ -106,9 +115,12 @@ void run_model(const ModelFlags& flags) {
   LoadOptions load = load_options(common);
   load.batch_tokens = flags.batch_tokens;
   const ModelInfo expected = Model::inspect(load);  // refuses what doesn't fit before the work
+  for (const std::string& name : flags.attention) {
+    Model::inspect(load_options(with_attention(common, name)));
+  }
   ResultOutput output(common.json);
 
-  const DeviceBounds bounds = measure_bounds(load, plan, flags.attention);
+  const DeviceBounds bounds = measure_bounds(load, plan);
   const Ceilings& best = bounds.ceilings;
   const auto begin = std::chrono::steady_clock::now();
   Model model = load_model(common, flags.batch_tokens);
@@ -133,7 +145,8 @@ void run_model(const ModelFlags& flags) {
   Progress progress("measuring", "settings", static_cast<int64_t>(flags.attention.size()));
   int64_t done = 0;
   for (const std::string& name : flags.attention) {
-    model.set_attention(name, !common.no_smooth_k, common.kv_cache);
+    const std::string attention = resolve_attention(model, with_attention(flags.common, name));
+    model.set_attention(attention, !common.no_smooth_k, common.kv_cache);
     Session session = model.start_session();  // with the cache that goes with the attention
     Json result = {{"attention", name},
                    {"kernel", model.info().attention},
@@ -163,9 +176,9 @@ void add_bench_model(CLI::App& bench) {
   CLI::App* command = bench.add_subcommand(
       "model", "Prefill and decode speed, with what share of the device's own speed each is");
   auto flags = std::make_shared<ModelFlags>();
-  add_common_options(
-      *command, flags->common,
-      kModelGroup | kRandomGroup | kCacheGroup | kDeviceGroup | kJsonGroup | kVerboseGroup);
+  add_common_options(*command, flags->common,
+                     kModelGroup | kRandomGroup | kCalibrationGroup | kCacheGroup | kDeviceGroup |
+                         kJsonGroup | kVerboseGroup);
   add_attention_list(*command, flags->attention);
   command->add_flag("--no-smooth-k", flags->common.no_smooth_k,
                     "quantize K as it is, its mean left in");

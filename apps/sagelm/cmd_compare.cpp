@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "adaptive.h"
 #include "base/error.h"
 #include "commands.h"
 #include "compare_output.h"
@@ -39,7 +40,6 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr size_t kMostSettings = 16;
-constexpr int64_t kProbedTokens = 512;  // of a window, at most
 
 struct CompareFlags {
   EvalFlags eval;  // its --attention is a list of settings
@@ -114,6 +114,12 @@ std::vector<Setting> parse_settings(const CommonOptions& common) {
   if (settings.size() > kMostSettings) {
     fail_usage("compare takes {} settings at most, not {}", kMostSettings, settings.size());
   }
+  std::vector<std::string> attentions;
+  for (Setting& setting : settings) {
+    attentions.push_back(setting.common.attention);
+    if (!is_adaptive(setting.common)) setting.common.calibration.clear();
+  }
+  check_calibration_option(common, attentions);
   for (const Setting& setting : settings) Model::inspect(load_options(setting.common));
   return settings;
 }
@@ -136,7 +142,7 @@ class Models {
         found = std::prev(loaded_.end());
       }
       users_.push_back({.model = &found->model,
-                        .attention = setting.common.attention,
+                        .attention = resolve_attention(found->model, setting.common),
                         .smooth_k = !setting.common.no_smooth_k,
                         .kv_cache = setting.common.kv_cache});
     }
@@ -208,16 +214,7 @@ void compare_layers(const CompareFlags& flags, const Task& task, Models& models,
   }
   Progress progress("probing attention", "settings", static_cast<int64_t>(result.settings.size()));
   for (size_t s = 0; s < result.settings.size(); ++s) {
-    Model& model = models.use(s);
-    const ModelInfo info = model.info();
-    result.layers.push_back(measure_layers(
-        texts,
-        {.num_heads = info.num_heads, .num_kv_heads = info.num_kv_heads, .head_dim = info.head_dim},
-        [&model](std::span<const int32_t> ids,
-                 const std::function<void(const Model::AttentionRecord&)>& on_layer) {
-          model.probe_attention(ids, on_layer);
-        },
-        [] { return !interrupted(); }));
+    result.layers.push_back(measure_layers(texts, models.use(s), [] { return !interrupted(); }));
     progress.update(static_cast<int64_t>(s) + 1);
     if (interrupted()) {
       result.layers.clear();  // a part of the settings, or of the texts, compares nothing

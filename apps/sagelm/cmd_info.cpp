@@ -2,8 +2,10 @@
 #include <spdlog/fmt/fmt.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 
+#include "adaptive.h"
 #include "commands.h"
 #include "json_output.h"
 #include "options.h"
@@ -69,9 +71,22 @@ void run_info(const CommonOptions& options) {
   ResultOutput output(options.json);
   Json object = Json::object();
   std::string table;
-  for (const Row& row : make_rows(Model::inspect(load_options(options)))) {
+  ModelInfo info = Model::inspect(load_options(options));
+  std::optional<Calibration> calibration;
+  if (is_adaptive(options)) calibration = stored_calibration(options);
+  if (is_adaptive(options) && !calibration) {
+    info.attention = fmt::format(
+        "{}: not chosen yet, the first run with it or sagelm calibrate does that", kAdaptive);
+    info.layer_attention.clear();
+  }
+  for (const Row& row : make_rows(info)) {
     object[row.key] = row.value;
     table += fmt::format("{:<28}{}\n", row.label, row.shown);
+  }
+  object["layer_attention"] = info.layer_attention;
+  if (calibration) {
+    object["calibration"] = Json::parse(calibration_json(*calibration));
+    table += describe_calibration(*calibration, calibration_file(options, calibration->key));
   }
   output.text(table);
   output.json(object);

@@ -14,6 +14,7 @@ void add_lambada(CLI::App& app);
 void add_mmlu(CLI::App& app);
 void add_compare(CLI::App& app);
 void add_bench(CLI::App& app);
+void add_calibrate(CLI::App& app);
 void add_tokenize(CLI::App& app);
 void add_info(CLI::App& app);
 

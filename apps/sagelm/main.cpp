@@ -33,6 +33,7 @@ int run(int argc, char** argv) {
   sagelm::cli::add_mmlu(app);
   sagelm::cli::add_compare(app);
   sagelm::cli::add_bench(app);
+  sagelm::cli::add_calibrate(app);
   sagelm::cli::add_tokenize(app);
   sagelm::cli::add_info(app);
   if (argc <= 1) {

@@ -8,6 +8,7 @@
 #include <iostream>
 #include <iterator>
 
+#include "adaptive.h"
 #include "base/error.h"
 #include "checkpoint/checkpoint.h"
 #include "progress.h"
@@ -91,11 +92,15 @@ const std::array kCommonFlags = {
                "llama2-7b, llama2-13b, llama3-8b, llama3.2-1b, tinyllama-1.1b or llama-160m",
                add_value<&CommonOptions::random_weights>},
     CommonFlag{kKernelGroup, "--attention", "NAME", "sage",
-               "attention kernel: fp16, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b], or sage (the best of "
-               "them for the device)",
+               "attention kernel: fp16, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b], sage (the best of "
+               "them for the device), sage-adaptive (for each layer the fastest that is accurate "
+               "enough there, see calibrate), or one for each layer, separated by /",
                add_value<&CommonOptions::attention>},
     CommonFlag{kKernelGroup, "--no-smooth-k", "", "", "quantize K as it is, its mean left in",
                add_switch<&CommonOptions::no_smooth_k>},
+    CommonFlag{kCalibrationGroup, "--calibration", "FILE", "in the cache directory",
+               "where the choice of sage-adaptive is kept; made and written if it is not there",
+               add_value<&CommonOptions::calibration>},
     CommonFlag{kCacheGroup, "--kv-cache", "auto|fp16|int8", "auto",
                "KV cache: fp16, int8 (8-bit keys and values, half the memory; with sage2), or auto "
                "(int8 where it can be had)",
@@ -157,6 +162,7 @@ LoadOptions load_options(const CommonOptions& options) {
   } else if (!options.model.empty()) {
     throw UsageError("-m names a checkpoint and --random-weights makes one up: use one of them");
   }
+  check_calibration_option(options, {&options.attention, 1});
   load.random_weights = options.random_weights;
   load.attention = options.attention;
   load.smooth_k = !options.no_smooth_k;
@@ -164,6 +170,17 @@ LoadOptions load_options(const CommonOptions& options) {
   load.device = options.device;
   load.threads = options.threads;
   load.context = options.context;
+  if (is_adaptive(options)) {
+    if (!options.random_weights.empty()) {
+      fail_usage("{} cannot be calibrated with made-up weights: name an attention", kAdaptive);
+    }
+    if (const std::optional<Calibration> stored = stored_calibration(options)) {
+      load.attention = stored->attention();
+    } else {  // what runs everywhere, until load_model has chosen
+      load.attention = "fp16";
+      load.kv_cache = "auto";
+    }
+  }
   return load;
 }
 
@@ -175,6 +192,9 @@ Model load_model(const CommonOptions& options, int64_t batch_tokens) {
     progress.update(static_cast<int64_t>(fraction * kProgressSteps));
   };
   Model model = Model::load(load);
+  if (is_adaptive(options)) {
+    model.set_attention(resolve_attention(model, options), load.smooth_k, options.kv_cache);
+  }
   if (options.verbose) {
     const ModelInfo info = model.info();
     std::cerr << fmt::format(

@@ -19,6 +19,7 @@ struct CommonOptions {
   std::string random_weights;      // as in LoadOptions
   std::string attention = "sage";  // as --attention takes it
   bool no_smooth_k = false;
+  std::string calibration;  // the file of sage-adaptive's choice; empty: in the cache directory
   std::string kv_cache = "auto";
   std::string device = "auto";
   int threads = 0;      // 0: one per core
@@ -30,16 +31,17 @@ struct CommonOptions {
 
 // Groups of common flags, to be or-ed.
 enum OptionGroup : unsigned {
-  kModelGroup = 1,     // -m
-  kKernelGroup = 2,    // --attention --no-smooth-k
-  kContextGroup = 4,   // --ctx (a command for which it means something else defines its own)
-  kSeedGroup = 8,      // --seed
-  kJsonGroup = 16,     // --json [FILE]
-  kVerboseGroup = 32,  // -v
-  kRandomGroup = 64,   // --random-weights
-  kCacheGroup = 128,   // --kv-cache
-  kDeviceGroup = 256,  // --device --threads
-  kComputeGroup = kKernelGroup | kCacheGroup | kDeviceGroup,
+  kModelGroup = 1,          // -m
+  kKernelGroup = 2,         // --attention --no-smooth-k
+  kContextGroup = 4,        // --ctx (a command for which it means something else defines its own)
+  kSeedGroup = 8,           // --seed
+  kJsonGroup = 16,          // --json [FILE]
+  kVerboseGroup = 32,       // -v
+  kRandomGroup = 64,        // --random-weights
+  kCacheGroup = 128,        // --kv-cache
+  kDeviceGroup = 256,       // --device --threads
+  kCalibrationGroup = 512,  // --calibration
+  kComputeGroup = kKernelGroup | kCalibrationGroup | kCacheGroup | kDeviceGroup,
 };
 
 // Adds the flags of groups to command. options must live as long as the command.
@@ -52,11 +54,13 @@ std::filesystem::path model_path(const CommonOptions& options);
 // The tokenizer alone: data is checked and tokenized before any weights are read.
 Tokenizer open_tokenizer(const CommonOptions& options);
 
-// options as the engine takes them, without progress.
+// options as the engine takes them, without progress. Of sage-adaptive the choice that is kept, or
+// where there is none fp16. Throws what stored_calibration throws (adaptive.h), and
+// UsageError for flags that contradict each other.
 LoadOptions load_options(const CommonOptions& options);
 
-// Loads the model with a progress bar; with -v says on stderr what was loaded. batch_tokens as in
-// LoadOptions; 0 keeps its default.
+// Loads the model with a progress bar, its attention calibrated if that is still to be done; with
+// -v says on stderr what was loaded. batch_tokens as in LoadOptions; 0 keeps its default.
 Model load_model(const CommonOptions& options, int64_t batch_tokens = 0);
 
 // All of a file, or of standard input for "-". Throws Error naming the file.

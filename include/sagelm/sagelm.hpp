@@ -26,10 +26,11 @@ struct LoadOptions {
   // In place of a model: an architecture with made-up weights, "llama2-7b" for example, ":bf16"
   // behind it for BF16 instead of FP16. It has no tokenizer, so its text stays empty.
   std::string random_weights = {};
-  std::string attention = "sage";  // fp16, sage, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b]
+  // fp16, sage, sage1[-t|-b|-vt|-vb] or sage2[-8b|-4b]; or one of them per layer, separated by '/'.
+  std::string attention = "sage";
   bool smooth_k = true;
   // fp16, int8 (full pages quantized: half the bytes; for sage2) or auto, which is int8 where the
-  // attention and the device can read it. docs/kv-cache.md
+  // attention of every layer and the device can read it. docs/kv-cache.md
   std::string kv_cache = "auto";
   std::string device = "auto";  // auto, cpu, cuda or cuda:N
   int threads = 0;              // 0: one per core
@@ -43,7 +44,10 @@ struct ModelInfo {
   std::string architecture;  // e.g. "LlamaForCausalLM"
   std::string device;        // e.g. "cpu (2 threads, avx512-vnni attention, BF16 products)"
   std::string attention;     // the kernel that runs, e.g. "sage2-8b (INT8 QK per thread, …)"
-  std::string dtype;         // of the stored weights
+  std::vector<std::string> layer_attention;  // the variant that runs in each layer
+  // What an adaptive choice picks from on this device, fastest first, the last being fp16.
+  std::vector<std::string> adaptive_attention;
+  std::string dtype;  // of the stored weights
   int64_t num_parameters = 0;
   int64_t vocab_size = 0;
   int64_t hidden_size = 0;

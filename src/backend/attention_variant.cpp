@@ -1,6 +1,8 @@
 #include "backend/attention_variant.h"
 
+#include <algorithm>
 #include <array>
+#include <cstddef>
 
 #include "base/error.h"
 
@@ -45,6 +47,22 @@ const VariantRow& row_of(AttentionVariant variant) {
   fail("attention variant number {} does not exist", static_cast<int>(variant));
 }
 
+// The layers that have this variant, as "layers 0-3, 5".
+std::string layers_of(AttentionVariant variant, std::span<const AttentionSpec> layers) {
+  std::string ranges;
+  size_t count = 0;
+  for (size_t first = 0; first < layers.size(); ++first) {
+    if (layers[first].variant != variant) continue;
+    size_t last = first;
+    while (last + 1 < layers.size() && layers[last + 1].variant == variant) ++last;
+    if (!ranges.empty()) ranges += ", ";
+    ranges += first == last ? fmt::format("{}", first) : fmt::format("{}-{}", first, last);
+    count += last - first + 1;
+    first = last;
+  }
+  return (count == 1 ? "layer " : "layers ") + ranges;
+}
+
 }  // namespace
 
 std::string_view attention_variant_name(AttentionVariant variant) { return row_of(variant).name; }
@@ -68,6 +86,40 @@ std::string describe_attention(const AttentionSpec& spec) {
   const std::string_view smoothing =
       !row.quantized ? "" : (spec.smooth_k ? ", smoothed K" : ", K not smoothed");
   return fmt::format("{} ({}{})", row.name, row.operands, smoothing);
+}
+
+std::vector<AttentionSpec> parse_layer_attention(std::string_view names, int64_t num_layers,
+                                                 bool smooth_k) {
+  std::vector<AttentionSpec> layers;
+  for (bool more = true; more;) {
+    const size_t slash = names.find('/');
+    layers.push_back(
+        {.variant = parse_attention_variant(names.substr(0, slash)), .smooth_k = smooth_k});
+    more = slash != std::string_view::npos;
+    if (more) names.remove_prefix(slash + 1);
+  }
+  const auto count = static_cast<size_t>(num_layers);
+  if (layers.size() == 1) layers.resize(count, layers.front());
+  if (layers.size() != count) {
+    fail_usage("attention is named for {} layers, and the model has {}", layers.size(), num_layers);
+  }
+  return layers;
+}
+
+std::string describe_layer_attention(std::span<const AttentionSpec> layers) {
+  const AttentionSpec& first = layers.front();
+  if (std::ranges::all_of(layers, [&first](const AttentionSpec& spec) { return spec == first; })) {
+    return describe_attention(first);
+  }
+  std::string text;
+  for (const VariantRow& row : kVariants) {
+    const bool used = std::ranges::any_of(
+        layers, [&row](const AttentionSpec& spec) { return spec.variant == row.variant; });
+    if (!used) continue;
+    if (!text.empty()) text += "; ";
+    text += fmt::format("{} in {}", row.name, layers_of(row.variant, layers));
+  }
+  return text + (first.smooth_k ? " (smoothed K)" : " (K not smoothed)");
 }
 
 }  // namespace sagelm

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace sagelm {
 
@@ -20,6 +22,7 @@ enum class AttentionVariant : uint8_t {
 struct AttentionSpec {
   AttentionVariant variant = AttentionVariant::kSage2_8b;
   bool smooth_k = true;
+  bool operator==(const AttentionSpec&) const = default;
 };
 
 // Canonical name, as --attention takes it ("sage2-8b").
@@ -32,5 +35,13 @@ AttentionVariant parse_attention_variant(std::string_view name);
 // One sentence for reports: which kernel runs, its operand types, granularity and smoothing,
 // e.g. "sage2-8b (INT8 QK per thread, FP8 e4m3 PV two-level, smoothed K)".
 std::string describe_attention(const AttentionSpec& spec);
+
+// A variant's name for all layers, or one for each, separated by '/'. Returns one spec per layer.
+// Throws UsageError for an unknown name and for another number of names.
+std::vector<AttentionSpec> parse_layer_attention(std::string_view names, int64_t num_layers,
+                                                 bool smooth_k);
+// As describe_attention where all layers have the same, else which layers have which, e.g.
+// "sage2-8b in layers 0-3, 5; fp16 in layer 4 (smoothed K)".
+std::string describe_layer_attention(std::span<const AttentionSpec> layers);
 
 }  // namespace sagelm

@@ -94,6 +94,8 @@ class Backend {
   virtual size_t element_size(Holds holds) const = 0;
   // Throws UsageError for a variant, Error for a shape, that attention() could not compute.
   virtual void check_attention(const AttentionShape& shape) const = 0;
+  // What sage-adaptive picks from, fastest first, the last one being FP16 (docs/architecture.md).
+  virtual std::vector<AttentionVariant> adaptive_variants() const = 0;
   // Whether attention() can read a kInt8 cache.
   virtual bool reads_int8_kv(const AttentionShape& shape) const = 0;
 
@@ -101,9 +103,10 @@ class Backend {
   virtual void begin(const Batch& batch) = 0;
 
   // Does `work`, which calls operations of this step on kv and reads nothing back. What it does may
-  // depend only on the number of sequences and rows, on kv and on spec: an implementation may keep
-  // what was enqueued and repeat that for a later step alike instead of calling work.
-  virtual void repeat(const KvStorage& /*kv*/, const AttentionSpec& /*spec*/,
+  // depend only on the number of sequences and rows, on kv and on the layers' attention: an
+  // implementation may keep what was enqueued and repeat that for a later step alike instead of
+  // calling work.
+  virtual void repeat(const KvStorage& /*kv*/, std::span<const AttentionSpec> /*layers*/,
                       const std::function<void()>& work) {
     work();
   }

@@ -55,33 +55,33 @@ int64_t estimate_weights(const ModelWeights& weights, const Backend& backend) {
   return bytes;
 }
 
-AttentionSpec attention_spec(std::string_view name, bool smooth_k) {
-  return {.variant = parse_attention_variant(name), .smooth_k = smooth_k};
-}
-
 constexpr std::string_view kv_type_name(KvType type) {
   return type == KvType::kInt8 ? "int8" : "fp16";
 }
 
-// Checks that the backend has the attention and the cache that goes with it; the type of that.
-KvType check_attention(const AttentionSpec& spec, std::string_view kv_cache,
+// Checks that the backend has the layers' attention and the cache that goes with all of it; the
+// type of that.
+KvType check_attention(std::span<const AttentionSpec> layers, std::string_view kv_cache,
                        const ModelConfig& config, const Backend& backend) {
-  const AttentionShape shape{.num_heads = config.num_heads,
-                             .num_kv_heads = config.num_kv_heads,
-                             .head_dim = config.head_dim,
-                             .spec = spec};
-  backend.check_attention(shape);
-  if (kv_cache == kv_type_name(KvType::kFp16)) return KvType::kFp16;
-  const bool reads_int8 = backend.reads_int8_kv(shape);
-  if (kv_cache == "auto") return reads_int8 ? KvType::kInt8 : KvType::kFp16;
-  if (kv_cache != kv_type_name(KvType::kInt8)) {
+  const bool any = kv_cache == "auto";
+  if (!any && kv_cache != kv_type_name(KvType::kFp16) && kv_cache != kv_type_name(KvType::kInt8)) {
     fail_usage("unknown type of KV cache '{}': use auto, fp16 or int8", kv_cache);
   }
-  if (!reads_int8) {
-    fail_usage("attention {} on {} cannot read an 8-bit KV cache: use --kv-cache auto or fp16",
-               attention_variant_name(spec.variant), backend.device_name());
+  bool all_read_int8 = true;
+  for (const AttentionSpec& spec : layers) {
+    const AttentionShape shape{.num_heads = config.num_heads,
+                               .num_kv_heads = config.num_kv_heads,
+                               .head_dim = config.head_dim,
+                               .spec = spec};
+    backend.check_attention(shape);
+    const bool reads_int8 = backend.reads_int8_kv(shape);
+    if (!reads_int8 && kv_cache == kv_type_name(KvType::kInt8)) {
+      fail_usage("attention {} on {} cannot read an 8-bit KV cache: use --kv-cache auto or fp16",
+                 attention_variant_name(spec.variant), backend.device_name());
+    }
+    all_read_int8 = all_read_int8 && reads_int8;
   }
-  return KvType::kInt8;
+  return kv_cache != kv_type_name(KvType::kFp16) && all_read_int8 ? KvType::kInt8 : KvType::kFp16;
 }
 
 void set_kv_info(KvType type, const ModelConfig& config, ModelInfo& info) {
@@ -97,6 +97,14 @@ void set_kv_info(KvType type, const ModelConfig& config, ModelInfo& info) {
   info.kv_bytes = layout.bytes();
 }
 
+void set_attention_info(std::span<const AttentionSpec> layers, ModelInfo& info) {
+  info.attention = describe_layer_attention(layers);
+  info.layer_attention.clear();
+  for (const AttentionSpec& spec : layers) {
+    info.layer_attention.emplace_back(attention_variant_name(spec.variant));
+  }
+}
+
 // Checks the options that need the config, and reports the rest.
 ModelInfo describe(const Checkpoint& checkpoint, const LoadOptions& options,
                    const Backend& backend) {
@@ -109,13 +117,17 @@ ModelInfo describe(const Checkpoint& checkpoint, const LoadOptions& options,
   if (options.batch_tokens < 2) {
     fail_usage("a step must take 2 tokens or more, not {}", options.batch_tokens);
   }
-  const KvType kv_type = check_attention(attention_spec(options.attention, options.smooth_k),
-                                         options.kv_cache, config, backend);
+  const std::vector<AttentionSpec> attention =
+      parse_layer_attention(options.attention, config.num_layers, options.smooth_k);
+  const KvType kv_type = check_attention(attention, options.kv_cache, config, backend);
   ModelInfo info;
   info.name = config.name;
   info.architecture = "LlamaForCausalLM";
   info.device = backend.device_name();
-  info.attention = describe_attention(attention_spec(options.attention, options.smooth_k));
+  set_attention_info(attention, info);
+  for (const AttentionVariant variant : backend.adaptive_variants()) {
+    info.adaptive_attention.emplace_back(attention_variant_name(variant));
+  }
   info.dtype = dtype_name(config.dtype);
   info.num_parameters = checkpoint.num_parameters();
   info.vocab_size = config.vocab_size;
@@ -164,22 +176,23 @@ Model::Model(Model&&) noexcept = default;
 Model& Model::operator=(Model&&) noexcept = default;
 
 Model Model::load(const LoadOptions& options) {
-  // What can be refused without reading weights is refused first.
-  const AttentionSpec attention = attention_spec(options.attention, options.smooth_k);
   auto impl = std::make_shared<Impl>();
   impl->options = options;
   impl->backend = make_backend(options.device, options.threads);
   const Checkpoint checkpoint = open_checkpoint(options);
   const ModelConfig& config = checkpoint.config();
   impl->info = describe(checkpoint, options, *impl->backend);
+  std::vector<AttentionSpec> attention =
+      parse_layer_attention(options.attention, config.num_layers, options.smooth_k);
   impl->kv_type = check_attention(attention, options.kv_cache, config, *impl->backend);
   if (options.random_weights.empty()) {
     impl->tokenizer = std::make_unique<Tokenizer>(Tokenizer::open(checkpoint.directory()));
     impl->tokenizer->check_fits(config.vocab_size);
     check_weights_finite(checkpoint.weights());
   }
-  impl->llama = std::make_unique<Llama>(config, checkpoint.weights(), *impl->backend, attention,
-                                        options.progress);
+  impl->llama = std::make_unique<Llama>(config, checkpoint.weights(), *impl->backend,
+                                        attention.front(), options.progress);
+  impl->llama->set_attention(std::move(attention));
   impl->info.weight_bytes = impl->backend->memory_bytes();
   impl->info.device = impl->backend->device_name();  // it knows its types now
   return Model(std::move(impl));
@@ -208,12 +221,12 @@ std::string Model::detokenize(std::span<const int32_t> ids) const {
 }
 
 void Model::set_attention(std::string_view name, bool smooth_k, std::string_view kv_cache) {
-  const AttentionSpec spec = attention_spec(name, smooth_k);
   const ModelConfig& config = impl_->llama->config();
-  impl_->kv_type = check_attention(spec, kv_cache, config, *impl_->backend);
-  impl_->llama->set_attention(spec);
+  std::vector<AttentionSpec> layers = parse_layer_attention(name, config.num_layers, smooth_k);
+  impl_->kv_type = check_attention(layers, kv_cache, config, *impl_->backend);
   set_kv_info(impl_->kv_type, config, impl_->info);
-  impl_->info.attention = describe_attention(spec);
+  set_attention_info(layers, impl_->info);
+  impl_->llama->set_attention(std::move(layers));
 }
 
 Generation Model::generate(std::string_view prompt, const GenerateOptions& options,

@@ -122,4 +122,17 @@ std::vector<AttentionError> measure_layers(std::span<const std::span<const int32
   return errors.layers();
 }
 
+std::vector<AttentionError> measure_layers(std::span<const std::span<const int32_t>> texts,
+                                           Model& model, const std::function<bool()>& after_text) {
+  const ModelInfo info = model.info();
+  return measure_layers(
+      texts,
+      {.num_heads = info.num_heads, .num_kv_heads = info.num_kv_heads, .head_dim = info.head_dim},
+      [&model](std::span<const int32_t> ids,
+               const std::function<void(const Model::AttentionRecord&)>& on_layer) {
+        model.probe_attention(ids, on_layer);
+      },
+      after_text);
+}
+
 }  // namespace sagelm

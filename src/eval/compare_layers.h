@@ -12,6 +12,9 @@
 
 namespace sagelm {
 
+// Tokens of a text that are probed, at most: exact attention takes long.
+inline constexpr int64_t kProbedTokens = 512;
+
 struct AttentionDims {
   int64_t num_heads = 0;
   int64_t num_kv_heads = 0;  // divides num_heads
@@ -58,5 +61,8 @@ using AttentionProber =
 std::vector<AttentionError> measure_layers(std::span<const std::span<const int32_t>> texts,
                                            const AttentionDims& dims, const AttentionProber& prober,
                                            const std::function<bool()>& after_text);
+// The same of a model with the attention that it has now.
+std::vector<AttentionError> measure_layers(std::span<const std::span<const int32_t>> texts,
+                                           Model& model, const std::function<bool()>& after_text);
 
 }  // namespace sagelm

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 #include <numbers>
+#include <utility>
 
 #include "base/dtype.h"
 #include "base/error.h"
@@ -99,7 +100,7 @@ std::vector<float> rope_inverse_frequencies(const ModelConfig& config) {
 Llama::Llama(const ModelConfig& config, const ModelWeights& weights, Backend& backend,
              const AttentionSpec& attention, const std::function<void(double)>& progress)
     : config_(config),
-      spec_(attention),
+      attention_(static_cast<size_t>(config.num_layers), attention),
       backend_(&backend),
       inverse_frequencies_(rope_inverse_frequencies(config)) {
   embedding_ = backend.add_embedding(weights.embedding);
@@ -121,6 +122,13 @@ Llama::Llama(const ModelConfig& config, const ModelWeights& weights, Backend& ba
   final_norm_ = backend.add_vector(weights.final_norm);
   lm_head_ = backend.add_linear(std::span(&weights.lm_head, 1));
   if (progress) progress(1.0);
+}
+
+void Llama::set_attention(std::vector<AttentionSpec> layers) {
+  if (layers.size() != layers_.size()) {
+    fail("attention is set for {} layers, and the model has {}", layers.size(), layers_.size());
+  }
+  attention_ = std::move(layers);
 }
 
 KvCache Llama::make_cache(KvType type, const KvRoom& room) {
@@ -148,7 +156,6 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
   Backend& b = *backend_;
   const int64_t rows = batch.rows();
   const auto num_wanted = static_cast<int64_t>(wanted.size());
-  const AttentionShape shape{config_.num_heads, config_.num_kv_heads, config_.head_dim, spec_};
   const Matrix hidden = b.scratch(kHidden, rows, config_.hidden_size, Holds::kResidual);
   // All rows in their order need no gathering.
   const bool wants_all = is_identity(wanted, rows);
@@ -167,12 +174,15 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& layer = layers_[i];
     const auto index = static_cast<int64_t>(i);
+    const AttentionShape shape{config_.num_heads, config_.num_kv_heads, config_.head_dim,
+                               attention_[i]};
     b.rmsnorm(hidden, layer.input_norm, config_.rms_norm_eps, normed);
     b.linear(normed, layer.qkv, qkv);
     b.rope_append(qkv, batch, shape, inverse_frequencies_, index, kv);
     b.attention(qkv, batch, shape, index, kv, attended);
     if (check && !b.all_finite(attended)) {
-      fail("NaN or Inf appears in the attention of layer {} ({})", i, describe_attention(spec_));
+      fail("NaN or Inf appears in the attention of layer {} ({})", i,
+           describe_attention(attention_[i]));
     }
     if (probe) probe(index, copy_to_host(b, qkv), copy_to_host(b, attended));
     b.linear_add(attended, layer.o, hidden);
@@ -216,7 +226,7 @@ void Llama::run(std::span<const StepInput> inputs, bool with_head, const Want& w
     Matrix result;
     if (with_head) {
       for (const int32_t token : batch.tokens) check_token(token, config_);  // embed may not run
-      backend_->repeat(kv, spec_, [&] { head(run_layers(batch, kv, wanted, false)); });
+      backend_->repeat(kv, attention_, [&] { head(run_layers(batch, kv, wanted, false)); });
       result = backend_->scratch(kLogits, static_cast<int64_t>(wanted.size()), config_.vocab_size,
                                  Holds::kLogits);
     } else {

@@ -38,13 +38,14 @@ using AttentionProbe =
 class Llama {
  public:
   // Hands the weights to the backend; the views are not used after construction. progress, if set,
-  // is called with the fraction done, 0 to 1.
+  // is called with the fraction done, 0 to 1. All layers begin with the same attention.
   Llama(const ModelConfig& config, const ModelWeights& weights, Backend& backend,
         const AttentionSpec& attention, const std::function<void(double)>& progress = {});
 
   const ModelConfig& config() const { return config_; }
-  const AttentionSpec& attention() const { return spec_; }
-  void set_attention(const AttentionSpec& attention) { spec_ = attention; }
+  // One per layer.
+  std::span<const AttentionSpec> attention() const { return attention_; }
+  void set_attention(std::vector<AttentionSpec> layers);
   Backend& backend() { return *backend_; }
   KvCache make_cache(KvType type, const KvRoom& room);
 
@@ -91,7 +92,7 @@ class Llama {
                   const Function& read);
 
   ModelConfig config_;
-  AttentionSpec spec_;
+  std::vector<AttentionSpec> attention_;
   Backend* backend_;
   std::vector<float> inverse_frequencies_;
   WeightHandle embedding_, final_norm_, lm_head_;

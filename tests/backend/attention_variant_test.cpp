@@ -44,5 +44,26 @@ TEST(AttentionVariant, DescriptionSaysWhatRuns) {
             "fp16 (FP16 QK and PV, FP32 softmax and accumulation)");
 }
 
+TEST(AttentionVariant, OneNameIsForAllLayersAndSeveralAreForOneEach) {
+  const AttentionSpec sage2{AttentionVariant::kSage2_8b, false};
+  const AttentionSpec fp16{AttentionVariant::kFp16, false};
+  EXPECT_EQ(parse_layer_attention("sage2", 3, false), std::vector(3, sage2));
+  EXPECT_EQ(parse_layer_attention("sage2/fp16/sage2-8b", 3, false),
+            (std::vector{sage2, fp16, sage2}));
+  for (const char* names : {"sage2/fp16", "sage2/fp16/fp16/fp16", "sage2//fp16", "/", "a/b/c"}) {
+    EXPECT_THROW(parse_layer_attention(names, 3, true), UsageError) << names;
+  }
+}
+
+TEST(AttentionVariant, DescriptionSaysWhichLayersHaveWhich) {
+  EXPECT_EQ(describe_layer_attention(parse_layer_attention("fp16", 4, true)),
+            describe_attention({AttentionVariant::kFp16, true}));
+  EXPECT_EQ(
+      describe_layer_attention(parse_layer_attention("sage2/sage2/fp16/sage1/sage2", 5, true)),
+      "fp16 in layer 2; sage1-b in layer 3; sage2-8b in layers 0-1, 4 (smoothed K)");
+  EXPECT_EQ(describe_layer_attention(parse_layer_attention("sage2/fp16", 2, false)),
+            "fp16 in layer 1; sage2-8b in layer 0 (K not smoothed)");
+}
+
 }  // namespace
 }  // namespace sagelm

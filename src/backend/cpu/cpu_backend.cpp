@@ -93,6 +93,9 @@ class CpuBackend : public Backend {
 
   size_t element_size(Holds /*holds*/) const override { return sizeof(float); }
   void check_attention(const AttentionShape& /*shape*/) const override {}  // every variant is here
+  std::vector<AttentionVariant> adaptive_variants() const override {
+    return {AttentionVariant::kSage2_8b, AttentionVariant::kSage1B, AttentionVariant::kFp16};
+  }
   bool reads_int8_kv(const AttentionShape& shape) const override {
     return shape.spec.variant == AttentionVariant::kSage2_8b;
   }

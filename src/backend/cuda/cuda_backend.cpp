@@ -1,10 +1,9 @@
 #include "backend/cuda/cuda_backend.h"
 
 #include <algorithm>
-#include <bit>
-#include <cmath>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -17,17 +16,15 @@
 #include "backend/cuda/kv_storage.h"
 #include "backend/cuda/linear.h"
 #include "backend/cuda/memory.h"
+#include "backend/cuda/model_attention.h"
+#include "backend/cuda/readback.h"
 #include "backend/cuda/step_inputs.h"
 #include "backend/cuda/upload.h"
 #include "base/error.h"
-#include "kernels/cache/quantized_kv.h"
 #include "kernels/ops/gemv.h"
 #include "kernels/ops/rmsnorm.h"
-#include "kernels/ops/rope_append.h"
 #include "kernels/ops/rows.h"
-#include "kernels/ops/score.h"
 #include "kernels/ops/swiglu.h"
-#include "sagelm/attention.h"
 
 namespace sagelm {
 namespace cuda {
@@ -41,8 +38,8 @@ class CudaBackend : public Backend {
         stream_(make_stream()),
         linear_(stream_.get()),
         graphs_(stream_.get()),
-        scores_(kScoreRows * sizeof(kernels::RowScore), "scores"),
-        flag_(sizeof(int32_t), "a flag") {}
+        attention_(stream_.get(), graphs_),
+        readback_(stream_.get()) {}
 
   ~CudaBackend() override { cudaStreamSynchronize(stream_.get()); }
 
@@ -57,12 +54,9 @@ class CudaBackend : public Backend {
   }
 
   int64_t memory_bytes() const override {
-    int64_t bytes = weight_bytes_ + linear_.memory_bytes();
+    int64_t bytes = weight_bytes_ + linear_.memory_bytes() + attention_.memory_bytes() +
+                    readback_.memory_bytes();
     for (const DeviceBuffer& buffer : scratch_) bytes += static_cast<int64_t>(buffer.bytes());
-    for (const DeviceBuffer* buffer :
-         {&attention_workspace_, &rotations_, &frequencies_, &scores_}) {
-      bytes += static_cast<int64_t>(buffer->bytes());
-    }
     return bytes;
   }
 
@@ -113,20 +107,22 @@ class CudaBackend : public Backend {
   }
 
   void check_attention(const AttentionShape& shape) const override {
-    sagelm_attention_args args = attention_args(shape);
-    args.batch = 1;
-    args.max_q_len = args.max_kv_len = static_cast<int32_t>(kPageTokens);
-    if (sagelm_attention_kernel_name(&args) == nullptr) {
+    const std::string problem = ModelAttention::problem(shape, type_.value_or(DType::kF16));
+    if (!problem.empty()) {
       fail("attention {} with heads of {} on {}: {}", attention_variant_name(shape.spec.variant),
-           shape.head_dim, properties_.name, sagelm_attention_last_error());
+           shape.head_dim, properties_.name, problem);
     }
   }
 
+  std::vector<AttentionVariant> adaptive_variants() const override {
+    // On Hopper sage1 has the MMA kernel only, and fp16's warp-group kernel is faster than that.
+    if (properties_.capability == 90) return {AttentionVariant::kSage2_8b, AttentionVariant::kFp16};
+    if (properties_.capability < 89) return {AttentionVariant::kSage1B, AttentionVariant::kFp16};
+    return {AttentionVariant::kSage2_8b, AttentionVariant::kSage1B, AttentionVariant::kFp16};
+  }
+
   bool reads_int8_kv(const AttentionShape& shape) const override {
-    return shape.spec.variant == AttentionVariant::kSage2_8b && properties_.capability == 90 &&
-           kernels::quantized_kv_refusal(static_cast<int32_t>(shape.num_heads),
-                                         static_cast<int32_t>(shape.num_kv_heads),
-                                         static_cast<int32_t>(shape.head_dim)) == nullptr;
+    return ModelAttention::reads_quantized_kv(shape, properties_.capability);
   }
 
   void begin(const Batch& batch) override {
@@ -135,12 +131,16 @@ class CudaBackend : public Backend {
     step_ = send_step_inputs(batch, step_arrays_, stream_.get());
   }
 
-  void repeat(const KvStorage& kv, const AttentionSpec& spec,
+  void repeat(const KvStorage& kv, std::span<const AttentionSpec> layers,
               const std::function<void()>& work) override {
     const auto& cache = static_cast<const CudaKv&>(kv);
+    std::string attention;
+    for (const AttentionSpec& spec : layers) {
+      attention += static_cast<char>(spec.variant);
+      attention += spec.smooth_k ? '+' : '-';
+    }
     graphs_.run({step_.num_sequences, step_.max_kv_len, step_.page_table_stride, step_.tokens,
-                 cache.address(), static_cast<int32_t>(spec.variant), spec.smooth_k,
-                 step_.max_closed_pages, step_.closes_first_page},
+                 cache.address(), attention, step_.max_closed_pages, step_.closes_first_page},
                 work);
   }
 
@@ -198,117 +198,22 @@ class CudaBackend : public Backend {
   void rope_append(Matrix qkv, const Batch& /*batch*/, const AttentionShape& shape,
                    std::span<const float> inverse_frequencies, int64_t layer,
                    KvStorage& kv) override {
-    auto& cache = static_cast<CudaKv&>(kv);
-    grow_rotations(step_.max_kv_len, inverse_frequencies);
-    if (cache.type() == KvType::kInt8) {
-      kernels::AppendToQuantizedKv args;
-      args.cache = cache.quantized(layer, shape.num_heads);
-      args.step = quantized_step();
-      args.qkv = qkv.data;
-      args.rotations = rotations_.get<float>();
-      args.smooth_k = shape.spec.smooth_k;
-      if (!decodes(shape)) {
-        grow(attention_workspace_,
-             kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step),
-             "the workspace of attention");
-        args.prefill = attention_workspace_.get();
-        args.softmax_scale = softmax_scale(shape);
-      }
-      check(kernels::append_to_quantized_kv(args, stream_.get()), "appending to the KV cache");
-      return;
-    }
-    kernels::RopeAppend args;
-    args.type = element(qkv.type);
-    args.qkv = qkv.data;
-    args.rows = qkv.rows;
-    args.num_heads = static_cast<int32_t>(shape.num_heads);
-    args.num_kv_heads = static_cast<int32_t>(shape.num_kv_heads);
-    args.head_dim = static_cast<int32_t>(shape.head_dim);
-    args.positions = step_.positions;
-    args.slots = step_.slots;
-    args.rotations = rotations_.get<float>();
-    args.keys = cache.keys(layer);
-    args.values = cache.values(layer);
-    check(kernels::rope_append(args, stream_.get()), "the rotary embedding");
+    attention_.rope_append(step_, qkv, shape, inverse_frequencies, layer,
+                           static_cast<const CudaKv&>(kv));
   }
 
   void attention(Matrix qkv, const Batch& /*batch*/, const AttentionShape& shape, int64_t layer,
                  KvStorage& kv, Matrix out) override {
-    const auto& cache = static_cast<const CudaKv&>(kv);
-    if (cache.type() == KvType::kInt8) {
-      attend_quantized(qkv, shape, layer, cache, out);
-      return;
-    }
-    const int64_t dim = shape.head_dim;
-    sagelm_attention_args args = attention_args(shape);
-    args.batch = step_.num_sequences;
-    args.max_q_len = step_.max_q_len;
-    args.max_kv_len = step_.max_kv_len;
-    args.q = {.data = qkv.data, .batch_stride = 0, .token_stride = qkv.cols, .head_stride = dim};
-    args.out = {.data = out.data, .batch_stride = 0, .token_stride = out.cols, .head_stride = dim};
-    args.cu_q_lens = step_.cu_q_lens;
-    args.k.token_stride = shape.num_kv_heads * dim;
-    args.k.head_stride = dim;
-    args.k.batch_stride = kPageTokens * shape.num_kv_heads * dim;
-    args.v = args.k;
-    args.k.data = cache.keys(layer);
-    args.v.data = cache.values(layer);
-    args.kv_lens = step_.kv_lens;
-    args.page_table = step_.page_table;
-    args.page_table_stride = step_.page_table_stride;
-    args.page_tokens = static_cast<int32_t>(kPageTokens);
-    args.stream = stream_.get();
-    const auto run = [&](sagelm_attention_status status) {
-      if (status != SAGELM_ATTENTION_OK) {
-        fail("the attention of layer {} ({}): {}", layer,
-             attention_variant_name(shape.spec.variant), sagelm_attention_last_error());
-      }
-    };
-    size_t needed = 0;
-    run(sagelm_attention_workspace_bytes(&args, &needed));
-    grow(attention_workspace_, needed, "the workspace of attention");
-    args.workspace = attention_workspace_.get();
-    args.workspace_bytes = attention_workspace_.bytes();
-    run(sagelm_attention(&args));
+    attention_.attention(step_, qkv, shape, layer, static_cast<const CudaKv&>(kv), out);
   }
 
   void read_logits(Matrix logits, std::span<float> out) override {
-    const auto count = static_cast<size_t>(logits.rows * logits.cols);
-    const std::byte* host = read(logits.data, count * dtype_size(logits.type), "reading logits");
-    const auto cols = static_cast<size_t>(logits.cols);
-    for (size_t row = 0; row < static_cast<size_t>(logits.rows); ++row) {
-      const std::span<float> values = out.subspan(row * cols, cols);
-      copy_to_floats(host + row * cols * dtype_size(logits.type), logits.type, values);
-      check_finite(is_finite(values), row);
-    }
+    readback_.read_logits(logits, out);
   }
-
   void score(Matrix logits, std::span<const int32_t> targets, std::span<TokenScore> out) override {
-    for (int64_t first = 0; first < logits.rows; first += kScoreRows) {
-      const int64_t rows = std::min(kScoreRows, logits.rows - first);
-      const auto at = static_cast<size_t>(first);
-      const auto count = static_cast<size_t>(rows);
-      const int32_t* wanted = targets_.send(targets.subspan(at, count), stream_.get());
-      check(
-          kernels::score_rows(static_cast<const float*>(logits.data) + first * logits.cols, wanted,
-                              rows, logits.cols, scores_.get<kernels::RowScore>(), stream_.get()),
-          "scoring");
-      const auto* scores = reinterpret_cast<const kernels::RowScore*>(
-          read(scores_.get(), count * sizeof(kernels::RowScore), "scoring"));
-      for (size_t i = 0; i < count; ++i) {
-        check_finite(!std::isnan(scores[i].logprob), at + i);
-        out[at + i] = {scores[i].logprob, scores[i].argmax};
-      }
-    }
+    readback_.score(logits, targets, out);
   }
-
-  bool all_finite(Matrix x) override {
-    check(kernels::find_non_finite(x.data, element(x.type), x.rows * x.cols, flag_.get<int32_t>(),
-                                   stream_.get()),
-          "looking for NaN");
-    const std::byte* host = read(flag_.get(), sizeof(int32_t), "looking for NaN");
-    return *reinterpret_cast<const int32_t*>(host) == 0;
-  }
+  bool all_finite(Matrix x) override { return readback_.all_finite(x); }
 
   std::unique_ptr<AttentionRunner> make_attention_runner(const AttentionCall& call,
                                                          std::span<const uint16_t> q,
@@ -324,8 +229,6 @@ class CudaBackend : public Backend {
   }
 
  private:
-  // Rows scored by one kernel.
-  static constexpr int64_t kScoreRows = 1024;
   // Scratch is made for a multiple of so many rows, so that it does not grow with every prompt.
   static constexpr int64_t kFewRows = 8;
   static constexpr int64_t kRowStep = 128;
@@ -394,137 +297,12 @@ class CudaBackend : public Backend {
             .out_type = out.type};
   }
 
-  kernels::QuantizedKvStep quantized_step() const {
-    kernels::QuantizedKvStep step;
-    step.rows = step_.rows;
-    step.num_sequences = step_.num_sequences;
-    step.max_q_len = step_.max_q_len;
-    step.max_kv_len = step_.max_kv_len;
-    step.max_closed_pages = step_.max_closed_pages;
-    step.closes_first_page = step_.closes_first_page;
-    step.begins_in_first_page = step_.begins_in_first_page;
-    step.positions = step_.positions;
-    step.slots = step_.slots;
-    step.cu_q_lens = step_.cu_q_lens;
-    step.kv_lens = step_.kv_lens;
-    step.page_table = step_.page_table;
-    step.page_table_stride = step_.page_table_stride;
-    step.tails = step_.tails;
-    step.means = step_.tails;  // a mean is kept with its sequence's tail
-    return step;
-  }
-
-  static float softmax_scale(const AttentionShape& shape) {
-    return 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
-  }
-
-  // Whether the step's rows over a quantized cache are few enough for the decode kernel.
-  bool decodes(const AttentionShape& shape) const {
-    return kernels::quantized_kv_decode_takes(static_cast<int32_t>(shape.num_heads),
-                                              static_cast<int32_t>(shape.num_kv_heads),
-                                              step_.max_q_len);
-  }
-
-  // From the quantized pages themselves. Prefill's queries are where rope_append has left them.
-  void attend_quantized(Matrix qkv, const AttentionShape& shape, int64_t layer, const CudaKv& cache,
-                        Matrix out) {
-    const kernels::QuantizedKv view = cache.quantized(layer, shape.num_heads);
-    const kernels::QuantizedKvStep step = quantized_step();
-    if (!decodes(shape)) {
-      check(kernels::prefill_from_quantized_kv(
-                {.cache = view, .step = step, .out = out.data, .out_stride = out.cols},
-                attention_workspace_.get(), stream_.get()),
-            "attention from the quantized cache");
-      return;
-    }
-    kernels::DecodeFromQuantizedKv args;
-    args.cache = view;
-    args.step = step;
-    args.queries = qkv.data;
-    args.query_stride = qkv.cols;
-    args.out = out.data;
-    args.out_stride = out.cols;
-    args.softmax_scale = softmax_scale(shape);
-    grow(attention_workspace_, kernels::quantized_kv_decode_workspace_bytes(args),
-         "the workspace of attention");
-    check(kernels::decode_from_quantized_kv(args, attention_workspace_.get(), stream_.get()),
-          "attention from the quantized cache");
-  }
-
   // Makes buffer hold at least so many bytes; what it held is lost.
   void grow(DeviceBuffer& buffer, size_t bytes, std::string_view what) {
     if (bytes <= buffer.bytes()) return;
     graphs_.clear();
     buffer = {};  // waits for what still uses it
     buffer = DeviceBuffer(bytes, what);
-  }
-
-  // What does not change from layer to layer or batch to batch.
-  sagelm_attention_args attention_args(const AttentionShape& shape) const {
-    sagelm_attention_args args = {};
-    args.struct_size = sizeof args;
-    args.variant = attention_variant(shape.spec.variant);
-    args.dtype = type_ == DType::kBF16 ? SAGELM_ATTENTION_BF16 : SAGELM_ATTENTION_F16;
-    args.num_heads = static_cast<int32_t>(shape.num_heads);
-    args.num_kv_heads = static_cast<int32_t>(shape.num_kv_heads);
-    args.head_dim = static_cast<int32_t>(shape.head_dim);
-    args.causal = 1;
-    args.no_smooth_k = shape.spec.smooth_k ? 0 : 1;
-    return args;
-  }
-
-  // Makes rotations_ hold at least `positions` positions.
-  void grow_rotations(int64_t positions, std::span<const float> inverse_frequencies) {
-    const bool same = std::equal(inverse_frequencies.begin(), inverse_frequencies.end(),
-                                 rotated_by_.begin(), rotated_by_.end());
-    if (same && positions <= num_rotations_) return;
-    constexpr int64_t kStep = 4096;
-    const int64_t count = (positions + kStep - 1) / kStep * kStep;
-    const size_t half = inverse_frequencies.size();
-    if (!same || frequencies_.bytes() == 0) {
-      rotated_by_.assign(inverse_frequencies.begin(), inverse_frequencies.end());
-      frequencies_ = DeviceBuffer(half * sizeof(float), "the rotary frequencies");
-      check(cudaMemcpyAsync(frequencies_.get(), rotated_by_.data(), half * sizeof(float),
-                            cudaMemcpyHostToDevice, stream_.get()),
-            "copying the rotary frequencies");
-    }
-    grow(rotations_, static_cast<size_t>(count) * 2 * half * sizeof(float), "the rotary embedding");
-    check(kernels::fill_rotations(frequencies_.get<float>(), static_cast<int32_t>(half), count,
-                                  rotations_.get<float>(), stream_.get()),
-          "the rotary embedding");
-    num_rotations_ = count;
-  }
-
-  // Copies to the host and waits for it, and with it for all errors of the step.
-  const std::byte* read(const void* from, size_t bytes, std::string_view doing) {
-    if (bytes > readback_.bytes()) readback_ = PinnedBuffer(bytes);
-    check(cudaMemcpyAsync(readback_.get(), from, bytes, cudaMemcpyDeviceToHost, stream_.get()),
-          doing);
-    check(cudaStreamSynchronize(stream_.get()), doing);
-    return readback_.get<std::byte>();
-  }
-
-  static void copy_to_floats(const std::byte* from, DType type, std::span<float> out) {
-    if (type == DType::kF32) {
-      std::copy_n(reinterpret_cast<const float*>(from), out.size(), out.begin());
-      return;
-    }
-    const auto* raw = reinterpret_cast<const uint16_t*>(from);
-    for (size_t i = 0; i < out.size(); ++i) {
-      out[i] = type == DType::kF16 ? half_to_float(raw[i]) : bfloat16_to_float(raw[i]);
-    }
-  }
-
-  static bool is_finite(std::span<const float> values) {
-    uint32_t worst = 0;  // infinities and NaN have the largest magnitudes
-    for (const float value : values) {
-      worst = std::max(worst, std::bit_cast<uint32_t>(value) & 0x7FFFFFFFu);
-    }
-    return worst < 0x7F800000u;
-  }
-
-  static void check_finite(bool finite, size_t row) {
-    if (!finite) fail("the logits of row {} hold NaN or Inf", row);
   }
 
   int device_;
@@ -538,11 +316,9 @@ class CudaBackend : public Backend {
   std::vector<Weight> weights_;
   int64_t weight_bytes_ = 0;
   std::vector<DeviceBuffer> scratch_;
-  DeviceBuffer attention_workspace_, rotations_, frequencies_, scores_, flag_;
-  std::vector<float> rotated_by_;  // the inverse frequencies in rotations_
-  int64_t num_rotations_ = 0;
-  PinnedBuffer readback_;
-  DeviceIntegers step_arrays_, gathered_, targets_;
+  ModelAttention attention_;
+  Readback readback_;
+  DeviceIntegers step_arrays_, gathered_;
   StepInputs step_;
 };
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <string>
 #include <tuple>
 
 #include "backend/cuda/memory.h"
@@ -18,8 +19,7 @@ using GraphKey = std::tuple<int32_t,      // sequences
                             int32_t,      // page_table_stride
                             const void*,  // the step's integers
                             const void*,  // keys and values
-                            int32_t,      // attention variant
-                            bool,         // K is smoothed
+                            std::string,  // attention of each layer
                             int32_t,      // max_closed_pages
                             bool>;        // closes_first_page
 

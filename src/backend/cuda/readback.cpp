@@ -1,0 +1,91 @@
+#include "backend/cuda/readback.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "backend/cuda/check.h"
+#include "backend/cuda/element.h"
+#include "kernels/ops/score.h"
+
+namespace sagelm::cuda {
+namespace {
+
+// Rows scored by one kernel.
+constexpr int64_t kScoreRows = 1024;
+
+void copy_to_floats(const std::byte* from, DType type, std::span<float> out) {
+  if (type == DType::kF32) {
+    std::copy_n(reinterpret_cast<const float*>(from), out.size(), out.begin());
+    return;
+  }
+  const auto* raw = reinterpret_cast<const uint16_t*>(from);
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i] = type == DType::kF16 ? half_to_float(raw[i]) : bfloat16_to_float(raw[i]);
+  }
+}
+
+bool is_finite(std::span<const float> values) {
+  uint32_t worst = 0;  // infinities and NaN have the largest magnitudes
+  for (const float value : values) {
+    worst = std::max(worst, std::bit_cast<uint32_t>(value) & 0x7FFFFFFFu);
+  }
+  return worst < 0x7F800000u;
+}
+
+void check_finite(bool finite, size_t row) {
+  if (!finite) fail("the logits of row {} hold NaN or Inf", row);
+}
+
+}  // namespace
+
+Readback::Readback(cudaStream_t stream)
+    : stream_(stream),
+      scores_(kScoreRows * sizeof(kernels::RowScore), "scores"),
+      flag_(sizeof(int32_t), "a flag") {}
+
+void Readback::read_logits(Matrix logits, std::span<float> out) {
+  const auto count = static_cast<size_t>(logits.rows * logits.cols);
+  const std::byte* host = read(logits.data, count * dtype_size(logits.type), "reading logits");
+  const auto cols = static_cast<size_t>(logits.cols);
+  for (size_t row = 0; row < static_cast<size_t>(logits.rows); ++row) {
+    const std::span<float> values = out.subspan(row * cols, cols);
+    copy_to_floats(host + row * cols * dtype_size(logits.type), logits.type, values);
+    check_finite(is_finite(values), row);
+  }
+}
+
+void Readback::score(Matrix logits, std::span<const int32_t> targets, std::span<TokenScore> out) {
+  for (int64_t first = 0; first < logits.rows; first += kScoreRows) {
+    const int64_t rows = std::min(kScoreRows, logits.rows - first);
+    const auto at = static_cast<size_t>(first);
+    const auto count = static_cast<size_t>(rows);
+    const int32_t* wanted = targets_.send(targets.subspan(at, count), stream_);
+    check(kernels::score_rows(static_cast<const float*>(logits.data) + first * logits.cols, wanted,
+                              rows, logits.cols, scores_.get<kernels::RowScore>(), stream_),
+          "scoring");
+    const auto* scores = reinterpret_cast<const kernels::RowScore*>(
+        read(scores_.get(), count * sizeof(kernels::RowScore), "scoring"));
+    for (size_t i = 0; i < count; ++i) {
+      check_finite(!std::isnan(scores[i].logprob), at + i);
+      out[at + i] = {scores[i].logprob, scores[i].argmax};
+    }
+  }
+}
+
+bool Readback::all_finite(Matrix x) {
+  check(kernels::find_non_finite(x.data, element(x.type), x.rows * x.cols, flag_.get<int32_t>(),
+                                 stream_),
+        "looking for NaN");
+  return *reinterpret_cast<const int32_t*>(read(flag_.get(), sizeof(int32_t), "looking for NaN")) ==
+         0;
+}
+
+const std::byte* Readback::read(const void* from, size_t bytes, std::string_view doing) {
+  if (bytes > buffer_.bytes()) buffer_ = PinnedBuffer(bytes);
+  check(cudaMemcpyAsync(buffer_.get(), from, bytes, cudaMemcpyDeviceToHost, stream_), doing);
+  check(cudaStreamSynchronize(stream_), doing);
+  return buffer_.get<std::byte>();
+}
+
+}  // namespace sagelm::cuda
