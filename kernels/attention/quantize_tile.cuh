@@ -136,40 +136,19 @@ __device__ inline void quantize_key_tile(const Load& load, int count, const floa
   }
 }
 
-// As quantize_key_tile, for the 128 query rows of a tile, one scale each: the product of a row's
-// and a key's integers, times both scales, is a logit in bits. biases, unless null: likewise the
-// product of the row itself with `mean`.
-template <int kDim, bool kBf16, typename Load>
-__device__ inline void quantize_query_tile(const Load& load, float logit_scale,
-                                           const float (&mean)[8], int8_t* to, float* scales,
-                                           float* biases) {
+// Row `row` of a tile of queries, of which this thread has the channels of its chunk, with a scale
+// of its own: the product of a row's and a key's integers, times both scales, is a logit in bits.
+template <int kDim>
+__device__ inline void quantize_query_row(const float (&x)[8], int row, float logit_scale,
+                                          int8_t* to, float* scales) {
   constexpr int kLanes = kDim / 8;
-  constexpr int kRows = kQuantizeThreads / kLanes;
-  constexpr int kSteps = kTileTokens / kRows;
-  const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
-  uint4 raw[kSteps];
+  const int lane = threadIdx.x % kLanes;
+  uint32_t largest = __float_as_uint(recipe::kAmaxFloor);
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) raw[i] = load(i * kRows + first);
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int row = i * kRows + first;
-    load.finish(row, raw[i]);
-    float x[8];
-    unpack<kBf16>(raw[i], x);
-    uint32_t largest = __float_as_uint(recipe::kAmaxFloor);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) largest = max(largest, magnitude(x[e]));
-    const float amax = __uint_as_float(max_over_lanes<kLanes>(largest));
-    store_half_chunk<kDim>(to, row, lane, to_int8(x, recipe::kInt8Max / amax));
-    if (lane == 0) scales[row] = amax * (1.0f / recipe::kInt8Max) * logit_scale;
-    if (biases != nullptr) {
-      float bias = 0;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) bias = fmaf(x[e], mean[e], bias);
-      bias = over_lanes<kLanes>(bias, [](float a, float b) { return a + b; });
-      if (lane == 0) biases[row] = bias * logit_scale;
-    }
-  }
+  for (int e = 0; e < 8; ++e) largest = max(largest, magnitude(x[e]));
+  const float amax = __uint_as_float(max_over_lanes<kLanes>(largest));
+  store_half_chunk<kDim>(to, row, lane, to_int8(x, recipe::kInt8Max / amax));
+  if (lane == 0) scales[row] = amax * (1.0f / recipe::kInt8Max) * logit_scale;
 }
 
 // 16-bit columns of a value tile in shared memory: [64 token pairs][kDim channels], each element

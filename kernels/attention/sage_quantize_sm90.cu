@@ -51,39 +51,63 @@ __global__ void __launch_bounds__(kThreads) key_means(Problem p, float* means) {
   }
 }
 
-// Of a tile of Q, K or V: the thread's chunk of row `token`; zeros past the sequence's end.
-template <int kDim, bool kQueries>
+template <int kDim, bool kBf16>
+__device__ void quantize_queries(const Problem& p, const SageTiles& tiles, int tile, int head,
+                                 int b) {
+  constexpr int kLanes = kDim / 8;
+  constexpr int kRows = kThreads / kLanes;
+  constexpr int kSteps = kTileTokens / kRows;
+  const int length = p.q_len(b), first = tile * kTileTokens;
+  if (first >= length) return;
+  const int lane = threadIdx.x % kLanes, first_row = threadIdx.x / kLanes;
+  const int64_t place = tiles.first_query(p.cu_q_lens, b, head) + first;
+  float mean[8] = {};
+  if (tiles.query_biases != nullptr) {
+    const int kv_head = head / (p.num_heads / p.num_kv_heads);
+    load_mean(tiles.key_means + (static_cast<int64_t>(b) * p.num_kv_heads + kv_head) * kDim, lane,
+              mean);
+  }
+  uint4 raw[kSteps];
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    const int token = first + i * kRows + first_row;
+    raw[i] = lane * 8 < p.head_dim && token < length
+                 ? __ldg(row_chunk(p.q, p.q_offset(p.q, b, token, head), lane))
+                 : make_uint4(0, 0, 0, 0);
+  }
+  const float logit_scale = p.softmax_scale * recipe::kLog2E;
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    const int row = i * kRows + first_row;
+    float x[8];
+    unpack<kBf16>(raw[i], x);
+    quantize_query_row<kDim>(x, row, logit_scale, tiles.queries + place * kDim,
+                             tiles.query_scales + place);
+    if (tiles.query_biases != nullptr) {
+      float bias = 0;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) bias = fmaf(x[e], mean[e], bias);
+      bias = over_lanes<kLanes>(bias, [](float a, float b) { return a + b; });
+      if (lane == 0) tiles.query_biases[place + row] = bias * logit_scale;
+    }
+  }
+}
+
+// Of a tile of K or V: the thread's chunk of token `token`; zeros past the sequence's end.
+template <int kDim>
 struct LoadRows {
   const Problem& p;
   const Tensor& x;
   int b, first_token, length, head;
 
   __device__ uint4 operator()(int token) const {
-    const int chunk = threadIdx.x % (kDim / 8), row = first_token + token;
-    if (chunk * 8 >= p.head_dim || row >= length) return make_uint4(0, 0, 0, 0);
-    const int64_t offset = kQueries ? p.q_offset(x, b, row, head) : p.kv_offset(x, b, row, head);
-    return __ldg(row_chunk(x, offset, chunk));
+    const int chunk = threadIdx.x % (kDim / 8);
+    return chunk * 8 < p.head_dim && first_token + token < length
+               ? __ldg(row_chunk(x, p.kv_offset(x, b, first_token + token, head), chunk))
+               : make_uint4(0, 0, 0, 0);
   }
   __device__ void finish(int /*token*/, uint4& /*chunk*/) const {}
 };
-
-template <int kDim, bool kBf16>
-__device__ void quantize_queries(const Problem& p, const SageTiles& tiles, int tile, int head,
-                                 int b) {
-  const int length = p.q_len(b), first = tile * kTileTokens;
-  if (first >= length) return;
-  const int64_t row = tiles.first_query(p.cu_q_lens, b, head) + first;
-  float mean[8] = {};
-  if (tiles.query_biases != nullptr) {
-    const int kv_head = head / (p.num_heads / p.num_kv_heads);
-    load_mean(tiles.key_means + (static_cast<int64_t>(b) * p.num_kv_heads + kv_head) * kDim,
-              threadIdx.x % (kDim / 8), mean);
-  }
-  quantize_query_tile<kDim, kBf16>(
-      LoadRows<kDim, true>{p, p.q, b, first, length, head}, p.softmax_scale * recipe::kLog2E, mean,
-      tiles.queries + row * kDim, tiles.query_scales + row,
-      tiles.query_biases != nullptr ? tiles.query_biases + row : nullptr);
-}
 
 template <int kDim, bool kBf16>
 __device__ void quantize_keys(const Problem& p, const SageTiles& tiles, int tile, int head, int b) {
@@ -93,8 +117,8 @@ __device__ void quantize_keys(const Problem& p, const SageTiles& tiles, int tile
   const int64_t index = sequence_head * tiles.kv_tiles + tile;
   float mean[8] = {};
   if (p.smooth_k) load_mean(tiles.key_means + sequence_head * kDim, threadIdx.x % (kDim / 8), mean);
-  quantize_key_tile<kDim, kBf16>(LoadRows<kDim, false>{p, p.k, b, first, length, head},
-                                 length - first, mean, tiles.keys + index * (kTileTokens * kDim),
+  quantize_key_tile<kDim, kBf16>(LoadRows<kDim>{p, p.k, b, first, length, head}, length - first,
+                                 mean, tiles.keys + index * (kTileTokens * kDim),
                                  tiles.scales + index * kTileScales);
 }
 
@@ -104,7 +128,7 @@ __device__ void quantize_values(const Problem& p, const SageTiles& tiles, int ti
   const int length = p.kv_len(b), first = tile * kTileTokens;
   if (first >= length) return;
   const int64_t index = (static_cast<int64_t>(b) * p.num_kv_heads + head) * tiles.kv_tiles + tile;
-  quantize_value_tile<kDim, kBf16>(LoadRows<kDim, false>{p, p.v, b, first, length, head},
+  quantize_value_tile<kDim, kBf16>(LoadRows<kDim>{p, p.v, b, first, length, head},
                                    tiles.values + index * (kTileTokens * kDim),
                                    tiles.scales + index * kTileScales);
 }

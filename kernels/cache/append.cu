@@ -106,15 +106,30 @@ struct StepTokens {
     const int position = first_position + token;
     return inside && position >= start && position < end;
   }
-  __device__ uint4 operator()(int token) const {
+  __device__ uint4 operator()(int token) const { return of_head(token, 0); }
+  // Of the query head that many further.
+  __device__ uint4 of_head(int token, int heads) const {
     const int position = first_position + token;
     if (!inside || position >= end) return make_uint4(0, 0, 0, 0);
-    const uint16_t* from =
-        position < start ? tail + token * head_dim : rows + (position - start) * row_stride;
+    const uint16_t* from = position < start
+                               ? tail + token * head_dim
+                               : rows + (position - start) * row_stride + heads * head_dim;
     return *reinterpret_cast<const uint4*>(from);
   }
-  // Rotates; the partners are in a lane of the same warp.
   __device__ void finish(int token, uint4& raw) const {
+    float cosine[8], sine[8];
+    load_angles(token, cosine, sine);
+    rotate(raw, is_row(token), cosine, sine);
+  }
+  __device__ void load_angles(int token, float (&cosine)[8], float (&sine)[8]) const {
+    if (!is_row(token)) return;
+    const float* angle = angles + static_cast<int64_t>(first_position + token) * head_dim;
+    load(angle, cosine);
+    load(angle + head_dim / 2, sine);
+  }
+  // The partners are in a lane of the same warp.
+  __device__ void rotate(uint4& raw, bool wanted, const float (&cosine)[8],
+                         const float (&sine)[8]) const {
     const int chunk = threadIdx.x % kLanes, half_chunks = head_dim / 16;
     const bool second = chunk >= half_chunks;
     const int lane = threadIdx.x % 32 + (second ? -half_chunks : half_chunks);
@@ -123,13 +138,10 @@ struct StepTokens {
     other.y = __shfl_sync(0xFFFFFFFFu, raw.y, lane);
     other.z = __shfl_sync(0xFFFFFFFFu, raw.z, lane);
     other.w = __shfl_sync(0xFFFFFFFFu, raw.w, lane);
-    if (!is_row(token)) return;
-    const float* angle = angles + static_cast<int64_t>(first_position + token) * head_dim;
-    float x[8], partner[8], cosine[8], sine[8];
+    if (!wanted) return;
+    float x[8], partner[8];
     unpack<kBf16>(raw, x);
     unpack<kBf16>(other, partner);
-    load(angle, cosine);
-    load(angle + head_dim / 2, sine);
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       x[e] = second ? rotate_second(x[e], partner[e], cosine[e], sine[e])
@@ -246,32 +258,61 @@ __device__ void add_tokens(const AppendToQuantizedKv& args, const SageTiles& til
   }
 }
 
-// The sequence's query tile blockIdx.y.
+// Part `part` of the sequence's query tile blockIdx.y: rows of kQueryHeads heads, which share the
+// loads of their angles.
+constexpr int kQueryHeads = 4;
+constexpr int kQueryRows = kTileTokens / kQueryHeads;
+__host__ __device__ inline int num_query_parts(const QuantizedKv& cache) {
+  return (cache.num_heads + kQueryHeads - 1) / kQueryHeads * kQueryHeads;
+}
 template <int kDim, bool kBf16>
 __device__ void quantize_queries(const AppendToQuantizedKv& args, const SageTiles& tiles, int b,
-                                 int head) {
-  StepTokens<kDim, kBf16> tokens(args, b, head, Part::kQuery);
-  const int first = blockIdx.y * kTileTokens;
-  if (tokens.start + first >= tokens.end) return;
-  tokens.first_position = tokens.start + first;
-  const int64_t row = tiles.first_query(args.step.cu_q_lens, b, head) + first;
-  constexpr float kNoMean[8] = {};
-  quantize_query_tile<kDim, kBf16>(tokens, args.softmax_scale * recipe::kLog2E, kNoMean,
-                                   tiles.queries + row * kDim, tiles.query_scales + row, nullptr);
+                                 int part) {
+  constexpr int kLanes = kDim / 8;
+  constexpr int kRows = kQuantizeThreads / kLanes;
+  const int first_head = part / kQueryHeads * kQueryHeads;
+  const int heads = min(kQueryHeads, args.cache.num_heads - first_head);
+  StepTokens<kDim, kBf16> tokens(args, b, first_head, Part::kQuery);
+  const int first_row = blockIdx.y * kTileTokens;
+  if (tokens.start + first_row >= tokens.end) return;
+  tokens.first_position = tokens.start + first_row;
+  const float logit_scale = args.softmax_scale * recipe::kLog2E;
+#pragma unroll
+  for (int i = 0; i < kQueryRows / kRows; ++i) {
+    const int row =
+        part % kQueryHeads * kQueryRows + i * kRows + static_cast<int>(threadIdx.x) / kLanes;
+    uint4 raw[kQueryHeads];
+#pragma unroll
+    for (int h = 0; h < kQueryHeads; ++h) {
+      raw[h] = h < heads ? tokens.of_head(row, h) : make_uint4(0, 0, 0, 0);
+    }
+    float cosine[8], sine[8];
+    tokens.load_angles(row, cosine, sine);
+#pragma unroll
+    for (int h = 0; h < kQueryHeads; ++h) {
+      if (h >= heads) break;
+      tokens.rotate(raw[h], tokens.is_row(row), cosine, sine);
+      float x[8];
+      unpack<kBf16>(raw[h], x);
+      const int64_t at = tiles.first_query(args.step.cu_q_lens, b, first_head + h) + first_row;
+      quantize_query_row<kDim>(x, row, logit_scale, tiles.queries + at * kDim,
+                               tiles.query_scales + at);
+    }
+  }
 }
 
-// blockIdx.x: for prefill_from_quantized_kv the query heads; the heads of V, then those of K, which
-// wait for the means. Blocks that run at the same time share their rows' angles.
+// blockIdx.x: for prefill_from_quantized_kv the parts of query tiles; the heads of V, then those of
+// K, which wait for the means. Blocks that run at the same time share their rows' angles.
 template <int kDim, bool kBf16>
 __global__ void __launch_bounds__(kQuantizeThreads, 3)
     fill_tiles(const __grid_constant__ AppendToQuantizedKv args,
                const __grid_constant__ SageTiles tiles) {
-  const int query_heads = args.prefill != nullptr ? args.cache.num_heads : 0;
-  const int head = static_cast<int>(blockIdx.x) - query_heads, b = blockIdx.z;
+  const int query_parts = args.prefill != nullptr ? num_query_parts(args.cache) : 0;
+  const int head = static_cast<int>(blockIdx.x) - query_parts, b = blockIdx.z;
   if (head >= args.cache.num_kv_heads || !needs_means(args)) wait_for_previous_kernel();
   allow_next_kernel();
   if (head < 0) {
-    quantize_queries<kDim, kBf16>(args, tiles, b, head + query_heads);
+    quantize_queries<kDim, kBf16>(args, tiles, b, head + query_parts);
   } else if (head < args.cache.num_kv_heads) {
     add_tokens<kDim, kBf16, true>(args, tiles, b, head);
   } else {
@@ -295,7 +336,7 @@ cudaError_t launch_fill(const AppendToQuantizedKv& args, cudaStream_t stream) {
     size_t bytes = 0;
     tiles = quantized_kv_tiles(args.cache, args.step, args.prefill, &bytes);
     tiles_each = std::max(tiles_each + 1, tiles.query_tiles);
-    heads += static_cast<unsigned>(args.cache.num_heads);
+    heads += static_cast<unsigned>(num_query_parts(args.cache));
   }
   return launch(fill_tiles<kDim, kBf16>, dim3(heads, static_cast<unsigned>(tiles_each), sequences),
                 kQuantizeThreads, stream, args, tiles);
