@@ -10,7 +10,7 @@ namespace sagelm::kernels {
 namespace {
 
 constexpr int kThreads = kQuantizeThreads;
-constexpr int kBlocks = 3;  // on a multiprocessor
+constexpr int kBlocks = 4;  // on a multiprocessor
 constexpr int kMeanTokens = 256;
 
 __device__ inline const uint4* row_chunk(const Tensor& x, int64_t offset, int chunk) {
