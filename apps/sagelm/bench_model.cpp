@@ -57,15 +57,26 @@ class LinearLayers {
   // Of all layers for `rows` tokens; the median of `runs`.
   double seconds(int64_t rows, int runs) {
     enum Slot : int { kHidden, kNormed, kQkv, kAttended, kGateUp, kActivated, kOne };
-    const auto matrix = [&](Slot slot, int64_t cols, Holds holds) {
-      return backend_->scratch(slot, rows, cols, holds);
+    const StepLimits limits{
+        .scratch = {{rows, config_.hidden_size, Holds::kResidual},
+                    {rows, config_.hidden_size, Holds::kActivations},
+                    {rows, config_.q_size() + 2 * config_.kv_size(), Holds::kActivations},
+                    {rows, config_.q_size(), Holds::kActivations},
+                    {rows, 2 * config_.intermediate_size, Holds::kActivations},
+                    {rows, config_.intermediate_size, Holds::kActivations},
+                    {1, config_.hidden_size, Holds::kResidual}},
+        .attention = {},
+        .tokens = rows,
+        .sequences = 1,
+        .context = rows};
+    backend_->reserve(limits);
+    const auto matrix = [&](Slot slot) {
+      const ScratchSize& size = limits.scratch[slot];
+      return backend_->scratch(slot, size.rows, size.cols, size.holds);
     };
-    const Matrix hidden = matrix(kHidden, config_.hidden_size, Holds::kResidual);
-    const Matrix normed = matrix(kNormed, config_.hidden_size, Holds::kActivations);
-    const Matrix qkv = matrix(kQkv, config_.q_size() + 2 * config_.kv_size(), Holds::kActivations);
-    const Matrix attended = matrix(kAttended, config_.q_size(), Holds::kActivations);
-    const Matrix gate_up = matrix(kGateUp, 2 * config_.intermediate_size, Holds::kActivations);
-    const Matrix activated = matrix(kActivated, config_.intermediate_size, Holds::kActivations);
+    const Matrix hidden = matrix(kHidden), normed = matrix(kNormed), qkv = matrix(kQkv),
+                 attended = matrix(kAttended), gate_up = matrix(kGateUp),
+                 activated = matrix(kActivated), one = matrix(kOne);
 
     Batch batch;
     batch.tokens = random_ids(rows, config_.vocab_size);
@@ -81,7 +92,6 @@ class LinearLayers {
     const int32_t first = 0;
     std::vector<float> one_row(static_cast<size_t>(config_.hidden_size));
     const auto wait = [&] {
-      const Matrix one = backend_->scratch(kOne, 1, config_.hidden_size, Holds::kResidual);
       backend_->gather_rows(hidden, {&first, 1}, one);
       backend_->read_logits(one, one_row);
     };
@@ -147,6 +157,7 @@ DeviceBounds measure_bounds(const LoadOptions& options, const ModelBenchPlan& pl
   const ModelConfig& config = checkpoint.config();
   DeviceBounds bounds;
   bounds.device = backend->device_name();
+  bounds.free_bytes = backend->device_memory().free;
   bounds.ceilings = backend->measure_ceilings();
   bounds.weight_bytes_per_token = decode_weight_bytes(config, *backend);
   LinearLayers layers(*backend, checkpoint);
@@ -193,7 +204,7 @@ std::vector<DecodeResult> bench_decode(const Model& model, Session& session,
   std::vector<DecodeResult> results;
   for (const int64_t at : plan.decode_at) {
     const std::vector<int32_t> ids = random_ids(at, info.vocab_size);
-    std::vector<double> rates, steps;
+    std::vector<double> rates, steps, host_shares;
     for (int run = -1; run < plan.runs; ++run) {
       // The prompt stays in the cache: its last token alone is run again, and not timed.
       session.truncate(run < 0 ? 0 : at - 1);
@@ -208,6 +219,9 @@ std::vector<DecodeResult> bench_decode(const Model& model, Session& session,
           });
       if (run < 0) continue;
       rates.push_back(result.decode_tokens_per_second());
+      if (result.decode_device_seconds > 0) {
+        host_shares.push_back(1 - result.decode_device_seconds / result.decode_seconds);
+      }
       // One call per id, and one for what the detokenizer held back.
       const size_t ids_timed = std::min(times.size(), static_cast<size_t>(plan.decode_tokens) + 1);
       for (size_t i = 1; i < ids_timed; ++i) {
@@ -218,6 +232,7 @@ std::vector<DecodeResult> bench_decode(const Model& model, Session& session,
     result.at = at;
     result.tokens_per_second = spread_of(std::move(rates));
     result.step_seconds = spread_of(std::move(steps));
+    if (!host_shares.empty()) result.host_share = spread_of(std::move(host_shares)).median;
     const double cache = static_cast<double>(info.kv_bytes_per_token) *
                          (static_cast<double>(at) + static_cast<double>(plan.decode_tokens) / 2);
     result.bytes_per_second = (static_cast<double>(bounds.weight_bytes_per_token) + cache) *

@@ -33,6 +33,7 @@ struct DecodeResult {
   Spread tokens_per_second;     // of the runs
   Spread step_seconds;          // of single steps, of all runs
   double bytes_per_second = 0;  // weights and cache read, at the median
+  double host_share = 0;  // of all time: what the GPU did not compute in; 0 where that is not known
 };
 
 // The device's ceilings and the bounds that follow from them, measured before the model is loaded.
@@ -42,6 +43,7 @@ struct DeviceBounds {
   // Seconds that the linear layers of the whole model take for so many tokens, by prompt length.
   std::vector<double> linear_seconds;
   int64_t weight_bytes_per_token = 0;  // read by one decode step
+  int64_t free_bytes = 0;              // of the GPU's memory, before anything is measured
 };
 DeviceBounds measure_bounds(const LoadOptions& options, const ModelBenchPlan& plan);
 

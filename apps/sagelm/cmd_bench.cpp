@@ -75,32 +75,44 @@ Shown show(const DecodeResult& r, const Ceilings& best) {
   const Spread step = {r.step_seconds.median * 1e3, r.step_seconds.smallest * 1e3,
                        r.step_seconds.largest * 1e3};
   const double of_copy = percent(r.bytes_per_second, best.copy_bytes);
+  const std::string host =
+      r.host_share > 0 ? fmt::format(", host {:.1f} %", 100 * r.host_share) : std::string();
   return {fmt::format("  decode at {:>4}: {} tokens/s, steps {:.3f} ms ({:.3f} to {:.3f}), {:.1f} "
-                      "GB/s, {:.1f} % of a copy\n",
+                      "GB/s, {:.1f} % of a copy{}\n",
                       r.at, shown(r.tokens_per_second), step.median, step.smallest, step.largest,
-                      r.bytes_per_second * 1e-9, of_copy),
+                      r.bytes_per_second * 1e-9, of_copy, host),
           {{"at", r.at},
            {"tokens_per_second", spread_json(r.tokens_per_second)},
            {"step_ms", spread_json(step)},
            {"gb_per_s", r.bytes_per_second * 1e-9},
-           {"percent_of_copy", of_copy}}};
+           {"percent_of_copy", of_copy},
+           {"host_percent", 100 * r.host_share}}};
 }
 
-Shown show_memory(const Model& model, const ModelInfo& expected) {
-  // Buffers only grow: what they are now is the most they were.
+// What the model with its session takes, beside what `info` says of it.
+Shown show_memory(const Model& model, const ModelInfo& expected, const DeviceBounds& bounds) {
+  const ModelMemory memory = model.memory();
   const ModelInfo info = model.info();
-  const int64_t activations = model.memory_bytes() - info.weight_bytes;
-  const int64_t total = model.memory_bytes() + info.kv_bytes;
+  const int64_t total = memory.weight_bytes + memory.activation_bytes + info.kv_bytes;
   const int64_t predicted = expected.weight_bytes + expected.activation_bytes + expected.kv_bytes;
-  return {fmt::format("memory: weights {}, activations {}, KV cache {}, together {} (predicted: "
-                      "{})\n",
-                      in_gib(info.weight_bytes), in_gib(activations), in_gib(info.kv_bytes),
-                      in_gib(total), in_gib(predicted)),
-          {{"weight_bytes", info.weight_bytes},
-           {"activation_bytes", activations},
-           {"kv_bytes", info.kv_bytes},
-           {"total_bytes", total},
-           {"predicted_bytes", predicted}}};
+  Shown shown = {
+      fmt::format("  memory: weights {}, activations {}, KV cache {}, together {} (predicted: {})",
+                  in_gib(memory.weight_bytes), in_gib(memory.activation_bytes),
+                  in_gib(info.kv_bytes), in_gib(total), in_gib(predicted)),
+      {{"weight_bytes", memory.weight_bytes},
+       {"activation_bytes", memory.activation_bytes},
+       {"kv_bytes", info.kv_bytes},
+       {"total_bytes", total},
+       {"predicted_bytes", predicted}}};
+  if (memory.device_bytes > 0) {
+    const int64_t taken = bounds.free_bytes - memory.device_free_bytes;
+    shown.text += fmt::format("; most at once {}, taken from the GPU {}", in_gib(memory.most_bytes),
+                              in_gib(taken));
+    shown.json["most_bytes"] = memory.most_bytes;
+    shown.json["device_taken_bytes"] = taken;
+  }
+  shown.text += '\n';
+  return shown;
 }
 
 void run_model(const ModelFlags& flags) {
@@ -114,16 +126,19 @@ void run_model(const ModelFlags& flags) {
   common.context = plan.context();
   LoadOptions load = load_options(common);
   load.batch_tokens = flags.batch_tokens;
-  const ModelInfo expected = Model::inspect(load);  // refuses what doesn't fit before the work
+  load.sessions = 1;
+  std::vector<ModelInfo> expected;  // refuses what cannot be, before the work
   for (const std::string& name : flags.attention) {
-    Model::inspect(load_options(with_attention(common, name)));
+    LoadOptions with = load_options(with_attention(common, name));
+    with.batch_tokens = flags.batch_tokens;
+    expected.push_back(Model::inspect(with));
   }
   ResultOutput output(common.json);
 
   const DeviceBounds bounds = measure_bounds(load, plan);
   const Ceilings& best = bounds.ceilings;
   const auto begin = std::chrono::steady_clock::now();
-  Model model = load_model(common, flags.batch_tokens);
+  Model model = load_model(common, flags.batch_tokens, load.sessions);
   const double load_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   const ModelInfo info = model.info();
@@ -163,12 +178,12 @@ void run_model(const ModelFlags& flags) {
     };
     add("prefill", bench_prefill(model, session, plan, bounds));
     add("decode", bench_decode(model, session, plan, bounds));
+    Shown memory = show_memory(model, expected[static_cast<size_t>(done)], bounds);
+    output.text(memory.text);
+    result["memory"] = std::move(memory.json);
     json["results"].push_back(std::move(result));
     progress.update(++done);
   }
-  Shown memory = show_memory(model, expected);
-  output.text(memory.text);
-  json["memory"] = std::move(memory.json);
   output.json(json);
 }
 

@@ -56,7 +56,7 @@ class Chat {
       : flags_(flags),
         options_(effective_options(flags.generation, flags.common.seed)),
         output_(flags.common.json),
-        model_(load_model(flags.common)),
+        model_(load_model(flags.common, 0, 1)),
         template_(flags.chat_template.empty()
                       ? ChatTemplate::detect(model_.tokenizer())
                       : ChatTemplate::by_name(flags.chat_template, model_.tokenizer())),

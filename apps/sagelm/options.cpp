@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -184,14 +185,18 @@ LoadOptions load_options(const CommonOptions& options) {
   return load;
 }
 
-Model load_model(const CommonOptions& options, int64_t batch_tokens) {
+Model load_model(const CommonOptions& options, int64_t batch_tokens, int64_t sessions) {
   LoadOptions load = load_options(options);
   if (batch_tokens > 0) load.batch_tokens = batch_tokens;
+  load.sessions = sessions;
   Progress progress("loading", "", kProgressSteps);
   load.progress = [&progress](double fraction) {
     progress.update(static_cast<int64_t>(fraction * kProgressSteps));
   };
+  const auto begin = std::chrono::steady_clock::now();
   Model model = Model::load(load);
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   if (is_adaptive(options)) {
     model.set_attention(resolve_attention(model, options), load.smooth_k, options.kv_cache);
   }
@@ -199,9 +204,10 @@ Model load_model(const CommonOptions& options, int64_t batch_tokens) {
     const ModelInfo info = model.info();
     std::cerr << fmt::format(
         "model {} ({}, {} parameters, {})\ndevice {}\nattention {}\ncontext {} of {} tokens, "
-        "KV cache {}, {} bytes per token\nweights {} bytes\n",
+        "KV cache {}, {} bytes per token\nweights {} bytes, loaded in {:.2f} s ({:.2f} GB/s)\n",
         info.name, info.architecture, info.num_parameters, info.dtype, info.device, info.attention,
-        info.context, info.max_context, info.kv_cache, info.kv_bytes_per_token, info.weight_bytes);
+        info.context, info.max_context, info.kv_cache, info.kv_bytes_per_token, info.weight_bytes,
+        seconds, static_cast<double>(info.checkpoint_bytes) / seconds * 1e-9);
   }
   return model;
 }

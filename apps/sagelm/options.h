@@ -60,8 +60,9 @@ Tokenizer open_tokenizer(const CommonOptions& options);
 LoadOptions load_options(const CommonOptions& options);
 
 // Loads the model with a progress bar, its attention calibrated if that is still to be done; with
-// -v says on stderr what was loaded. batch_tokens as in LoadOptions; 0 keeps its default.
-Model load_model(const CommonOptions& options, int64_t batch_tokens = 0);
+// -v says on stderr what was loaded. batch_tokens as in LoadOptions; 0 keeps its default; sessions
+// likewise.
+Model load_model(const CommonOptions& options, int64_t batch_tokens = 0, int64_t sessions = 0);
 
 // All of a file, or of standard input for "-". Throws Error naming the file.
 std::string read_text_file(const std::string& path);

@@ -36,6 +36,7 @@ struct LoadOptions {
   int threads = 0;              // 0: one per core
   int64_t context = 0;          // tokens of a session at most; 0: the model's own
   int64_t batch_tokens = 2048;  // tokens per step at most: bounds the memory of activations
+  int64_t sessions = 0;         // load throws Error unless a GPU has memory for so many at once
   std::function<void(double fraction)> progress = {};  // while loading
 };
 
@@ -63,9 +64,18 @@ struct ModelInfo {
   std::string kv_cache;          // "fp16" or "int8"
   int64_t kv_bytes_per_token = 0;  // of a full page
   int64_t kv_bytes = 0;            // of a session of `context` tokens, whole pages
-  int64_t activation_bytes = 0;    // of one step at most, estimated
+  int64_t activation_bytes = 0;    // of steps: all that is not weights or KV cache
   double rope_theta = 0;
   bool tied_embeddings = false;
+};
+
+// What a loaded model holds now, and what is known of the GPU that it is on (0 on the CPU).
+struct ModelMemory {
+  int64_t weight_bytes = 0;
+  int64_t activation_bytes = 0;
+  int64_t most_bytes = 0;  // of all our buffers on the GPU at once, KV caches with them
+  int64_t device_bytes = 0;
+  int64_t device_free_bytes = 0;  // whoever holds the rest
 };
 
 // Applied in this order: repeat penalty, temperature, top-k, top-p, min-p. The same seed, options,
@@ -104,7 +114,8 @@ struct Generation {
   std::vector<float> prompt_logprobs;  // of each prompt token after the first
   StopReason stop_reason = StopReason::kMaxTokens;
   double prefill_seconds = 0;
-  double decode_seconds = 0;  // of decode_steps steps
+  double decode_seconds = 0;         // of decode_steps steps
+  double decode_device_seconds = 0;  // in which a GPU computed them; 0 where that is not known
   int64_t prefill_tokens = 0;
   int64_t decode_steps = 0;                  // tokens run through the model after the prompt
   double prefill_tokens_per_second() const;  // 0 if nothing was measured
@@ -164,7 +175,7 @@ class Model {
   Model& operator=(Model&&) noexcept;
 
   ModelInfo info() const;
-  int64_t memory_bytes() const;        // of weights and activations now, the KV caches not counted
+  ModelMemory memory() const;
   const Tokenizer& tokenizer() const;  // src/text/tokenizer.h; throws Error if there is none
   // With BOS in front if the model's tokenizer configuration wants it; never if add_bos is false.
   std::vector<int32_t> tokenize(std::string_view text, bool add_bos = true) const;
@@ -175,6 +186,13 @@ class Model {
   // A session for one prompt; on_text gets the continuation only.
   Generation generate(std::string_view prompt, const GenerateOptions& options = {},
                       const TextCallback& on_text = {});
+  // Several answers to one prompt, drawn as one batch: the prompt runs once and they share its
+  // whole pages of the KV cache. Answer i is drawn with seed options.sampling.seed + i. Their times
+  // are those of all of them together. on_text is told whose text it gets; false ends that answer.
+  using SampleCallback = std::function<bool(int64_t sample, std::string_view text)>;
+  std::vector<Generation> generate_samples(std::span<const int32_t> prompt_ids,
+                                           const GenerateOptions& options, int64_t samples,
+                                           const SampleCallback& on_text = {});
   // Scores ids[first_scored ...] of each sequence given all before them (ids[0] has no score:
   // first_scored >= 1). Packs the sequences into ragged batches of batch_tokens and returns them in
   // the order given; a sequence's scores do not depend on its neighbours. A sequence may be one

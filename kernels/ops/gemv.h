@@ -22,14 +22,22 @@ enum class GemvOutput : uint8_t {
 
 struct Gemv {
   Element type = Element::kF16;  // of x and the weights (16 bits)
-  const void* x = nullptr;       // [rows, k]
+  const void* x = nullptr;       // [rows, k]; with a norm float32
   const void* weight = nullptr;  // [n, k] (kSwiglu: [2n, k])
   void* out = nullptr;
   int64_t rows = 0;  // 1 to kGemvRows
   int64_t n = 0;
   int64_t k = 0;
   GemvOutput output = GemvOutput::kHalf;
+  // The norm's weights [k], if each row of x is first to become rmsnorm(x) (kernels/ops/rmsnorm.h)
+  // rounded to `type`; then gemv_normalises must hold.
+  const float* norm = nullptr;
+  float eps = 0;
 };
+
+// Whether gemv() takes a norm for such a product: few and short rows on a device where kernels
+// overlap, for every block normalises all of x.
+bool gemv_normalises(const Gemv& args);
 
 // Products in float32, summed in an order that depends on n and k alone: a row's result is the same
 // whatever rows are beside it. All starts on 16-byte boundaries; fast if k is a multiple of 8.

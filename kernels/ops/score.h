@@ -23,8 +23,8 @@ cudaError_t score_rows(const float* logits, const int32_t* targets, int64_t rows
 cudaError_t find_non_finite(const void* x, Element type, int64_t count, int32_t* flag,
                             cudaStream_t stream);
 
-// *flag = 1 if any of count 32-bit words differs, else 0.
-cudaError_t find_difference(const uint32_t* a, const uint32_t* b, int64_t count, int32_t* flag,
-                            cudaStream_t stream);
+// *hash = a number that depends on each of count 32-bit words and on its place: two arrays with the
+// same hash are taken to be the same.
+cudaError_t hash_words(const uint32_t* words, int64_t count, uint64_t* hash, cudaStream_t stream);
 
 }  // namespace sagelm::kernels

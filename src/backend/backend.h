@@ -27,7 +27,7 @@ namespace sagelm {
 // the backend's products read: float32 on the CPU, the weights' 16-bit type on a GPU.
 enum class Holds : uint8_t { kResidual, kActivations, kLogits };
 
-// A dense row-major matrix in the backend's memory, valid until its slot grows or the backend is
+// A dense row-major matrix in the backend's memory, valid until reserve is called or the backend is
 // destroyed.
 struct Matrix {
   void* data = nullptr;
@@ -73,25 +73,62 @@ struct Ceilings {
   double fp8_ops = 0;     // of a large FP8 product
 };
 
+// The largest that a slot of scratch gets.
+struct ScratchSize {
+  int64_t rows = 0;
+  int64_t cols = 0;
+  Holds holds = Holds::kActivations;
+};
+
+// The most that steps take.
+struct StepLimits {
+  std::vector<ScratchSize> scratch;       // by slot
+  std::vector<AttentionShape> attention;  // of the layers; a kind of layer need be there once
+  int64_t tokens = 0;                     // rows of a step
+  int64_t sequences = 0;                  // of a step
+  int64_t context = 0;                    // tokens of a sequence
+};
+
+// Of a device that has its own; all 0 for one that computes in the host's.
+struct DeviceMemory {
+  int64_t total = 0;
+  int64_t free = 0;       // now, whoever holds the rest
+  int64_t held_most = 0;  // by all backends of this process at once, since this one was made
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
 
   virtual std::string device_name() const = 0;
-  // Bytes of weights and activations held now, the KV cache not counted.
-  virtual int64_t memory_bytes() const = 0;
-  // How it would hold a matrix of products that is stored as `stored`.
+  virtual DeviceMemory device_memory() const { return {}; }
+  // Bytes held now.
+  virtual int64_t weight_bytes() const = 0;
+  virtual int64_t activation_bytes() const = 0;
+
+  // Whether it refuses weights that hold NaN or infinity, naming tensor and element; if not,
+  // somebody else has to look.
+  virtual bool checks_weights() const { return false; }
+
+  // What is said of memory before it is taken.
+  // How it would hold a matrix of products, or an embedding, that is stored as `stored`.
   virtual DType product_type(DType stored) const { return stored; }
+  virtual DType embedding_type(DType stored) const { return stored; }
+  // Whether a matrix of products that is the embedding too takes no memory of its own.
+  virtual bool shares_embedding() const { return false; }
+  virtual int64_t kv_bytes(const KvLayout& layout) const { return layout.bytes(); }
+  virtual int64_t step_bytes(const StepLimits& limits) const = 0;
 
   // Memory.
   virtual WeightHandle add_linear(std::span<const TensorView> stacked) = 0;  // rows concatenated
   virtual WeightHandle add_vector(const TensorView& tensor) = 0;             // a norm's weight
   virtual WeightHandle add_embedding(const TensorView& tensor) = 0;
   virtual std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) = 0;
-  // One growing buffer per slot; a slot always holds the same.
+  // Makes room for steps within limits, which come after the weights. What scratch gave before is
+  // no longer valid.
+  virtual void reserve(const StepLimits& limits) = 0;
+  // A slot always holds the same. Throws Error beyond what was reserved.
   virtual Matrix scratch(int slot, int64_t rows, int64_t cols, Holds holds) = 0;
-  // Bytes of an element of such a matrix.
-  virtual size_t element_size(Holds holds) const = 0;
   // Throws UsageError for a variant, Error for a shape, that attention() could not compute.
   virtual void check_attention(const AttentionShape& shape) const = 0;
   // What sage-adaptive picks from, fastest first, the last one being FP16 (docs/architecture.md).
@@ -110,6 +147,12 @@ class Backend {
                       const std::function<void()>& work) {
     work();
   }
+
+  // Seconds that the device spent in work that it repeated, since the last call; waits for it.
+  virtual double repeated_seconds() { return 0; }
+
+  // Errors of the operations that follow name this layer; none if it is -1.
+  virtual void enter_layer(int64_t /*layer*/) {}
 
   // Operations. x and out never overlap unless said.
   virtual void embed(WeightHandle table, const Batch& batch, Matrix out) = 0;

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "base/error.h"
+#include "base/finite.h"
 #include "base/json_bytes.h"
 #include "checkpoint/config.h"
 #include "checkpoint/safetensors.h"
@@ -174,21 +175,6 @@ void for_each_tensor(const ModelWeights& weights, const Function& function) {
   if (weights.lm_head.data != weights.embedding.data) function(weights.lm_head);
 }
 
-// A value is finite unless all bits of its exponent are set.
-template <typename Word>
-int64_t first_non_finite(const TensorView& tensor, Word exponent) {
-  const int64_t count = tensor.num_elements();
-  int64_t first = count;
-#pragma omp parallel for reduction(min : first)
-  for (int64_t i = 0; i < count; ++i) {
-    Word word;
-    std::memcpy(&word, tensor.data + static_cast<size_t>(i) * sizeof(Word), sizeof(Word));
-    const int64_t here = (word & exponent) == exponent ? i : count;
-    first = here < first ? here : first;
-  }
-  return first < count ? first : -1;
-}
-
 }  // namespace
 
 fs::path checkpoint_directory(const fs::path& model) {
@@ -269,20 +255,17 @@ void Checkpoint::count_tensors() {
 }
 
 void check_weights_finite(const ModelWeights& weights) {
+  static constexpr int64_t kPart = int64_t{1} << 18;
   for_each_tensor(weights, [](const TensorView& tensor) {
-    int64_t bad = -1;
-    switch (tensor.dtype) {
-      case DType::kF32:
-        bad = first_non_finite<uint32_t>(tensor, 0x7F800000u);
-        break;
-      case DType::kF16:
-        bad = first_non_finite<uint16_t>(tensor, 0x7C00u);
-        break;
-      case DType::kBF16:
-        bad = first_non_finite<uint16_t>(tensor, 0x7F80u);
-        break;
+    const int64_t count = tensor.num_elements();
+    int64_t first = count;
+#pragma omp parallel for reduction(min : first)
+    for (int64_t begin = 0; begin < count; begin += kPart) {
+      const std::byte* part = tensor.data + static_cast<size_t>(begin) * dtype_size(tensor.dtype);
+      const int64_t bad = first_non_finite(part, tensor.dtype, std::min(kPart, count - begin));
+      if (bad >= 0) first = std::min(first, begin + bad);
     }
-    if (bad >= 0) fail("tensor {} holds NaN or Inf at element {}", tensor.name, bad);
+    if (first < count) fail("tensor {} holds NaN or Inf at element {}", tensor.name, first);
   });
 }
 

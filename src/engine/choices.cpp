@@ -10,9 +10,6 @@
 namespace sagelm {
 namespace {
 
-// Pages of a batch: as many as its tokens would need if each sequence left 3/4 of a page unused.
-constexpr int64_t kPagesFactor = 4;
-
 // One sequence to run after the shared pages, and the choices that it scores: all of an input's
 // that have one token, or one longer choice.
 struct Run {
@@ -68,7 +65,7 @@ struct RunBatch {
 };
 
 std::vector<RunBatch> pack(std::span<const Run> runs, int64_t batch_tokens, KvType type) {
-  const int64_t max_pages = kPagesFactor * KvCache::pages_for(batch_tokens);
+  const int64_t max_pages = pages_of_step(batch_tokens);
   std::vector<RunBatch> batches;
   int64_t tokens = 0;
   int64_t pages = 0;

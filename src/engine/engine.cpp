@@ -8,52 +8,12 @@
 #include "checkpoint/checkpoint.h"
 #include "engine/device.h"
 #include "engine/engine_impl.h"
+#include "engine/memory_plan.h"
 #include "engine/open_checkpoint.h"
 #include "sagelm/sagelm.hpp"
 
 namespace sagelm {
 namespace {
-
-// score() packs short sequences, each of which leaves most of a page unused: the pages of a batch
-// may hold this many times its tokens.
-constexpr int64_t kScorePagesFactor = 4;
-
-// Of one step: hidden states, those of the rows that are read out, their normalised copy and the
-// attention's output, queries, keys and values, gate, up and their product, and one row of logits.
-int64_t estimate_activations(const ModelConfig& config, int64_t rows, const Backend& backend) {
-  const int64_t activations = config.hidden_size + 2 * config.q_size() + 2 * config.kv_size() +
-                              3 * config.intermediate_size;
-  const auto size = [&backend](Holds holds) {
-    return static_cast<int64_t>(backend.element_size(holds));
-  };
-  return rows * (2 * config.hidden_size * size(Holds::kResidual) +
-                 activations * size(Holds::kActivations)) +
-         config.vocab_size * size(Holds::kLogits);
-}
-
-// What the model's weights take on this backend: matrices of products in its own type, norms as
-// float32, the embedding as stored.
-int64_t estimate_weights(const ModelWeights& weights, const Backend& backend) {
-  int64_t bytes = static_cast<int64_t>(weights.embedding.bytes);
-  const auto add_vector = [&bytes](const TensorView& tensor) {
-    bytes += tensor.num_elements() * static_cast<int64_t>(sizeof(float));
-  };
-  const auto add_linear = [&](const TensorView& tensor) {
-    bytes += tensor.num_elements() *
-             static_cast<int64_t>(dtype_size(backend.product_type(tensor.dtype)));
-  };
-  for (const LayerWeights& layer : weights.layers) {
-    for (const TensorView* tensor : {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj,
-                                     &layer.gate_proj, &layer.up_proj, &layer.down_proj}) {
-      add_linear(*tensor);
-    }
-    add_vector(layer.input_norm);
-    add_vector(layer.post_norm);
-  }
-  add_vector(weights.final_norm);
-  add_linear(weights.lm_head);
-  return bytes;
-}
 
 constexpr std::string_view kv_type_name(KvType type) {
   return type == KvType::kInt8 ? "int8" : "fp16";
@@ -84,17 +44,13 @@ KvType check_attention(std::span<const AttentionSpec> layers, std::string_view k
   return kv_cache != kv_type_name(KvType::kFp16) && all_read_int8 ? KvType::kInt8 : KvType::kFp16;
 }
 
-void set_kv_info(KvType type, const ModelConfig& config, ModelInfo& info) {
-  const KvRoom room = kv_room(type, info.context);
-  const KvLayout layout{.type = type,
-                        .num_layers = config.num_layers,
-                        .num_kv_heads = config.num_kv_heads,
-                        .head_dim = config.head_dim,
-                        .num_pages = room.pages,
-                        .num_tails = room.tails};
+void set_kv_info(KvType type, const ModelConfig& config, const Backend& backend, ModelInfo& info) {
+  KvLayout layout = kv_layout(type, config, info.context);
   info.kv_cache = kv_type_name(type);
-  info.kv_bytes_per_token = (layout.page_bytes() + kPageTokens - 1) / kPageTokens;
-  info.kv_bytes = layout.bytes();
+  info.kv_bytes = backend.kv_bytes(layout);
+  layout.num_pages = 1;
+  layout.num_tails = 0;
+  info.kv_bytes_per_token = (backend.kv_bytes(layout) + kPageTokens - 1) / kPageTokens;
 }
 
 void set_attention_info(std::span<const AttentionSpec> layers, ModelInfo& info) {
@@ -140,10 +96,10 @@ ModelInfo describe(const Checkpoint& checkpoint, const LoadOptions& options,
   info.max_context = config.max_position_embeddings;
   info.context = options.context > 0 ? options.context : config.max_position_embeddings;
   info.checkpoint_bytes = checkpoint.bytes();
-  info.weight_bytes = estimate_weights(checkpoint.weights(), backend);
-  set_kv_info(kv_type, config, info);
+  info.weight_bytes = weight_bytes(checkpoint.weights(), backend);
+  set_kv_info(kv_type, config, backend, info);
   info.activation_bytes =
-      estimate_activations(config, std::min(options.batch_tokens, info.context), backend);
+      backend.step_bytes(limits_of_steps(config, attention, options.batch_tokens, info.context));
   info.rope_theta = config.rope_theta;
   info.tied_embeddings = config.tie_word_embeddings;
   return info;
@@ -188,12 +144,14 @@ Model Model::load(const LoadOptions& options) {
   if (options.random_weights.empty()) {
     impl->tokenizer = std::make_unique<Tokenizer>(Tokenizer::open(checkpoint.directory()));
     impl->tokenizer->check_fits(config.vocab_size);
-    check_weights_finite(checkpoint.weights());
+    if (!impl->backend->checks_weights()) check_weights_finite(checkpoint.weights());
   }
+  check_fits(impl->memory_needs(config, attention, options.sessions), false, *impl->backend);
   impl->llama = std::make_unique<Llama>(config, checkpoint.weights(), *impl->backend,
                                         attention.front(), options.progress);
   impl->llama->set_attention(std::move(attention));
-  impl->info.weight_bytes = impl->backend->memory_bytes();
+  impl->reserve_steps();
+  impl->info.weight_bytes = impl->backend->weight_bytes();
   impl->info.device = impl->backend->device_name();  // it knows its types now
   return Model(std::move(impl));
 }
@@ -205,7 +163,15 @@ ModelInfo Model::inspect(const LoadOptions& options) {
 
 ModelInfo Model::info() const { return impl_->info; }
 
-int64_t Model::memory_bytes() const { return impl_->backend->memory_bytes(); }
+ModelMemory Model::memory() const {
+  const Backend& backend = *impl_->backend;
+  const DeviceMemory device = backend.device_memory();
+  return {.weight_bytes = backend.weight_bytes(),
+          .activation_bytes = backend.activation_bytes(),
+          .most_bytes = device.held_most,
+          .device_bytes = device.total,
+          .device_free_bytes = device.free};
+}
 
 const Tokenizer& Model::tokenizer() const {
   if (impl_->tokenizer == nullptr) fail("{} has no tokenizer", impl_->info.name);
@@ -224,9 +190,10 @@ void Model::set_attention(std::string_view name, bool smooth_k, std::string_view
   const ModelConfig& config = impl_->llama->config();
   std::vector<AttentionSpec> layers = parse_layer_attention(name, config.num_layers, smooth_k);
   impl_->kv_type = check_attention(layers, kv_cache, config, *impl_->backend);
-  set_kv_info(impl_->kv_type, config, impl_->info);
+  set_kv_info(impl_->kv_type, config, *impl_->backend, impl_->info);
   set_attention_info(layers, impl_->info);
   impl_->llama->set_attention(std::move(layers));
+  impl_->reserve_steps();
 }
 
 Generation Model::generate(std::string_view prompt, const GenerateOptions& options,
@@ -282,6 +249,25 @@ void Model::probe_attention(std::span<const int32_t> ids,
       });
 }
 
+MemoryNeeds Model::Impl::memory_needs(const ModelConfig& config,
+                                      std::span<const AttentionSpec> attention,
+                                      int64_t sessions) const {
+  return {.config = &config,
+          .attention = attention,
+          .kv_type = kv_type,
+          .weight_bytes = llama ? 0 : info.weight_bytes,
+          .batch_tokens = options.batch_tokens,
+          .context = info.context,
+          .sessions = sessions};
+}
+
+void Model::Impl::reserve_steps() {
+  const StepLimits limits =
+      limits_of_steps(llama->config(), llama->attention(), options.batch_tokens, info.context);
+  info.activation_bytes = backend->step_bytes(limits);
+  backend->reserve(limits);
+}
+
 void Model::Impl::check_ids(std::span<const int32_t> ids) const {
   for (const int32_t id : ids) {
     if (id < 0 || id >= info.vocab_size) {
@@ -309,7 +295,7 @@ void Model::Impl::for_each_step(std::span<const ScoreInput> inputs, const ScoreS
     }
     check_ids(input.ids);
   }
-  const int64_t max_pages = kScorePagesFactor * KvCache::pages_for(batch_tokens);
+  const int64_t max_pages = pages_of_step(batch_tokens);
   for (size_t first = 0; first < inputs.size();) {
     const auto length = static_cast<int64_t>(inputs[first].ids.size());
     if (length > batch_tokens) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "engine/memory_plan.h"
 #include "model/kv_cache.h"
 #include "model/llama.h"
 #include "sagelm/sagelm.hpp"
@@ -52,6 +53,11 @@ struct Model::Impl {
   void for_each_chunk(Sequence& sequence, std::span<const int32_t> tokens, int64_t first_scored,
                       size_t input, const ScoreStep& run_step);
 
+  // Of the model as it is loaded, and of so many sessions.
+  MemoryNeeds memory_needs(const ModelConfig& config, std::span<const AttentionSpec> attention,
+                           int64_t sessions) const;
+  // Has the backend make room for steps with the model's attention.
+  void reserve_steps();
   // A cache of the current type, with at least this room, that no sequence uses.
   KvCache& cache_for_scoring(const KvRoom& room);
   void check_ids(std::span<const int32_t> ids) const;

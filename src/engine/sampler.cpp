@@ -1,16 +1,57 @@
 #include "engine/sampler.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <limits>
 
 #include "base/error.h"
 
 namespace sagelm {
 namespace {
 
+float largest_of(std::span<const float> logits) {
+  float largest = logits[0];
+#pragma omp simd reduction(max : largest)
+  for (size_t i = 0; i < logits.size(); ++i) largest = std::max(largest, logits[i]);
+  return largest;
+}
+
+// The first among equals.
 int32_t argmax(std::span<const float> logits) {
-  const auto best = std::max_element(logits.begin(), logits.end());  // the first among equals
+  const auto best = std::find(logits.begin(), logits.end(), largest_of(logits));
   return static_cast<int32_t>(best - logits.begin());
+}
+
+// exp(x) for x <= 0, within 1e-5 of its value; next to nothing for less than -87. Without calls and
+// branches, so that loops over it are vectorized.
+inline float quick_exp(float x) {
+  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer
+  const float power = std::max(x, -87.0F) * 1.442695041F;
+  const float whole = power + kRound - kRound;
+  const float f = power - whole;  // 2^f by its Taylor polynomial, |f| <= 1/2
+  const float part =
+      1.0F +
+      f * (0.693147181F +
+           f * (0.240226507F + f * (0.0555041087F + f * (0.00961812911F + f * 0.00133335581F))));
+  return part * std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23);
+}
+
+// Sum of exp((logit - largest) * scale) over logits below `under`.
+double sum_under(std::span<const float> logits, float under, float largest, float scale) {
+  constexpr size_t kBlock = 4096;
+  double total = 0;
+  for (size_t begin = 0; begin < logits.size(); begin += kBlock) {
+    const size_t end = std::min(begin + kBlock, logits.size());
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = begin; i < end; ++i) {
+      const float weight = quick_exp((logits[i] - largest) * scale);
+      sum += logits[i] < under ? weight : 0.0F;
+    }
+    total += static_cast<double>(sum);
+  }
+  return total;
 }
 
 }  // namespace
@@ -74,20 +115,26 @@ void Sampler::penalize(std::span<float> logits, std::span<const int32_t> history
 
 // Leaves in candidates_ the tokens that may be drawn.
 void Sampler::collect(std::span<const float> logits) {
-  const double largest = logits[static_cast<size_t>(argmax(logits))];
+  const float largest = largest_of(logits);
   // Tokens below (1 - top_p) / vocab of the largest weight together hold less than 1 - top_p of
-  // all, so the nucleus lies among the others: most of the vocabulary is never sorted.
+  // all, so the nucleus lies among the others: most of the vocabulary is never sorted, and its
+  // weights matter as a sum alone.
   const double floor = options_.top_p < 1.0 && options_.top_k == 0
                            ? (1.0 - options_.top_p) / static_cast<double>(logits.size())
                            : 0.0;
-  double total = 0;
+  const float under = floor > 0
+                          ? largest + static_cast<float>(options_.temperature * std::log(floor))
+                          : -std::numeric_limits<float>::infinity();
+  double total =
+      floor > 0 ? sum_under(logits, under, largest, static_cast<float>(1.0 / options_.temperature))
+                : 0.0;
   candidates_.clear();
   for (size_t i = 0; i < logits.size(); ++i) {
-    const double weight = std::exp((logits[i] - largest) / options_.temperature);
+    if (logits[i] < under) continue;
+    const double weight = std::exp((static_cast<double>(logits[i]) - static_cast<double>(largest)) /
+                                   options_.temperature);
     total += weight;
-    if (weight > 0 && weight >= floor) {
-      candidates_.push_back({.weight = weight, .id = static_cast<int32_t>(i)});
-    }
+    if (weight > 0) candidates_.push_back({.weight = weight, .id = static_cast<int32_t>(i)});
   }
   const auto less_probable = [](const Candidate& a, const Candidate& b) {
     return a.weight != b.weight ? a.weight < b.weight : a.id > b.id;

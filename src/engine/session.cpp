@@ -1,16 +1,13 @@
 // Session: the generation loop over one growing sequence.
 #include <algorithm>
 #include <chrono>
-#include <limits>
-#include <optional>
 #include <utility>
 
 #include "base/error.h"
+#include "engine/answer.h"
 #include "engine/engine_impl.h"
 #include "engine/sampler.h"
-#include "engine/text_stream.h"
 #include "sagelm/sagelm.hpp"
-#include "text/detokenizer.h"
 
 namespace sagelm {
 namespace {
@@ -44,10 +41,21 @@ struct Session::Impl {
         sequence(other.sequence.fork(other.sequence.length())),
         ids(other.ids) {}
 
+  // Appends prompt and runs what has not run; the logits after its last token, or none if on_text
+  // stopped it.
+  std::vector<float> begin(std::span<const int32_t> prompt, const GenerateOptions& options,
+                           const TextCallback& on_text, Generation& result);
   std::vector<float> run_prompt(const GenerateOptions& options, const TextCallback& on_text,
                                 Generation& result);
-  void decode(std::vector<float> logits, const GenerateOptions& options,
-              const TextCallback& on_text, Generation& result);
+  // An answer: where its tokens go and how they are drawn.
+  struct Branch {
+    Impl* session = nullptr;
+    GenerateOptions options;
+    TextCallback on_text;
+    Generation* result = nullptr;
+  };
+  // Draws the answers of sessions of one cache, whose last token gave these logits, as one batch.
+  static void decode(std::span<const Branch> branches, std::span<const float> logits);
 
   std::shared_ptr<Model::Impl> model;
   std::shared_ptr<KvCache> cache;  // of this session and its forks
@@ -84,6 +92,9 @@ Session& Session::operator=(Session&&) noexcept = default;
 
 Session Model::start_session(int64_t forks) {
   if (forks < 0) fail("a session cannot have {} forks", forks);
+  const Llama& llama = *impl_->llama;
+  check_fits(impl_->memory_needs(llama.config(), llama.attention(), forks + 1), true,
+             *impl_->backend);
   const KvRoom one = kv_room(impl_->kv_type, impl_->info.context);
   const KvRoom room{.pages = one.pages * (forks + 1), .tails = one.tails * (forks + 1)};
   return Session(std::make_unique<Session::Impl>(impl_, room));
@@ -105,31 +116,36 @@ void Session::truncate(int64_t length) {
 
 Generation Session::generate(std::span<const int32_t> ids, const GenerateOptions& options,
                              const TextCallback& on_text) {
-  check_options(options);
-  impl_->model->check_ids(ids);
   const size_t length_before = impl_->ids.size();
-  const size_t needed = length_before + ids.size();
-  if (needed > static_cast<size_t>(context())) {
-    fail("the context is full: {} tokens are in use, {} more do not fit its {}", length_before,
-         ids.size(), context());
-  }
-  if (needed == 0) fail("the prompt is empty: there is nothing to continue");
-
   Generation result;
-  result.prompt_ids.assign(ids.begin(), ids.end());
-  impl_->ids.insert(impl_->ids.end(), ids.begin(), ids.end());
   try {
-    std::vector<float> logits = impl_->run_prompt(options, on_text, result);
-    if (logits.empty()) {
-      result.stop_reason = StopReason::kCallback;
-    } else {
-      impl_->decode(std::move(logits), options, on_text, result);
-    }
+    const std::vector<float> logits = impl_->begin(ids, options, on_text, result);
+    const Impl::Branch branch{
+        .session = impl_.get(), .options = options, .on_text = on_text, .result = &result};
+    if (!logits.empty()) Impl::decode({&branch, 1}, logits);
   } catch (...) {
     truncate(static_cast<int64_t>(length_before));
     throw;
   }
   return result;
+}
+
+std::vector<float> Session::Impl::begin(std::span<const int32_t> prompt,
+                                        const GenerateOptions& options, const TextCallback& on_text,
+                                        Generation& result) {
+  check_options(options);
+  model->check_ids(prompt);
+  const size_t needed = ids.size() + prompt.size();
+  if (needed > static_cast<size_t>(model->info.context)) {
+    fail("the context is full: {} tokens are in use, {} more do not fit its {}", ids.size(),
+         prompt.size(), model->info.context);
+  }
+  if (needed == 0) fail("the prompt is empty: there is nothing to continue");
+  result.prompt_ids.assign(prompt.begin(), prompt.end());
+  ids.insert(ids.end(), prompt.begin(), prompt.end());
+  std::vector<float> logits = run_prompt(options, on_text, result);
+  if (logits.empty()) result.stop_reason = StopReason::kCallback;
+  return logits;
 }
 
 // The logits after the last token of ids; empty if on_text stopped it.
@@ -155,62 +171,84 @@ std::vector<float> Session::Impl::run_prompt(const GenerateOptions& options,
   return logits;
 }
 
-void Session::Impl::decode(std::vector<float> logits, const GenerateOptions& options,
-                           const TextCallback& on_text, Generation& result) {
+void Session::Impl::decode(std::span<const Branch> branches, std::span<const float> logits) {
   const auto start = std::chrono::steady_clock::now();
-  Sampler sampler(options.sampling);
-  std::optional<Detokenizer> detokenizer;
-  if (model->tokenizer != nullptr) detokenizer.emplace(*model->tokenizer);
-  TextStream stream(options.stop);
-  std::vector<int32_t> ends = options.end_ids;
-  const std::vector<int32_t>& eos = model->llama->config().eos_token_ids;
-  ends.insert(ends.end(), eos.begin(), eos.end());
-  const auto show = [&](const std::string& text) {
-    result.text += text;
-    return !on_text || on_text(text);
-  };
+  Model::Impl& model = *branches.front().session->model;
+  const auto vocab = static_cast<size_t>(model.llama->config().vocab_size);
+  const Answer::Of of{.tokenizer = model.tokenizer.get(),
+                      .eos_ids = model.llama->config().eos_token_ids,
+                      .context = model.info.context};
+  std::vector<Answer> answers;
+  std::vector<size_t> going;
+  std::vector<float> drawn_from;  // sampling changes it
+  for (size_t i = 0; i < branches.size(); ++i) {
+    const Branch& branch = branches[i];
+    drawn_from.assign(logits.begin(), logits.end());
+    answers.emplace_back(of, branch.options, branch.on_text, branch.session->ids, *branch.result);
+    if (answers[i].take(drawn_from)) going.push_back(i);
+  }
+  std::vector<StepInput> inputs;
+  model.backend->repeated_seconds();  // only what follows counts
+  while (!going.empty()) {
+    inputs.clear();
+    for (const size_t i : going) {
+      Impl& session = *branches[i].session;
+      inputs.push_back({.sequence = &session.sequence, .tokens = {&session.ids.back(), 1}});
+      ++branches[i].result->decode_steps;
+    }
+    drawn_from = model.llama->step(inputs);
+    size_t row = 0;
+    std::erase_if(going, [&](size_t i) {
+      return !answers[i].take(std::span(drawn_from).subspan(vocab * row++, vocab));
+    });
+  }
+  const double device_seconds = model.backend->repeated_seconds();
+  for (size_t i = 0; i < branches.size(); ++i) {
+    answers[i].finish();
+    branches[i].result->decode_seconds = seconds_since(start);
+    branches[i].result->decode_device_seconds = device_seconds;
+  }
+}
 
-  result.stop_reason = StopReason::kMaxTokens;
-  while (static_cast<int64_t>(result.ids.size()) < options.max_tokens) {
-    if (static_cast<int64_t>(ids.size()) >= model->info.context) {
-      result.stop_reason = StopReason::kContextFull;
-      break;
-    }
-    if (options.ignore_eos) {
-      for (const int32_t end : ends) {
-        if (end >= 0 && static_cast<size_t>(end) < logits.size()) {
-          logits[static_cast<size_t>(end)] = -std::numeric_limits<float>::infinity();
-        }
-      }
-    }
-    const int32_t id = sampler.sample(logits, ids);
-    if (std::find(ends.begin(), ends.end(), id) != ends.end()) {
-      result.stop_reason = StopReason::kEndOfSequence;
-      break;
-    }
-    ids.push_back(id);
-    result.ids.push_back(id);
-    if (!show(stream.push(detokenizer ? detokenizer->push(id) : std::string()))) {
-      result.stop_reason = StopReason::kCallback;
-      break;
-    }
-    if (stream.stopped()) {
-      result.stop_reason = StopReason::kStopString;
-      break;
-    }
-    if (static_cast<int64_t>(result.ids.size()) == options.max_tokens) break;
-    const StepInput input{.sequence = &sequence, .tokens = {&ids.back(), 1}};
-    logits = model->llama->step({&input, 1});
-    ++result.decode_steps;
+std::vector<Generation> Model::generate_samples(std::span<const int32_t> prompt_ids,
+                                                const GenerateOptions& options, int64_t samples,
+                                                const SampleCallback& on_text) {
+  const int64_t most_samples = std::min(impl_->options.batch_tokens, Llama::kLogitsRows);
+  if (samples < 1 || samples > most_samples) {
+    fail_usage("there can be 1 to {} samples, not {}", most_samples, samples);
   }
-  const std::string rest =
-      stream.push(detokenizer ? detokenizer->flush() : std::string()) + stream.finish();
-  if (result.stop_reason == StopReason::kCallback) {
-    result.text += rest;  // on_text wanted no more
-  } else if (!rest.empty()) {
-    show(rest);
+  // Whole pages of the prompt are there once, and what may follow them for each sample.
+  const auto prompt_tokens = static_cast<int64_t>(prompt_ids.size());
+  const int64_t context = impl_->info.context;
+  const int64_t most = std::min(context, prompt_tokens + std::min(options.max_tokens, context));
+  const KvRoom one = kv_room(impl_->kv_type, most);
+  const int64_t shared = std::min(one.pages, prompt_tokens / kPageTokens);
+  const KvRoom room{.pages = shared + samples * (one.pages - shared), .tails = samples * one.tails};
+
+  std::vector<Session> sessions;
+  sessions.push_back(Session(std::make_unique<Session::Impl>(impl_, room)));
+  const auto text_of = [&on_text](int64_t sample) -> TextCallback {
+    if (!on_text) return {};
+    return [&on_text, sample](std::string_view text) { return on_text(sample, text); };
+  };
+  Generation first;
+  const std::vector<float> logits =
+      sessions.front().impl_->begin(prompt_ids, options, text_of(0), first);
+  std::vector<Generation> results(static_cast<size_t>(samples), first);
+  if (logits.empty()) return results;
+  while (static_cast<int64_t>(sessions.size()) < samples) {
+    sessions.push_back(sessions.front().fork());
   }
-  result.decode_seconds = seconds_since(start);
+  std::vector<Session::Impl::Branch> branches;
+  for (size_t i = 0; i < sessions.size(); ++i) {
+    branches.push_back({.session = sessions[i].impl_.get(),
+                        .options = options,
+                        .on_text = text_of(static_cast<int64_t>(i)),
+                        .result = &results[i]});
+    branches[i].options.sampling.seed += i;
+  }
+  Session::Impl::decode(branches, logits);
+  return results;
 }
 
 }  // namespace sagelm

@@ -13,10 +13,17 @@ namespace sagelm {
 namespace {
 
 // Which scratch buffer holds what.
-enum Slot : int { kHidden, kNormed, kQkv, kAttended, kGateUp, kActivated, kGathered, kLogits };
-
-// Rows of logits computed at once when scoring: bounds the buffer to kScoreRows * vocab_size.
-constexpr int64_t kScoreRows = 256;
+enum Slot : int {
+  kHidden,
+  kNormed,
+  kQkv,
+  kAttended,
+  kGateUp,
+  kActivated,
+  kGathered,
+  kLogits,
+  kNumSlots
+};
 
 void advance(std::span<const StepInput> inputs, const ModelConfig& config) {
   std::vector<Sequence*> sequences;
@@ -131,6 +138,19 @@ void Llama::set_attention(std::vector<AttentionSpec> layers) {
   attention_ = std::move(layers);
 }
 
+std::vector<ScratchSize> Llama::scratch_sizes(const ModelConfig& config, int64_t tokens) {
+  std::vector<ScratchSize> sizes(kNumSlots);
+  const int64_t hidden = config.hidden_size;
+  sizes[kHidden] = sizes[kGathered] = {tokens, hidden, Holds::kResidual};
+  sizes[kNormed] = {tokens, hidden, Holds::kActivations};
+  sizes[kQkv] = {tokens, config.q_size() + 2 * config.kv_size(), Holds::kActivations};
+  sizes[kAttended] = {tokens, config.q_size(), Holds::kActivations};
+  sizes[kGateUp] = {tokens, 2 * config.intermediate_size, Holds::kActivations};
+  sizes[kActivated] = {tokens, config.intermediate_size, Holds::kActivations};
+  sizes[kLogits] = {std::min(tokens, kLogitsRows), config.vocab_size, Holds::kLogits};
+  return sizes;
+}
+
 KvCache Llama::make_cache(KvType type, const KvRoom& room) {
   return KvCache(*backend_, type, config_.num_layers, config_.num_kv_heads, config_.head_dim, room);
 }
@@ -176,6 +196,7 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
     const auto index = static_cast<int64_t>(i);
     const AttentionShape shape{config_.num_heads, config_.num_kv_heads, config_.head_dim,
                                attention_[i]};
+    b.enter_layer(index);
     b.rmsnorm(hidden, layer.input_norm, config_.rms_norm_eps, normed);
     b.linear(normed, layer.qkv, qkv);
     b.rope_append(qkv, batch, shape, inverse_frequencies_, index, kv);
@@ -188,8 +209,7 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
     b.linear_add(attended, layer.o, hidden);
     Matrix out = hidden;
     if (i + 1 == layers_.size()) {
-      // Nothing reads the other rows any more.
-      if (wanted.empty()) break;
+      if (wanted.empty()) break;  // nothing reads the other rows any more
       if (!wants_all) b.gather_rows(hidden, wanted, gathered);
       out = gathered;
     }
@@ -202,6 +222,7 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
       fail("NaN or Inf appears in the output of layer {}", i);
     }
   }
+  b.enter_layer(-1);
   return gathered;
 }
 
@@ -280,8 +301,8 @@ void Llama::run_scored(std::span<const StepInput> inputs, std::span<const int64_
     return rows;
   };
   run(inputs, false, rows_before, [&](Matrix hidden) {
-    for (int64_t begin = 0; begin < hidden.rows; begin += kScoreRows) {
-      const int64_t count = std::min(kScoreRows, hidden.rows - begin);
+    for (int64_t begin = 0; begin < hidden.rows; begin += kLogitsRows) {
+      const int64_t count = std::min(kLogitsRows, hidden.rows - begin);
       read(std::span<const LogitsRow>(places).subspan(static_cast<size_t>(begin),
                                                       static_cast<size_t>(count)),
            head(rows_of(hidden, begin, count)));
@@ -294,7 +315,7 @@ std::vector<std::vector<TokenScore>> Llama::score(std::span<const StepInput> inp
   std::vector<std::vector<TokenScore>> scores;
   for (const StepInput& input : inputs) scores.emplace_back(static_cast<size_t>(num_scored(input)));
   std::vector<int32_t> targets;
-  std::vector<TokenScore> block(kScoreRows);
+  std::vector<TokenScore> block(kLogitsRows);
   run_scored(inputs, first_scored, [&](std::span<const LogitsRow> rows, Matrix logits) {
     targets.clear();
     for (const LogitsRow& row : rows) {

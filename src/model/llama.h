@@ -37,6 +37,9 @@ using AttentionProbe =
 
 class Llama {
  public:
+  // Rows of logits computed at once, which bounds their buffer: the most inputs of step().
+  static constexpr int64_t kLogitsRows = 256;
+
   // Hands the weights to the backend; the views are not used after construction. progress, if set,
   // is called with the fraction done, 0 to 1. All layers begin with the same attention.
   Llama(const ModelConfig& config, const ModelWeights& weights, Backend& backend,
@@ -48,6 +51,8 @@ class Llama {
   void set_attention(std::vector<AttentionSpec> layers);
   Backend& backend() { return *backend_; }
   KvCache make_cache(KvType type, const KvRoom& room);
+  // The scratch memory that steps of up to `tokens` tokens take: the backend must have it reserved.
+  static std::vector<ScratchSize> scratch_sizes(const ModelConfig& config, int64_t tokens);
 
   // All inputs' sequences are of one cache and distinct.
 

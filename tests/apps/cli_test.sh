@@ -64,9 +64,13 @@ run 0 generate -n 8 --prompt "$prompt" --seed 5
 cp "$work/out" "$work/first"
 run 0 generate -n 8 --prompt "$prompt" --seed 5
 cmp -s "$work/out" "$work/first" || fail "the same seed gave two texts"
+run 0 generate -n 6 --prompt "$prompt" --seed 5 --samples 3 --json
+[ "$(grep -c '"seed": [567],*$' "$work/out")" = 4 ] || fail "samples: $(cat "$work/out")"
+run 0 generate -n 6 --prompt "$prompt" --samples 2 --temp 0
+[ "$(sed -n 2p "$work/out")" = "$(sed -n 4p "$work/out")" ] || fail "samples: $(cat "$work/out")"
 for flags in "--temp -1" "--temp nan" "--top-p 0" "--top-p 2" "--top-k -1" "--min-p 2" \
   "--repeat-penalty 0" "--repeat-last-n -2" "-n 0" "-n x" "--seed x" "--threads 2000" "--ctx 0" \
-  "--kv-cache fp8" "--stop"; do
+  "--kv-cache fp8" "--samples 0" "--stop"; do
   # shellcheck disable=SC2086
   refused 2 "" generate --prompt x $flags
 done

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstdio>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,7 @@
 #include "kernels/attention/recipe.h"
 #include "kernels/attention/sage_quantize_sm90.h"
 #include "kernels/ops/probe.h"
+#include "support/sweep.h"
 
 namespace sagelm::testing {
 namespace {
@@ -141,6 +143,7 @@ TEST_F(CacheGpu, PagesAreTilesOfThePrefillQuantizer) {
     const auto dim = static_cast<size_t>(shape.padded());
     kernels::place_sage_tiles(p, shape.padded(), nullptr, &bytes);
     DeviceBuffer workspace(bytes);
+    workspace.fill(0);  // parts of it stay unwritten, and all of it is read below
     const auto tiles = kernels::place_sage_tiles(p, shape.padded(), workspace.data(), &bytes);
     expect_done(kernels::quantize_to_sage_tiles(p, shape.padded(), tiles, nullptr), "quantize");
     std::vector<std::byte> host(bytes);
@@ -251,6 +254,26 @@ TEST_F(CacheGpu, DecodeSeveralQueries) {
 TEST_F(CacheGpu, DecodeGroupOfSixteen) {
   check_decode({Element::kF16, 16, 1, 128}, {{900, 40}, {1, 1}});
   check_decode({Element::kF16, 32, 2, 64}, {{900, 40}, {1, 1}});
+}
+
+TEST_F(CacheGpu, DecodeRandomShapes) {
+  Sweep sweep(sweep_seed(), {16, 48, 64, 80, 96, 112, 128, 128});
+  const TimeLimit limit(4);
+  int cases = 0;
+  for (; !limit.passed() && !HasFatalFailure(); ++cases) {
+    const SweepCase picked = sweep.next(1500, 1500);
+    const KvShape shape{sweep.one_in(2) ? Element::kF16 : Element::kBF16, picked.num_heads,
+                        picked.num_kv_heads, picked.head_dim};
+    DecodeBatch batch{.lengths = picked.kv_lens, .counts = {}};
+    for (const int length : batch.lengths) {
+      const int most = sweep.one_in(2) ? 1 : 16 / (shape.heads / shape.kv_heads);
+      batch.counts.push_back(std::min(length, sweep.uniform(1, most)));
+    }
+    SCOPED_TRACE("seed " + std::to_string(sweep_seed()) + ", case " + std::to_string(cases) + ", " +
+                 picked.describe());
+    check_decode(shape, batch);
+  }
+  std::printf("seed %u, %d cases\n", sweep_seed(), cases);
 }
 
 TEST_F(CacheGpu, DecodeLongSequence) {

@@ -418,24 +418,28 @@ TEST_P(AllOpsGpu, FindNonFinite) {
   }
 }
 
-TEST_F(OpsGpu, FindDifference) {
+TEST_F(OpsGpu, HashWords) {
   for (const size_t count : {size_t{1}, size_t{33}, size_t{600001}}) {
     std::vector<int32_t> values(count);
     std::iota(values.begin(), values.end(), 0);
-    const DeviceBuffer a = upload_integers(values);
-    DeviceBuffer flag(sizeof(int32_t));
-    const auto differs = [&] {
-      const DeviceBuffer b = upload_integers(values);
-      expect_done(kernels::find_difference(static_cast<const uint32_t*>(a.data()),
-                                           static_cast<const uint32_t*>(b.data()),
-                                           static_cast<int64_t>(count),
-                                           static_cast<int32_t*>(flag.data()), nullptr),
-                  "find_difference");
-      return read_flag(flag);
+    DeviceBuffer result(sizeof(uint64_t));
+    const auto hash = [&] {
+      const DeviceBuffer words = upload_integers(values);
+      expect_done(kernels::hash_words(static_cast<const uint32_t*>(words.data()),
+                                      static_cast<int64_t>(count),
+                                      static_cast<uint64_t*>(result.data()), nullptr),
+                  "hash_words");
+      uint64_t value = 0;
+      result.download(&value, sizeof value);
+      return value;
     };
-    EXPECT_EQ(differs(), 0) << count;
+    const uint64_t before = hash();
+    EXPECT_EQ(hash(), before) << count;
     values[count - 1] ^= int32_t{1} << 31;
-    EXPECT_EQ(differs(), 1) << count;
+    EXPECT_NE(hash(), before) << count;
+    values[count - 1] ^= int32_t{1} << 31;
+    std::swap(values.front(), values.back());
+    EXPECT_EQ(hash() == before, count == 1) << count;
   }
 }
 

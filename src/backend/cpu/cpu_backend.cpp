@@ -49,10 +49,19 @@ class CpuBackend : public Backend {
                        linear_.uses_bf16() ? "BF16" : "F32");
   }
 
-  int64_t memory_bytes() const override {
-    int64_t bytes = weight_bytes_;
-    for (const auto& buffer : scratch_)
+  int64_t weight_bytes() const override { return weight_bytes_; }
+  int64_t activation_bytes() const override {
+    int64_t bytes = 0;
+    for (const auto& buffer : scratch_) {
       bytes += static_cast<int64_t>(buffer.size() * sizeof(float));
+    }
+    return bytes;
+  }
+  int64_t step_bytes(const StepLimits& limits) const override {
+    int64_t bytes = 0;
+    for (const ScratchSize& slot : limits.scratch) {
+      bytes += (slot.rows + cpu::kRowPadding) * slot.cols * static_cast<int64_t>(sizeof(float));
+    }
     return bytes;
   }
 
@@ -83,6 +92,9 @@ class CpuBackend : public Backend {
     return std::make_unique<cpu::CpuKv>(layout);
   }
 
+  // Buffers grow as steps need them: what no step touches takes no memory.
+  void reserve(const StepLimits& /*limits*/) override {}
+
   Matrix scratch(int slot, int64_t rows, int64_t cols, Holds /*holds*/) override {
     const auto index = static_cast<size_t>(slot);
     if (index >= scratch_.size()) scratch_.resize(index + 1);
@@ -91,7 +103,6 @@ class CpuBackend : public Backend {
     return {scratch_[index].data(), DType::kF32, rows, cols};
   }
 
-  size_t element_size(Holds /*holds*/) const override { return sizeof(float); }
   void check_attention(const AttentionShape& /*shape*/) const override {}  // every variant is here
   std::vector<AttentionVariant> adaptive_variants() const override {
     return {AttentionVariant::kSage2_8b, AttentionVariant::kSage1B, AttentionVariant::kFp16};

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "backend/cuda/arena.h"
 #include "backend/cuda/attention_runner.h"
 #include "backend/cuda/ceilings.h"
 #include "backend/cuda/check.h"
@@ -38,8 +39,10 @@ class CudaBackend : public Backend {
         stream_(make_stream()),
         linear_(stream_.get()),
         graphs_(stream_.get()),
-        attention_(stream_.get(), graphs_),
-        readback_(stream_.get()) {}
+        attention_(stream_.get()),
+        readback_(stream_.get()) {
+    restart_most();
+  }
 
   ~CudaBackend() override { cudaStreamSynchronize(stream_.get()); }
 
@@ -53,16 +56,39 @@ class CudaBackend : public Backend {
                        static_cast<double>(properties_.memory_bytes) / (1 << 30), types);
   }
 
-  int64_t memory_bytes() const override {
-    int64_t bytes = weight_bytes_ + linear_.memory_bytes() + attention_.memory_bytes() +
-                    readback_.memory_bytes();
-    for (const DeviceBuffer& buffer : scratch_) bytes += static_cast<int64_t>(buffer.bytes());
-    return bytes;
+  DeviceMemory device_memory() const override {
+    use_device();
+    size_t free = 0, total = 0;
+    check(cudaMemGetInfo(&free, &total), "asking for the free memory");
+    return {.total = static_cast<int64_t>(total),
+            .free = static_cast<int64_t>(free),
+            .held_most = held_memory().most};
+  }
+
+  bool checks_weights() const override { return true; }  // while it copies them
+
+  int64_t weight_bytes() const override { return weight_bytes_; }
+  int64_t activation_bytes() const override {
+    return fixed_bytes() +
+           static_cast<int64_t>(arena_.bytes() + step_arrays_.bytes() + gathered_.bytes());
+  }
+  int64_t step_bytes(const StepLimits& limits) const override {
+    use_device();
+    const AttentionRoom attention = ModelAttention::room(limits, activation_type());
+    return fixed_bytes() +
+           static_cast<int64_t>(lay_out(limits, activation_type(), attention).bytes) +
+           DeviceIntegers::room(most_step_integers(limits)) +
+           DeviceIntegers::room(static_cast<size_t>(limits.tokens));
+  }
+  int64_t kv_bytes(const KvLayout& layout) const override {
+    return CudaKv::bytes(layout, activation_type());
   }
 
   DType product_type(DType stored) const override {
     return stored == DType::kF32 ? DType::kF16 : stored;
   }
+  DType embedding_type(DType stored) const override { return product_type(stored); }
+  bool shares_embedding() const override { return true; }
 
   WeightHandle add_linear(std::span<const TensorView> stacked) override {
     Weight weight;
@@ -84,30 +110,37 @@ class CudaBackend : public Backend {
   std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) override {
     use_device();
     graphs_.clear();  // an earlier cache may have lain where this one will
-    return std::make_unique<CudaKv>(layout, type_.value_or(DType::kF16), stream_.get());
+    return std::make_unique<CudaKv>(layout, activation_type(), stream_.get());
+  }
+
+  void reserve(const StepLimits& limits) override {
+    use_device();
+    graphs_.clear();
+    const AttentionRoom attention = ModelAttention::room(limits, activation_type());
+    layout_ = lay_out(limits, activation_type(), attention);
+    if (layout_.bytes > arena_.bytes()) {
+      arena_ = {};  // waits for what still uses it
+      arena_ = DeviceBuffer(layout_.bytes, "the activations of a step");
+    }
+    linear_.set_trial(at(layout_.trial), layout_.trial.bytes);
+    attention_.set_memory(attention, at(layout_.rotations), at(layout_.workspace),
+                          layout_.workspace.bytes);
+    step_arrays_.reserve(most_step_integers(limits));
+    gathered_.reserve(static_cast<size_t>(limits.tokens));
   }
 
   Matrix scratch(int slot, int64_t rows, int64_t cols, Holds holds) override {
     const auto index = static_cast<size_t>(slot);
-    if (index >= scratch_.size()) scratch_.resize(index + 1);
-    DeviceBuffer& buffer = scratch_[index];
-    const DType type = holds == Holds::kActivations ? type_.value_or(DType::kF16) : DType::kF32;
-    const auto row_bytes = static_cast<size_t>(cols) * dtype_size(type);
-    if (buffer.bytes() < static_cast<size_t>(rows) * row_bytes) {
-      use_device();
-      const int64_t step = rows <= kFewRows ? kFewRows : kRowStep;
-      grow(buffer, static_cast<size_t>((rows + step - 1) / step * step) * row_bytes,
-           fmt::format("the activations of {} tokens", rows));
+    const DType type = holds == Holds::kActivations ? activation_type() : DType::kF32;
+    if (index >= layout_.scratch.size() ||
+        static_cast<size_t>(rows * cols) * dtype_size(type) > layout_.scratch[index].bytes) {
+      fail("a step of {} tokens is larger than what memory was set aside for", rows);
     }
-    return {buffer.get(), type, rows, cols};
-  }
-
-  size_t element_size(Holds holds) const override {
-    return holds == Holds::kActivations ? sizeof(uint16_t) : sizeof(float);
+    return {at(layout_.scratch[index]), type, rows, cols};
   }
 
   void check_attention(const AttentionShape& shape) const override {
-    const std::string problem = ModelAttention::problem(shape, type_.value_or(DType::kF16));
+    const std::string problem = ModelAttention::problem(shape, activation_type());
     if (!problem.empty()) {
       fail("attention {} with heads of {} on {}: {}", attention_variant_name(shape.spec.variant),
            shape.head_dim, properties_.name, problem);
@@ -128,6 +161,7 @@ class CudaBackend : public Backend {
   void begin(const Batch& batch) override {
     use_device();
     uploader_.reset();  // the weights are there
+    layer_ = -1;
     step_ = send_step_inputs(batch, step_arrays_, stream_.get());
   }
 
@@ -143,6 +177,10 @@ class CudaBackend : public Backend {
                  cache.address(), attention, step_.max_closed_pages, step_.closes_first_page},
                 work);
   }
+
+  void enter_layer(int64_t layer) override { layer_ = layer; }
+
+  double repeated_seconds() override { return graphs_.seconds(); }
 
   void embed(WeightHandle table, const Batch& batch, Matrix out) override {
     const Weight& weight = weight_of(table);
@@ -160,7 +198,7 @@ class CudaBackend : public Backend {
     check(kernels::rmsnorm(static_cast<const float*>(x.data),
                            static_cast<const float*>(weight_of(weight).data()), x.rows, x.cols,
                            static_cast<float>(eps), element(out.type), out.data, stream_.get()),
-          "a normalisation");
+          "a normalisation", layer_);
   }
 
   void linear(Matrix x, WeightHandle weight, Matrix out) override {
@@ -183,7 +221,7 @@ class CudaBackend : public Backend {
     linear(x, weight, gate_up);
     check(kernels::swiglu(gate_up.data, element(out.type), out.rows, out.cols, out.data,
                           stream_.get()),
-          "the gated activation");
+          "the gated activation", layer_);
   }
 
   void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) override {
@@ -229,10 +267,6 @@ class CudaBackend : public Backend {
   }
 
  private:
-  // Scratch is made for a multiple of so many rows, so that it does not grow with every prompt.
-  static constexpr int64_t kFewRows = 8;
-  static constexpr int64_t kRowStep = 128;
-
   struct Weight {
     DType type = DType::kF32;
     int64_t rows = 0;
@@ -294,15 +328,20 @@ class CudaBackend : public Backend {
             .in_features = weight.cols,
             .out_features = weight.rows,
             .type = x.type,
-            .out_type = out.type};
+            .out_type = out.type,
+            .layer = layer_};
   }
 
-  // Makes buffer hold at least so many bytes; what it held is lost.
-  void grow(DeviceBuffer& buffer, size_t bytes, std::string_view what) {
-    if (bytes <= buffer.bytes()) return;
-    graphs_.clear();
-    buffer = {};  // waits for what still uses it
-    buffer = DeviceBuffer(bytes, what);
+  DType activation_type() const { return type_.value_or(DType::kF16); }
+
+  void* at(const Part& part) const { return arena_.get<std::byte>() + part.at; }
+
+  // What steps take whatever they are.
+  static int64_t fixed_bytes() { return LinearEngine::memory_bytes() + Readback::memory_bytes(); }
+
+  static size_t most_step_integers(const StepLimits& limits) {
+    return step_integers(limits.tokens, limits.sequences,
+                         decode_length(limits.context) / kPageTokens);
   }
 
   int device_;
@@ -315,11 +354,13 @@ class CudaBackend : public Backend {
   std::unique_ptr<WeightUploader> uploader_;
   std::vector<Weight> weights_;
   int64_t weight_bytes_ = 0;
-  std::vector<DeviceBuffer> scratch_;
+  DeviceBuffer arena_;
+  ArenaLayout layout_;
   ModelAttention attention_;
   Readback readback_;
   DeviceIntegers step_arrays_, gathered_;
   StepInputs step_;
+  int64_t layer_ = -1;  // of the operations being enqueued
 };
 
 }  // namespace

@@ -25,20 +25,29 @@ using GraphKey = std::tuple<int32_t,      // sequences
 
 class GraphCache {
  public:
-  explicit GraphCache(cudaStream_t stream) : stream_(stream) {}
+  explicit GraphCache(cudaStream_t stream)
+      : stream_(stream), begin_(make_timing_event()), end_(make_timing_event()) {}
 
   // Enqueues work: the first time by calling it, so that whatever it allocates or chooses once is
   // done; the second time recorded; then as recorded.
   void run(const GraphKey& key, const std::function<void()>& work);
   // Forgets all graphs: memory that they use has moved.
   void clear() { graphs_.clear(); }
+  // That the GPU spent in graphs since the last call; waits for the last of them.
+  double seconds();
 
  private:
   using Graph = Owner<cudaGraphExec_t, cudaGraphExecDestroy>;
   static constexpr size_t kMostGraphs = 64;
 
+  void count_last();
+
   cudaStream_t stream_;
   std::map<GraphKey, Graph> graphs_;  // an empty one: called once
+  // Around the last launch, if it was not counted yet.
+  Event begin_, end_;
+  bool pending_ = false;
+  double seconds_ = 0;
 };
 
 }  // namespace sagelm::cuda

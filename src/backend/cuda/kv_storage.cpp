@@ -9,11 +9,38 @@ namespace {
 
 DeviceBuffer zeros(int64_t bytes, const std::string& what, cudaStream_t stream) {
   DeviceBuffer buffer(static_cast<size_t>(bytes), what);
+  if (bytes == 0) return buffer;
   check(cudaMemsetAsync(buffer.get(), 0, buffer.bytes(), stream), "clearing the KV cache");
   return buffer;
 }
 
+// Bytes of a cache's parts; those that only a quantized one has are 0 in the other.
+struct Sizes {
+  int64_t keys = 0, values = 0, scales = 0, means = 0, tails = 0;
+};
+
+Sizes sizes_of(const KvLayout& layout, DType type) {
+  const auto element = static_cast<int64_t>(dtype_size(type));
+  constexpr int64_t kFloat = sizeof(float);
+  const bool quantized = layout.type == KvType::kInt8;
+  const int64_t dim = quantized ? kernels::quantized_kv_dim(static_cast<int32_t>(layout.head_dim))
+                                : layout.head_dim * element;
+  Sizes sizes;
+  sizes.keys = sizes.values = layout.heads() * layout.num_pages * kPageTokens * dim;
+  if (quantized) {
+    sizes.scales = layout.heads() * layout.num_pages * kernels::kQuantizedKvScales * kFloat;
+    sizes.means = layout.heads() * layout.num_tails * layout.head_dim * kFloat;
+    sizes.tails = layout.heads() * layout.num_tails * 2 * kPageTokens * layout.head_dim * element;
+  }
+  return sizes;
+}
+
 }  // namespace
+
+int64_t CudaKv::bytes(const KvLayout& layout, DType type) {
+  const Sizes sizes = sizes_of(layout, type);
+  return sizes.keys + sizes.values + sizes.scales + sizes.means + sizes.tails;
+}
 
 CudaKv::CudaKv(const KvLayout& layout, DType type, cudaStream_t stream)
     : layout_(layout), type_(type), stream_(stream) {
@@ -21,24 +48,16 @@ CudaKv::CudaKv(const KvLayout& layout, DType type, cudaStream_t stream)
     fail("a KV cache of {} tokens is larger than the GPU's kernels can address",
          layout.num_pages * kPageTokens);
   }
-  const bool quantized = layout.type == KvType::kInt8;
-  const int64_t dim = quantized ? kernels::quantized_kv_dim(static_cast<int32_t>(layout.head_dim))
-                                : layout.head_dim * static_cast<int64_t>(dtype_size(type));
-  layer_bytes_ = layout.num_pages * kPageTokens * layout.num_kv_heads * dim;
+  const Sizes sizes = sizes_of(layout, type);
+  layer_bytes_ = sizes.keys / layout.num_layers;
   const std::string what =
       fmt::format("a KV cache of {} pages of {} tokens ({:.2f} GiB)", layout.num_pages, kPageTokens,
-                  static_cast<double>(layout.bytes()) / (1 << 30));
-  keys_ = zeros(layer_bytes_ * layout.num_layers, what, stream);
-  values_ = zeros(layer_bytes_ * layout.num_layers, what, stream);
-  if (quantized) {
-    const int64_t float_bytes = sizeof(float);
-    scales_ = zeros(layout.heads() * layout.num_pages * kernels::kQuantizedKvScales * float_bytes,
-                    what, stream);
-    means_ = zeros(layout.heads() * layout.num_tails * layout.head_dim * float_bytes, what, stream);
-    tails_ = zeros(layout.heads() * layout.num_tails * 2 * kPageTokens * layout.head_dim *
-                       static_cast<int64_t>(dtype_size(type)),
-                   what, stream);
-  }
+                  static_cast<double>(bytes(layout, type)) / (1 << 30));
+  keys_ = zeros(sizes.keys, what, stream);
+  values_ = zeros(sizes.values, what, stream);
+  scales_ = zeros(sizes.scales, what, stream);
+  means_ = zeros(sizes.means, what, stream);
+  tails_ = zeros(sizes.tails, what, stream);
 }
 
 kernels::QuantizedKv CudaKv::quantized(int64_t layer, int64_t num_heads) const {

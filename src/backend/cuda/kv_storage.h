@@ -20,6 +20,9 @@ class CudaKv : public KvStorage {
   // type: of the activations, 16 bits.
   CudaKv(const KvLayout& layout, DType type, cudaStream_t stream);
 
+  // What such a cache takes.
+  static int64_t bytes(const KvLayout& layout, DType type);
+
   KvType type() const { return layout_.type; }
   void copy_open_page(int32_t from, int32_t to) override;
 

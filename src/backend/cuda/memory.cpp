@@ -1,11 +1,17 @@
 #include "backend/cuda/memory.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 
 #include "backend/cuda/check.h"
 
 namespace sagelm::cuda {
+namespace {
+
+std::atomic<int64_t> held_now = 0, held_most = 0;
+
+}  // namespace
 
 Stream make_stream() {
   cudaStream_t stream = nullptr;
@@ -32,32 +38,41 @@ float milliseconds(cudaEvent_t from, cudaEvent_t to) {
   return elapsed;
 }
 
+HeldMemory held_memory() { return {held_now, held_most}; }
+
+void restart_most() { held_most = held_now.load(); }
+
 DeviceBuffer::DeviceBuffer(size_t bytes, std::string_view what) {
   if (bytes == 0) return;
-  *this = if_room(bytes);
-  if (bytes_ != 0) return;
-  size_t free = 0, total = 0;
-  check(cudaMemGetInfo(&free, &total), "asking for the free memory");
-  constexpr double kGib = 1 << 30;
-  fail(
-      "the GPU has no memory for {}: {:.2f} GiB are needed, {:.2f} of {:.1f} GiB are free; use a "
-      "smaller --ctx",
-      what, static_cast<double>(bytes) / kGib, static_cast<double>(free) / kGib,
-      static_cast<double>(total) / kGib);
-}
-
-DeviceBuffer DeviceBuffer::if_room(size_t bytes) {
-  DeviceBuffer buffer;
-  void* memory = nullptr;
-  const cudaError_t status = cudaMalloc(&memory, bytes);
+  const cudaError_t status = cudaMalloc(&memory_, bytes);
   if (status == cudaErrorMemoryAllocation) {
     cudaGetLastError();  // it is handled: later launches shall not report it
-    return buffer;
+    size_t free = 0, total = 0;
+    check(cudaMemGetInfo(&free, &total), "asking for the free memory");
+    constexpr double kGib = 1 << 30;
+    fail("the GPU has no memory for {}: {:.2f} GiB are needed, {:.2f} of {:.1f} GiB are free", what,
+         static_cast<double>(bytes) / kGib, static_cast<double>(free) / kGib,
+         static_cast<double>(total) / kGib);
   }
   check(status, "allocating memory");
-  buffer.memory_ = Owner<void*, cudaFree>(memory);
-  buffer.bytes_ = bytes;
-  return buffer;
+  bytes_ = bytes;
+  const int64_t now = held_now += static_cast<int64_t>(bytes);
+  held_most = std::max(held_most.load(), now);
+}
+
+DeviceBuffer& DeviceBuffer::operator=(DeviceBuffer&& other) noexcept {
+  if (this != &other) {
+    reset();
+    memory_ = std::exchange(other.memory_, nullptr);
+    bytes_ = std::exchange(other.bytes_, 0);
+  }
+  return *this;
+}
+
+void DeviceBuffer::reset() noexcept {
+  if (memory_ != nullptr) cudaFree(memory_);
+  memory_ = nullptr;
+  held_now -= static_cast<int64_t>(std::exchange(bytes_, 0));
 }
 
 PinnedBuffer::PinnedBuffer(size_t bytes) : bytes_(bytes) {
@@ -66,18 +81,24 @@ PinnedBuffer::PinnedBuffer(size_t bytes) : bytes_(bytes) {
   memory_ = Owner<void*, cudaFreeHost>(memory);
 }
 
+void DeviceIntegers::reserve(size_t count) {
+  if (count * sizeof(int32_t) <= host_.bytes()) return;
+  // Work that still reads the old device memory has to end before it is given back: cudaFree
+  // waits for it.
+  const auto bytes = static_cast<size_t>(room(count));
+  device_ = {};
+  device_ = DeviceBuffer(bytes, "a step's positions");
+  host_ = PinnedBuffer(bytes);
+}
+
+int64_t DeviceIntegers::room(size_t count) {
+  return static_cast<int64_t>(std::bit_ceil(std::max<size_t>(count * sizeof(int32_t), 4096)));
+}
+
 std::span<int32_t> DeviceIntegers::prepare(size_t count) {
   if (sent_.get() == nullptr) sent_ = make_event();
   check(cudaEventSynchronize(sent_.get()), "waiting for a copy to the GPU");
-  const size_t bytes = count * sizeof(int32_t);
-  if (bytes > host_.bytes()) {
-    // Work that still reads the old device memory has to end before it is given back: cudaFree
-    // waits for it.
-    const size_t room = std::bit_ceil(std::max<size_t>(bytes, 4096));
-    device_ = {};
-    device_ = DeviceBuffer(room, "a step's positions");
-    host_ = PinnedBuffer(room);
-  }
+  reserve(count);
   count_ = count;
   return {host_.get<int32_t>(), count};
 }

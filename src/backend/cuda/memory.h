@@ -48,23 +48,36 @@ Event make_event();                                    // for ordering alone
 float milliseconds(cudaEvent_t from, cudaEvent_t to);  // waits for `to`
 Event make_timing_event();
 
+// Bytes of all DeviceBuffers of this process.
+struct HeldMemory {
+  int64_t now = 0;
+  int64_t most = 0;  // at once, since the last restart_most
+};
+HeldMemory held_memory();
+void restart_most();
+
 // Device memory, 256-byte aligned.
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;
+  ~DeviceBuffer() { reset(); }
+  DeviceBuffer(DeviceBuffer&& other) noexcept
+      : memory_(std::exchange(other.memory_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept;
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
   // Throws Error saying what needed how much, and how much is free.
   DeviceBuffer(size_t bytes, std::string_view what);
-  // Holds nothing if there is no room.
-  static DeviceBuffer if_room(size_t bytes);
-
   template <typename T = void>
   T* get() const {
-    return static_cast<T*>(memory_.get());
+    return static_cast<T*>(memory_);
   }
   size_t bytes() const { return bytes_; }
 
  private:
-  Owner<void*, cudaFree> memory_;
+  void reset() noexcept;
+
+  void* memory_ = nullptr;
   size_t bytes_ = 0;
 };
 
@@ -89,6 +102,9 @@ class PinnedBuffer {
 // when it grows.
 class DeviceIntegers {
  public:
+  // Makes room for at least so many; the bytes that this takes.
+  void reserve(size_t count);
+  static int64_t room(size_t count);
   // Room for count integers on the host; waits until the last send has been read.
   std::span<int32_t> prepare(size_t count);
   // Enqueues the copy of what prepare returned; the device's copy.

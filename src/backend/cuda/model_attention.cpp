@@ -56,7 +56,81 @@ bool decodes(const StepInputs& step, const AttentionShape& shape) {
                                             step.max_q_len);
 }
 
+kernels::DecodeFromQuantizedKv decode_args(const AttentionShape& shape, const StepInputs& step) {
+  kernels::DecodeFromQuantizedKv args;
+  args.cache.num_heads = static_cast<int32_t>(shape.num_heads);
+  args.cache.num_kv_heads = static_cast<int32_t>(shape.num_kv_heads);
+  args.cache.head_dim = static_cast<int32_t>(shape.head_dim);
+  args.step = quantized_step(step);
+  args.softmax_scale = softmax_scale(shape);
+  return args;
+}
+
+// Of sequences of at most so many query rows and keys.
+size_t workspace_for(const AttentionShape& shape, DType type, int64_t sequences, int64_t q_len,
+                     int64_t kv_len) {
+  StepInputs step;
+  step.num_sequences = static_cast<int32_t>(sequences);
+  step.max_q_len = static_cast<int32_t>(q_len);
+  step.max_kv_len = static_cast<int32_t>(kv_len);
+  sagelm_attention_args args = attention_args(shape, type);
+  args.batch = step.num_sequences;
+  args.max_q_len = step.max_q_len;
+  args.max_kv_len = step.max_kv_len;
+  args.causal = 0;  // nothing is known of the sequences' lengths
+  size_t bytes = 0;
+  if (sagelm_attention_workspace_bytes(&args, &bytes) != SAGELM_ATTENTION_OK) {
+    fail("attention {}: {}", attention_variant_name(shape.spec.variant),
+         sagelm_attention_last_error());
+  }
+  const kernels::DecodeFromQuantizedKv decode = decode_args(shape, step);
+  if (decodes(step, shape)) {
+    bytes = std::max(bytes, kernels::quantized_kv_decode_workspace_bytes(decode));
+  }
+  return bytes;
+}
+
 }  // namespace
+
+AttentionRoom ModelAttention::room(const StepLimits& limits, DType type) {
+  // Kernels for few rows take up to so many of a sequence.
+  constexpr int64_t kDecodeRows = 16;
+  const int64_t context = decode_length(limits.context);
+  AttentionRoom room;
+  for (const AttentionShape& shape : limits.attention) {
+    const auto allow = [&](int64_t sequences, int64_t q_len, int64_t kv_len) {
+      room.workspace =
+          std::max(room.workspace, workspace_for(shape, type, sequences, q_len, kv_len));
+    };
+    // The longest sequence by itself, and as many short ones as a step has: other steps are done in
+    // groups of sequences where that is not enough.
+    for (int64_t rows = 1; rows <= std::min(kDecodeRows, limits.tokens); ++rows) {
+      allow(1, rows, context);
+    }
+    allow(1, limits.tokens, context);
+    allow(limits.sequences, kPageTokens, kPageTokens);
+    StepInputs prefill;
+    prefill.rows = static_cast<int32_t>(limits.tokens);
+    prefill.num_sequences = static_cast<int32_t>(limits.sequences);
+    const kernels::DecodeFromQuantizedKv args = decode_args(shape, prefill);
+    room.workspace = std::max(room.workspace,
+                              kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step));
+    room.rotations = context;
+    room.rotation_bytes =
+        static_cast<size_t>((2 * context + 1) * (shape.head_dim / 2)) * sizeof(float);
+  }
+  return room;
+}
+
+void ModelAttention::set_memory(const AttentionRoom& room, void* rotations, void* workspace,
+                                size_t workspace_bytes) {
+  workspace_ = workspace;
+  workspace_bytes_ = workspace_bytes;
+  if (rotations_ == rotations && num_rotations_ == room.rotations) return;
+  rotations_ = static_cast<float*>(rotations);
+  num_rotations_ = room.rotations;
+  rotated_by_.clear();
+}
 
 std::string ModelAttention::problem(const AttentionShape& shape, DType type) {
   sagelm_attention_args args = attention_args(shape, type);
@@ -75,21 +149,22 @@ bool ModelAttention::reads_quantized_kv(const AttentionShape& shape, int capabil
 void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                                  std::span<const float> inverse_frequencies, int64_t layer,
                                  const CudaKv& cache) {
-  grow_rotations(step.max_kv_len, inverse_frequencies);
+  prepare_rotations(step.max_kv_len, inverse_frequencies);
   if (cache.type() == KvType::kInt8) {
     kernels::AppendToQuantizedKv args;
     args.cache = cache.quantized(layer, shape.num_heads);
     args.step = quantized_step(step);
     args.qkv = qkv.data;
-    args.rotations = rotations_.get<float>();
+    args.rotations = rotations_;
     args.smooth_k = shape.spec.smooth_k;
     if (!decodes(step, shape)) {
-      grow(workspace_, kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step),
-           "the workspace of attention");
-      args.prefill = workspace_.get();
+      if (kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step) > workspace_bytes_) {
+        fail("the attention of layer {} takes more workspace than was set aside", layer);
+      }
+      args.prefill = workspace_;
       args.softmax_scale = softmax_scale(shape);
     }
-    check(kernels::append_to_quantized_kv(args, stream_), "appending to the KV cache");
+    check(kernels::append_to_quantized_kv(args, stream_), "appending to the KV cache", layer);
     return;
   }
   kernels::RopeAppend args;
@@ -101,10 +176,10 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
   args.head_dim = static_cast<int32_t>(shape.head_dim);
   args.positions = step.positions;
   args.slots = step.slots;
-  args.rotations = rotations_.get<float>();
+  args.rotations = rotations_;
   args.keys = cache.keys(layer);
   args.values = cache.values(layer);
-  check(kernels::rope_append(args, stream_), "the rotary embedding");
+  check(kernels::rope_append(args, stream_), "the rotary embedding", layer);
 }
 
 void ModelAttention::attention(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
@@ -138,77 +213,83 @@ void ModelAttention::attention(const StepInputs& step, Matrix qkv, const Attenti
            sagelm_attention_last_error());
     }
   };
-  size_t needed = 0;
-  run(sagelm_attention_workspace_bytes(&args, &needed));
-  grow(workspace_, needed, "the workspace of attention");
-  args.workspace = workspace_.get();
-  args.workspace_bytes = workspace_.bytes();
-  run(sagelm_attention(&args));
+  args.workspace = workspace_;
+  args.workspace_bytes = workspace_bytes_;
+  const auto bytes = [&](int32_t count) {
+    args.batch = count;
+    size_t needed = 0;
+    run(sagelm_attention_workspace_bytes(&args, &needed));
+    return needed;
+  };
+  in_groups(step, bytes, [&](const StepInputs& part) {
+    args.batch = part.num_sequences;
+    args.cu_q_lens = part.cu_q_lens;
+    args.kv_lens = part.kv_lens;
+    args.page_table = part.page_table;
+    run(sagelm_attention(&args));
+  });
 }
 
-int64_t ModelAttention::memory_bytes() const {
-  int64_t bytes = 0;
-  for (const DeviceBuffer* buffer : {&workspace_, &rotations_, &frequencies_}) {
-    bytes += static_cast<int64_t>(buffer->bytes());
+template <typename Bytes, typename Run>
+void ModelAttention::in_groups(const StepInputs& step, const Bytes& bytes, const Run& run) const {
+  int32_t count = step.num_sequences;
+  while (count > 1 && bytes(count) > workspace_bytes_) count = (count + 1) / 2;
+  for (int32_t first = 0; first < step.num_sequences; first += count) {
+    run(sequences_of(step, first, std::min(count, step.num_sequences - first)));
   }
-  return bytes;
 }
 
 // From the quantized pages themselves. Prefill's queries are where rope_append has left them.
-void ModelAttention::attend_quantized(const StepInputs& inputs, Matrix qkv,
+void ModelAttention::attend_quantized(const StepInputs& step, Matrix qkv,
                                       const AttentionShape& shape, int64_t layer,
                                       const CudaKv& cache, Matrix out) {
-  const kernels::QuantizedKv view = cache.quantized(layer, shape.num_heads);
-  const kernels::QuantizedKvStep step = quantized_step(inputs);
-  if (!decodes(inputs, shape)) {
+  kernels::DecodeFromQuantizedKv args = decode_args(shape, step);
+  args.cache = cache.quantized(layer, shape.num_heads);
+  if (!decodes(step, shape)) {
     check(kernels::prefill_from_quantized_kv(
-              {.cache = view, .step = step, .out = out.data, .out_stride = out.cols},
-              workspace_.get(), stream_),
-          "attention from the quantized cache");
+              {.cache = args.cache, .step = args.step, .out = out.data, .out_stride = out.cols},
+              workspace_, stream_),
+          "the attention from the quantized cache", layer);
     return;
   }
-  kernels::DecodeFromQuantizedKv args;
-  args.cache = view;
-  args.step = step;
   args.queries = qkv.data;
   args.query_stride = qkv.cols;
   args.out = out.data;
   args.out_stride = out.cols;
-  args.softmax_scale = softmax_scale(shape);
-  grow(workspace_, kernels::quantized_kv_decode_workspace_bytes(args),
-       "the workspace of attention");
-  check(kernels::decode_from_quantized_kv(args, workspace_.get(), stream_),
-        "attention from the quantized cache");
+  const auto bytes = [&](int32_t count) {
+    args.step.num_sequences = count;
+    return kernels::quantized_kv_decode_workspace_bytes(args);
+  };
+  in_groups(step, bytes, [&](const StepInputs& part) {
+    args.step = quantized_step(part);
+    if (kernels::quantized_kv_decode_workspace_bytes(args) > workspace_bytes_) {
+      fail("the attention of layer {} takes more workspace than was set aside", layer);
+    }
+    check(kernels::decode_from_quantized_kv(args, workspace_, stream_),
+          "the attention from the quantized cache", layer);
+  });
 }
 
-// Makes buffer hold at least so many bytes; what it held is lost.
-void ModelAttention::grow(DeviceBuffer& buffer, size_t bytes, std::string_view what) {
-  if (bytes <= buffer.bytes()) return;
-  graphs_->clear();
-  buffer = {};  // waits for what still uses it
-  buffer = DeviceBuffer(bytes, what);
-}
-
-// Makes rotations_ hold at least `positions` positions.
-void ModelAttention::grow_rotations(int64_t positions, std::span<const float> inverse_frequencies) {
-  const bool same = std::equal(inverse_frequencies.begin(), inverse_frequencies.end(),
-                               rotated_by_.begin(), rotated_by_.end());
-  if (same && positions <= num_rotations_) return;
-  constexpr int64_t kStep = 4096;
-  const int64_t count = (positions + kStep - 1) / kStep * kStep;
-  const size_t half = inverse_frequencies.size();
-  if (!same || frequencies_.bytes() == 0) {
-    rotated_by_.assign(inverse_frequencies.begin(), inverse_frequencies.end());
-    frequencies_ = DeviceBuffer(half * sizeof(float), "the rotary frequencies");
-    check(cudaMemcpyAsync(frequencies_.get(), rotated_by_.data(), half * sizeof(float),
-                          cudaMemcpyHostToDevice, stream_),
-          "copying the rotary frequencies");
+// Fills rotations_, which must have room for so many positions.
+void ModelAttention::prepare_rotations(int64_t positions,
+                                       std::span<const float> inverse_frequencies) {
+  if (positions > num_rotations_) {
+    fail("a sequence of {} tokens is longer than the {} that memory was set aside for", positions,
+         num_rotations_);
   }
-  grow(rotations_, static_cast<size_t>(count) * 2 * half * sizeof(float), "the rotary embedding");
-  check(kernels::fill_rotations(frequencies_.get<float>(), static_cast<int32_t>(half), count,
-                                rotations_.get<float>(), stream_),
+  if (std::equal(inverse_frequencies.begin(), inverse_frequencies.end(), rotated_by_.begin(),
+                 rotated_by_.end())) {
+    return;
+  }
+  rotated_by_.assign(inverse_frequencies.begin(), inverse_frequencies.end());
+  const auto half = static_cast<int64_t>(rotated_by_.size());
+  float* frequencies = rotations_ + 2 * num_rotations_ * half;
+  check(cudaMemcpyAsync(frequencies, rotated_by_.data(), rotated_by_.size() * sizeof(float),
+                        cudaMemcpyHostToDevice, stream_),
+        "copying the rotary frequencies");
+  check(kernels::fill_rotations(frequencies, static_cast<int32_t>(half), num_rotations_, rotations_,
+                                stream_),
         "the rotary embedding");
-  num_rotations_ = count;
 }
 
 }  // namespace sagelm::cuda

@@ -7,11 +7,10 @@
 #include <cstdint>
 #include <span>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "backend/backend.h"
-#include "backend/cuda/graph_cache.h"
+#include "backend/cuda/arena.h"
 #include "backend/cuda/kv_storage.h"
 #include "backend/cuda/memory.h"
 #include "backend/cuda/step_inputs.h"
@@ -24,32 +23,39 @@ namespace sagelm::cuda {
 // Calls for the same layers as Backend has them; step is that of the batch.
 class ModelAttention {
  public:
-  // graphs are forgotten when memory that they use moves.
-  ModelAttention(cudaStream_t stream, GraphCache& graphs) : stream_(stream), graphs_(&graphs) {}
+  explicit ModelAttention(cudaStream_t stream) : stream_(stream) {}
 
   // Why there is no kernel for the shape, with activations of that type; empty if there is one.
   static std::string problem(const AttentionShape& shape, DType type);
   // Whether such a device has kernels that read the quantized cache for the shape.
   static bool reads_quantized_kv(const AttentionShape& shape, int capability);
 
+  // What steps take, on the current device.
+  static AttentionRoom room(const StepLimits& limits, DType type);
+  // Where that is; workspace_bytes may be more. What rotations holds is written when it is needed.
+  void set_memory(const AttentionRoom& room, void* rotations, void* workspace,
+                  size_t workspace_bytes);
+
   void rope_append(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                    std::span<const float> inverse_frequencies, int64_t layer, const CudaKv& cache);
   void attention(const StepInputs& step, Matrix qkv, const AttentionShape& shape, int64_t layer,
                  const CudaKv& cache, Matrix out);
 
-  int64_t memory_bytes() const;
-
  private:
-  void attend_quantized(const StepInputs& inputs, Matrix qkv, const AttentionShape& shape,
+  void attend_quantized(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                         int64_t layer, const CudaKv& cache, Matrix out);
-  void grow(DeviceBuffer& buffer, size_t bytes, std::string_view what);
-  void grow_rotations(int64_t positions, std::span<const float> inverse_frequencies);
+  void prepare_rotations(int64_t positions, std::span<const float> inverse_frequencies);
+  // Calls run with the step's sequences, as many at a time as the workspace has room for;
+  // bytes(count) is what so many take.
+  template <typename Bytes, typename Run>
+  void in_groups(const StepInputs& step, const Bytes& bytes, const Run& run) const;
 
   cudaStream_t stream_;
-  GraphCache* graphs_;
-  DeviceBuffer workspace_, rotations_, frequencies_;
-  std::vector<float> rotated_by_;  // the inverse frequencies in rotations_
+  void* workspace_ = nullptr;
+  size_t workspace_bytes_ = 0;
+  float* rotations_ = nullptr;  // [num_rotations_][2][half], then the inverse frequencies
   int64_t num_rotations_ = 0;
+  std::vector<float> rotated_by_;  // the inverse frequencies in rotations_
 };
 
 }  // namespace sagelm::cuda

@@ -42,7 +42,14 @@ void check_finite(bool finite, size_t row) {
 Readback::Readback(cudaStream_t stream)
     : stream_(stream),
       scores_(kScoreRows * sizeof(kernels::RowScore), "scores"),
-      flag_(sizeof(int32_t), "a flag") {}
+      flag_(sizeof(int32_t), "a flag") {
+  targets_.reserve(kScoreRows);
+}
+
+int64_t Readback::memory_bytes() {
+  return kScoreRows * static_cast<int64_t>(sizeof(kernels::RowScore)) +
+         static_cast<int64_t>(sizeof(int32_t)) + DeviceIntegers::room(kScoreRows);
+}
 
 void Readback::read_logits(Matrix logits, std::span<float> out) {
   const auto count = static_cast<size_t>(logits.rows * logits.cols);
@@ -83,8 +90,8 @@ bool Readback::all_finite(Matrix x) {
 
 const std::byte* Readback::read(const void* from, size_t bytes, std::string_view doing) {
   if (bytes > buffer_.bytes()) buffer_ = PinnedBuffer(bytes);
-  check(cudaMemcpyAsync(buffer_.get(), from, bytes, cudaMemcpyDeviceToHost, stream_), doing);
-  check(cudaStreamSynchronize(stream_), doing);
+  check_work(cudaMemcpyAsync(buffer_.get(), from, bytes, cudaMemcpyDeviceToHost, stream_), doing);
+  check_work(cudaStreamSynchronize(stream_), doing);
   return buffer_.get<std::byte>();
 }
 

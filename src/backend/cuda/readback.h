@@ -21,7 +21,7 @@ class Readback {
   void score(Matrix logits, std::span<const int32_t> targets, std::span<TokenScore> out);
   bool all_finite(Matrix x);
 
-  int64_t memory_bytes() const { return static_cast<int64_t>(scores_.bytes() + flag_.bytes()); }
+  static int64_t memory_bytes();
 
  private:
   // Copies to the host and waits for it, and with it for all errors of the step.

@@ -17,7 +17,6 @@ int64_t num_pages(const SequenceChunk& sequence) {
 
 StepInputs send_step_inputs(const Batch& batch, DeviceIntegers& buffer, cudaStream_t stream) {
   constexpr int64_t kMost = int64_t{1} << 30;
-  constexpr int64_t kDecodeStep = 1024;
   StepInputs inputs;
   const auto count = static_cast<int64_t>(batch.sequences.size());
   int64_t rows = 0, max_q_len = 0, max_kv_len = 0, stride = 1;
@@ -40,9 +39,7 @@ StepInputs send_step_inputs(const Batch& batch, DeviceIntegers& buffer, cudaStre
     stride = std::max(stride, pages);
   }
   if (max_q_len == 1) {
-    // Steps of a while of decoding are the same work in the same memory, whatever their sequences'
-    // lengths: see GraphCache.
-    max_kv_len = (max_kv_len + kDecodeStep - 1) / kDecodeStep * kDecodeStep;
+    max_kv_len = decode_length(max_kv_len);
     stride = std::max(stride, max_kv_len / kPageTokens);
     inputs.begins_in_first_page = true;
   }
@@ -55,8 +52,7 @@ StepInputs send_step_inputs(const Batch& batch, DeviceIntegers& buffer, cudaStre
   inputs.max_kv_len = static_cast<int32_t>(max_kv_len);
   inputs.page_table_stride = static_cast<int32_t>(stride);
 
-  const auto total = static_cast<size_t>(3 * rows + 3 * count + 1 + count * stride);
-  const std::span<int32_t> host = buffer.prepare(total);
+  const std::span<int32_t> host = buffer.prepare(step_integers(rows, count, stride));
   size_t used = 0;
   const auto take = [&](int64_t size) {
     const std::span<int32_t> part = host.subspan(used, static_cast<size_t>(size));
@@ -103,6 +99,20 @@ StepInputs send_step_inputs(const Batch& batch, DeviceIntegers& buffer, cudaStre
   inputs.tails = on_device(tails);
   inputs.page_table = on_device(page_table);
   return inputs;
+}
+
+StepInputs sequences_of(const StepInputs& step, int32_t first, int32_t count) {
+  StepInputs part = step;
+  part.num_sequences = count;
+  part.cu_q_lens += first;
+  part.kv_lens += first;
+  part.tails += first;
+  part.page_table += int64_t{first} * step.page_table_stride;
+  return part;
+}
+
+size_t step_integers(int64_t rows, int64_t sequences, int64_t page_table_stride) {
+  return static_cast<size_t>(3 * rows + 3 * sequences + 1 + sequences * page_table_stride);
 }
 
 }  // namespace sagelm::cuda

@@ -36,4 +36,14 @@ struct StepInputs {
 // order.
 StepInputs send_step_inputs(const Batch& batch, DeviceIntegers& buffer, cudaStream_t stream);
 
+// Sequences first .. first + count of the step alone. Their rows keep their numbers.
+StepInputs sequences_of(const StepInputs& step, int32_t first, int32_t count);
+
+// Integers that a step of so many tokens and sequences takes.
+size_t step_integers(int64_t rows, int64_t sequences, int64_t page_table_stride);
+
+// The longest sequence as kernels are told of it: steps of a while of decoding are the same work in
+// the same memory, whatever their sequences' lengths (see GraphCache).
+constexpr int64_t decode_length(int64_t kv_len) { return (kv_len + 1023) / 1024 * 1024; }
+
 }  // namespace sagelm::cuda

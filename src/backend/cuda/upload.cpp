@@ -1,18 +1,22 @@
 #include "backend/cuda/upload.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "backend/cuda/check.h"
 #include "base/error.h"
+#include "base/finite.h"
 
 namespace sagelm::cuda {
 namespace {
 
 constexpr size_t kBufferBytes = size_t{64} << 20;
 // Elements that a thread copies at a time.
-constexpr int64_t kPart = int64_t{1} << 18;
+constexpr int64_t kPart = int64_t{1} << 17;
 
 float read_element(const std::byte* from, DType type) {
   if (type == DType::kF32) {
@@ -34,45 +38,50 @@ void write_element(float value, std::byte* to, DType type) {
   std::memcpy(to, &raw, sizeof raw);
 }
 
-// The first of count elements that is finite and has no finite value of type `into`; -1 if none.
-int64_t convert(const std::byte* from, DType type, int64_t count, std::byte* to, DType into) {
+void convert(const std::byte* from, DType type, int64_t count, std::byte* to, DType into) {
   const size_t from_size = dtype_size(type), to_size = dtype_size(into);
-  int64_t bad = -1;
   for (int64_t i = 0; i < count; ++i) {
     const auto at = static_cast<size_t>(i);
-    const float value = read_element(from + at * from_size, type);
-    std::byte* place = to + at * to_size;
-    write_element(value, place, into);
-    if (bad < 0 && std::isfinite(value) && !std::isfinite(read_element(place, into))) bad = i;
+    write_element(read_element(from + at * from_size, type), to + at * to_size, into);
   }
-  return bad;
+}
+
+// The kernel maps pages of a file that is in its cache one fault at a time otherwise.
+void map_pages(const std::byte* from, size_t bytes) {
+  static const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const auto start = reinterpret_cast<uintptr_t>(from) / page * page;
+  madvise(reinterpret_cast<void*>(start), reinterpret_cast<uintptr_t>(from) + bytes - start,
+          MADV_POPULATE_READ);  // advice: older kernels do not know it
 }
 
 // Fills `to` with `count` elements of the tensor from element `first` on.
 void fill(const TensorView& tensor, int64_t first, int64_t count, DType type, std::byte* to) {
   const size_t from_size = dtype_size(tensor.dtype), to_size = dtype_size(type);
-  int64_t worst = -1;
-#pragma omp parallel for schedule(static) reduction(max : worst)
-  for (int64_t part = 0; part < (count + kPart - 1) / kPart; ++part) {
-    const int64_t begin = part * kPart;
-    const int64_t size = std::min(kPart, count - begin);
-    const std::byte* source = tensor.data + static_cast<size_t>(first + begin) * from_size;
-    std::byte* target = to + static_cast<size_t>(begin) * to_size;
+  const int64_t end = first + count;
+  int64_t bad = end;
+#pragma omp parallel for schedule(dynamic) reduction(min : bad)
+  for (int64_t begin = first; begin < end; begin += kPart) {
+    const int64_t size = std::min(kPart, end - begin);
+    const std::byte* source = tensor.data + static_cast<size_t>(begin) * from_size;
+    std::byte* target = to + static_cast<size_t>(begin - first) * to_size;
+    map_pages(source, static_cast<size_t>(size) * from_size);
     if (tensor.dtype == type) {
       std::memcpy(target, source, static_cast<size_t>(size) * to_size);
     } else {
-      const int64_t bad = convert(source, tensor.dtype, size, target, type);
-      if (bad >= 0) worst = std::max(worst, first + begin + bad);
+      convert(source, tensor.dtype, size, target, type);
     }
+    // What became of NaN, infinity and numbers that are too large.
+    const int64_t found = first_non_finite(target, type, size);
+    if (found >= 0) bad = std::min(bad, begin + found);
   }
-  if (worst >= 0) {
-    const double value =
-        read_element(tensor.data + static_cast<size_t>(worst) * from_size, tensor.dtype);
-    fail(
-        "tensor {} holds {} at element {}, which {} cannot hold: the GPU computes with 16-bit "
-        "weights; use --device cpu",
-        tensor.name, value, worst, dtype_name(type));
-  }
+  if (bad == end) return;
+  const double value =
+      read_element(tensor.data + static_cast<size_t>(bad) * from_size, tensor.dtype);
+  if (!std::isfinite(value)) fail("tensor {} holds NaN or Inf at element {}", tensor.name, bad);
+  fail(
+      "tensor {} holds {} at element {}, which {} cannot hold: the GPU computes with 16-bit "
+      "weights; use --device cpu",
+      tensor.name, value, bad, dtype_name(type));
 }
 
 }  // namespace

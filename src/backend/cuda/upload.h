@@ -19,8 +19,8 @@ class WeightUploader {
   WeightUploader& operator=(const WeightUploader&) = delete;
 
   // Enqueues the copy of tensor to `to`, converted to type (nearest even); the tensor's bytes are
-  // no longer needed when it returns. Throws Error naming the tensor if a finite value is beyond
-  // what type can hold.
+  // no longer needed when it returns. Throws Error naming the tensor if a value is NaN, infinite,
+  // or beyond what type can hold.
   void upload(const TensorView& tensor, DType type, void* to);
 
  private:
