@@ -110,17 +110,20 @@ struct WorkItem {
 
 // Items in the order in which they are taken: heads in sections whose keys and values fit the L2
 // cache together; within a section the longest rows of all heads first, so that the short ones fill
-// the end. Blocks take them round by round, every other round from the last block to the first: a
-// block's items then add up to much the same. False past the last item; kv_tiles < 0 for a tile
-// beyond its sequence.
+// the end. Blocks take them round by round, where the rounds are few every other one from the last
+// block to the first: a block's items then add up to much the same. False past the last item;
+// kv_tiles < 0 for a tile beyond its sequence.
 struct Schedule {
+  static constexpr int kFewRounds = 16;
+
   int section_heads;  // query heads (of all sequences) per section
 
   template <int kQueryTile>
   __device__ bool get(const Problem& p, int query_tiles, int index, WorkItem& item) const {
     const int heads = p.batch * p.num_heads;
     const int blocks = static_cast<int>(gridDim.x), round = index / blocks;
-    if (round % 2 == 1) index = (2 * round + 1) * blocks - 1 - index;
+    const bool few = heads * query_tiles <= kFewRounds * blocks;
+    if (few && round % 2 == 1) index = (2 * round + 1) * blocks - 1 - index;
     if (index >= heads * query_tiles) return false;
     const int section = index / (section_heads * query_tiles);
     const int first = section * section_heads;

@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "kernels/attention/quantize_tile.cuh"
+#include "kernels/cache/int4_keys.cuh"
 #include "kernels/cache/prefill_tiles.h"
 #include "kernels/cache/quantized_kv.h"
 #include "kernels/common/ptx.cuh"
@@ -13,6 +14,7 @@ namespace sagelm::kernels {
 namespace {
 
 static_assert(kQuantizedKvScales == kTileScales);
+static_assert(quantized_kv_scales(true) == kInt4Scales);
 constexpr int kRowThreads = 256;
 
 __device__ inline int64_t tail_offset(const QuantizedKv& cache, int tail, bool is_value,
@@ -39,8 +41,9 @@ __global__ void __launch_bounds__(kRowThreads)
   const int64_t row = blockIdx.x;
   const bool is_query = head < cache.num_heads;
   const bool is_value = head >= cache.num_heads + cache.num_kv_heads;
+  const bool in_place = is_query || (!is_value && args.rotate_keys);
   const int slot = is_query ? -1 : args.step.slots[row];
-  if (!is_query && slot < 0) return;
+  if (!in_place && slot < 0) return;
   T* at = static_cast<T*>(args.qkv) + (row * heads + head) * cache.head_dim + i;
   float a[8], b[8];
   load(at, a);
@@ -53,13 +56,17 @@ __global__ void __launch_bounds__(kRowThreads)
     load(angle + half + i, sine);
     rotate_pairs(a, b, cosine, sine);
   }
-  if (!is_query) {
+  if (in_place) {
+    store(at, a);
+    store(at + half, b);
+  }
+  if (slot >= 0) {
     const int kv_head = head - cache.num_heads - (is_value ? cache.num_kv_heads : 0);
     at = static_cast<T*>(cache.tails) + tail_offset(cache, slot / kTileTokens, is_value, kv_head) +
          slot % kTileTokens * cache.head_dim + i;
+    store(at, a);
+    store(at + half, b);
   }
-  store(at, a);
-  store(at + half, b);
 }
 
 enum class Part { kQuery, kKey, kValue };
@@ -77,6 +84,7 @@ struct StepTokens {
   int head_dim;
   int start, end;      // positions of the step's tokens
   int first_position;  // of token 0
+  bool rotated;        // whether the rows' keys are already
   bool inside;         // whether the head has this chunk
 
   // head: among the query or the KV heads.
@@ -94,6 +102,7 @@ struct StepTokens {
     end = step.kv_lens[b];
     start = end - (step.cu_q_lens[b + 1] - first_row);
     first_position = 0;
+    rotated = args.rotate_keys && args.prefill == nullptr;
     inside = chunk * 8 < head_dim;
     tail = static_cast<const uint16_t*>(cache.tails) +
            tail_offset(cache, step.tails[b], is_value, head) + chunk * 8;
@@ -117,6 +126,7 @@ struct StepTokens {
     return *reinterpret_cast<const uint4*>(from);
   }
   __device__ void finish(int token, uint4& raw) const {
+    if (rotated) return;
     float cosine[8], sine[8];
     load_angles(token, cosine, sine);
     rotate(raw, is_row(token), cosine, sine);
@@ -211,7 +221,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
 // Tile blockIdx.y of those that the step adds tokens of a KV head to: the pages that it fills,
 // then, where the tiles have room for it, the tail. The first one has the tail's old tokens, and
 // its block then puts the new ones there.
-template <int kDim, bool kBf16, bool kIsValue>
+template <int kDim, bool kBf16, bool kInt4, bool kIsValue>
 __device__ void add_tokens(const AppendToQuantizedKv& args, const SageTiles& tiles, int b,
                            int kv_head) {
   constexpr int kLanes = kDim / 8;
@@ -236,14 +246,20 @@ __device__ void add_tokens(const AppendToQuantizedKv& args, const SageTiles& til
     scales = cache.scales;
   }
   tokens.first_position = page * kTileTokens;
+  scales += place * (kInt4 ? kInt4Scales : kTileScales);
   if constexpr (kIsValue) {
-    quantize_value_tile<kDim, kBf16>(tokens, values + place * kTileBytes,
-                                     scales + place * kTileScales);
+    quantize_value_tile<kDim, kBf16>(tokens, values + place * kTileBytes, scales);
   } else {
     float mean[8] = {};
     if (tokens.inside) load_mean(mean_of(args, b, kv_head), threadIdx.x % kLanes, mean);
-    quantize_key_tile<kDim, kBf16>(tokens, min(kTileTokens, tokens.end - page * kTileTokens), mean,
-                                   keys + place * kTileBytes, scales + place * kTileScales);
+    if constexpr (kInt4) {
+      quantize_int4_key_tile<kDim, kBf16>(
+          tokens, mean, reinterpret_cast<uint8_t*>(keys) + place * (kTileBytes / 2),
+          reinterpret_cast<uint32_t*>(scales) + kInt4Words);
+    } else {
+      quantize_key_tile<kDim, kBf16>(tokens, min(kTileTokens, tokens.end - page * kTileTokens),
+                                     mean, keys + place * kTileBytes, scales);
+    }
   }
   if (blockIdx.y > 0) return;
   __syncthreads();
@@ -303,7 +319,7 @@ __device__ void quantize_queries(const AppendToQuantizedKv& args, const SageTile
 
 // blockIdx.x: for prefill_from_quantized_kv the parts of query tiles; the heads of V, then those of
 // K, which wait for the means. Blocks that run at the same time share their rows' angles.
-template <int kDim, bool kBf16>
+template <int kDim, bool kBf16, bool kInt4>
 __global__ void __launch_bounds__(kQuantizeThreads, 3)
     fill_tiles(const __grid_constant__ AppendToQuantizedKv args,
                const __grid_constant__ SageTiles tiles) {
@@ -314,9 +330,9 @@ __global__ void __launch_bounds__(kQuantizeThreads, 3)
   if (head < 0) {
     quantize_queries<kDim, kBf16>(args, tiles, b, head + query_parts);
   } else if (head < args.cache.num_kv_heads) {
-    add_tokens<kDim, kBf16, true>(args, tiles, b, head);
+    add_tokens<kDim, kBf16, kInt4, true>(args, tiles, b, head);
   } else {
-    add_tokens<kDim, kBf16, false>(args, tiles, b, head - args.cache.num_kv_heads);
+    add_tokens<kDim, kBf16, kInt4, false>(args, tiles, b, head - args.cache.num_kv_heads);
   }
 }
 
@@ -338,8 +354,10 @@ cudaError_t launch_fill(const AppendToQuantizedKv& args, cudaStream_t stream) {
     tiles_each = std::max(tiles_each + 1, tiles.query_tiles);
     heads += static_cast<unsigned>(num_query_parts(args.cache));
   }
-  return launch(fill_tiles<kDim, kBf16>, dim3(heads, static_cast<unsigned>(tiles_each), sequences),
-                kQuantizeThreads, stream, args, tiles);
+  const auto kernel =
+      args.cache.int4_keys ? fill_tiles<kDim, kBf16, true> : fill_tiles<kDim, kBf16, false>;
+  return launch(kernel, dim3(heads, static_cast<unsigned>(tiles_each), sequences), kQuantizeThreads,
+                stream, args, tiles);
 }
 
 }  // namespace
@@ -359,6 +377,7 @@ cudaError_t append_to_quantized_kv(const AppendToQuantizedKv& args, cudaStream_t
   if (quantized_kv_refusal(cache.num_heads, cache.num_kv_heads, cache.head_dim) != nullptr) {
     return cudaErrorInvalidValue;
   }
+  if (args.prefill != nullptr && cache.int4_keys) return cudaErrorInvalidValue;
   if (args.step.rows == 0) return cudaSuccess;
   return with_half_type(cache.type, [&](auto element) {
     using T = decltype(element);

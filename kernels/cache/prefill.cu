@@ -54,7 +54,8 @@ cudaError_t prefill_from_quantized_kv(const PrefillFromQuantizedKv& args, void* 
   p.max_kv_len = step.max_kv_len;
   p.causal = true;
   p.bf16 = cache.type == Element::kBF16;
-  if (quantized_kv_refusal(cache.num_heads, cache.num_kv_heads, cache.head_dim) != nullptr ||
+  if (cache.int4_keys ||
+      quantized_kv_refusal(cache.num_heads, cache.num_kv_heads, cache.head_dim) != nullptr ||
       sage2_sm90_refusal(p) != nullptr) {
     return cudaErrorInvalidValue;
   }
