@@ -401,6 +401,36 @@ TEST_F(CacheGpu, OneKeyFarBackDominates) {
   }
 }
 
+TEST_F(CacheGpu, DecodeThatAppendsIsTheSame) {
+  for (const KvShape& shape :
+       {KvShape{Element::kF16, 4, 4, 128}, KvShape{Element::kBF16, 8, 2, 128},
+        KvShape{Element::kF16, 3, 1, 64}}) {
+    const std::vector<int> lengths = {2, 18, 1100, 130, 3000};
+    GpuQuantizedKv apart(shape, lengths), at_once(shape, lengths);
+    for (GpuQuantizedKv* cache : {&apart, &at_once}) cache->append({0, 15, 1097, 128, 2997});
+    for (int step = 0; step < 2; ++step) {
+      const std::vector<int> one(lengths.size(), 1);
+      apart.append(one);
+      const std::vector<std::byte> expected = apart.decode().raw;
+      EXPECT_EQ(at_once.append_and_decode(one).raw, expected) << name(shape);
+      at_once.check_untouched();
+      for (int sequence = 0; sequence < 5; ++sequence) {
+        for (int head = 0; head < shape.kv_heads; ++head) {
+          for (int place = 0; place < apart.length(sequence) % kPage; ++place) {
+            for (int c = 0; c < shape.dim; ++c) {
+              for (const int which : {0, 1}) {
+                ASSERT_EQ(at_once.tail(sequence, place, which, head, c),
+                          apart.tail(sequence, place, which, head, c))
+                    << name(shape) << ", sequence " << sequence << ", token " << place;
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_F(CacheGpu, SequenceDoesNotDependOnItsNeighbours) {
   const KvShape shape = {Element::kF16, 4, 2, 128};
   GpuQuantizedKv together(shape, {900, 77, 2000}), alone(shape, {900});
