@@ -157,7 +157,7 @@ DeviceBounds measure_bounds(const LoadOptions& options, const ModelBenchPlan& pl
   const ModelConfig& config = checkpoint.config();
   DeviceBounds bounds;
   bounds.device = backend->device_name();
-  bounds.free_bytes = backend->device_memory().free;
+  bounds.free_bytes = backend->device_memory().free + backend->activation_bytes();
   bounds.ceilings = backend->measure_ceilings();
   bounds.weight_bytes_per_token = decode_weight_bytes(config, *backend);
   LinearLayers layers(*backend, checkpoint);

@@ -66,10 +66,14 @@ CLI::Option* add_kv_cache(CLI::App& command, CommonOptions& options, const Commo
 }
 
 CLI::Option* add_seed(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
-  // The conversion alone would take -1 for 2^64 - 1.
+  // The conversion alone would take -1, and all that is larger, for 2^64 - 1.
   return add_value<&CommonOptions::seed>(command, options, flag)
       ->check([](const std::string& text) {
-        return text.starts_with('-') ? "a seed is 0 or more, not " + text : std::string();
+        if (text.starts_with('-')) return "a seed is 0 or more, not " + text;
+        errno = 0;
+        std::strtoull(text.c_str(), nullptr, 10);
+        return errno == ERANGE ? "a seed is 18446744073709551615 at most, not " + text
+                               : std::string();
       });
 }
 

@@ -8,7 +8,7 @@
 
 #include "kernels/attention/fp16_sm90.h"
 #include "kernels/attention/mma_attention.h"
-#include "kernels/attention/mma_operands.h"
+#include "kernels/attention/mma_decode.h"
 #include "kernels/attention/problem.cuh"
 #include "kernels/attention/sage2_sm90.h"
 #include "sagelm/attention.h"

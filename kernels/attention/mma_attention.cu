@@ -1,4 +1,5 @@
 #include "kernels/attention/mma_attention.h"
+#include "kernels/attention/mma_decode.h"
 #include "kernels/attention/mma_operands.h"
 
 namespace sagelm::kernels {

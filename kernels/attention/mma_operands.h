@@ -60,9 +60,4 @@ cudaError_t mma_attend_sage2(const Problem& problem, const MmaOperands& operands
 cudaError_t mma_attend_sage2_4b(const Problem& problem, const MmaOperands& operands,
                                 cudaStream_t stream);
 
-// Split-KV decode: whether it takes the call, the bytes of its partial results, the launches.
-bool mma_decode_takes(const Problem& problem);
-size_t mma_decode_workspace_bytes(const Problem& problem);
-cudaError_t mma_decode(const Problem& problem, void* workspace, cudaStream_t stream);
-
 }  // namespace sagelm::kernels

@@ -1,13 +1,13 @@
-// Decode from quantized pages. A block takes kPartPages pages of one KV head of one sequence, or
-// its tail; the parts are merged as kernels/attention/decode_parts.cuh does. The cut depends on the
-// position alone. Pages come through a ring of bulk copies, that one of the warps keeps filled;
-// each warp computes 32 keys of every page. What bounds this is memory: three blocks of an SM have
-// up to 192 KiB on their way, where about 40 are needed to hide the latency at full speed.
+// Decode from quantized pages. A block takes a few pages of one KV head of one sequence, or its
+// tail; the parts are cut and merged as kernels/attention/decode_parts.cuh does. Pages come through
+// a ring of bulk copies, that one of the warps keeps filled; each warp computes 32 keys of every
+// page. What bounds this is memory: three blocks of an SM have up to 192 KiB on their way, where
+// about 40 are needed to hide the latency at full speed.
 #include <algorithm>
 #include <cstdint>
 
 #include "kernels/attention/decode_parts.cuh"
-#include "kernels/attention/quantize_tile.cuh"
+#include "kernels/cache/decode_queries.cuh"
 #include "kernels/cache/int4_keys.cuh"
 #include "kernels/cache/quantized_kv.h"
 #include "kernels/common/sm90.cuh"
@@ -20,11 +20,20 @@ namespace {
 using namespace mma;
 using namespace sm90;
 
-constexpr int kPartPages = 4;
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 constexpr int kWarpKeys = kTileTokens / kWarps;
 constexpr int kWarpSlices = kWarpKeys / kSlice;  // of a page or tail
+
+// Of a sequence with so many full pages.
+__host__ __device__ inline Cut cut(const Problem& p, int pages) {
+  constexpr int kMostPages = 32;  // of a part: a lane of a warp each
+  return cut_sequence(pages, p.num_kv_heads, 1, kMostPages);
+}
+__device__ inline int page_parts(const Problem& p, int pages) {
+  const int part_pages = cut(p, pages).part_units;
+  return (pages + part_pages - 1) / part_pages;
+}
 
 struct DecodeCall {
   Problem p;
@@ -113,94 +122,6 @@ class PageSource {
   int kv_head_, count_, lane_page_;
 };
 
-// The tile's queries as INT8 A fragments, with what makes base-2 logits of their products with the
-// integers of a key of scale 1.
-template <bool kBf16, int kDim>
-__device__ __forceinline__ void quantize_rows(const Problem& p, int b, int kv_head, int rows,
-                                              int group, float scale,
-                                              uint32_t (&queries)[kDim / 32][4],
-                                              float (&scales)[2]) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float x[kDim / 4] = {};
-    const int row = threadIdx.x % 32 / 4 + 8 * r;
-    if (row < rows) {
-      const uint16_t* from = static_cast<const uint16_t*>(p.q.data) +
-                             p.q_offset(p.q, b, row / group, kv_head * group + row % group);
-#pragma unroll
-      for (int i = 0; i < kDim / 16; ++i) {
-        const int channel = i * 16 + threadIdx.x % 4 * 4;
-        if (channel < p.head_dim) {
-          const uint2 raw = *reinterpret_cast<const uint2*>(from + channel);
-          const float2 low = to_floats<kBf16>(raw.x), high = to_floats<kBf16>(raw.y);
-          x[4 * i] = low.x, x[4 * i + 1] = low.y, x[4 * i + 2] = high.x, x[4 * i + 3] = high.y;
-        }
-      }
-    }
-    uint32_t largest = __float_as_uint(recipe::kAmaxFloor);
-#pragma unroll
-    for (int i = 0; i < kDim / 4; ++i) largest = max(largest, magnitude(x[i]));
-    const float amax = __uint_as_float(max_over_lanes<4>(largest));
-    const float inverse = recipe::kInt8Max / amax;
-#pragma unroll
-    for (int i = 0; i < kDim / 16; ++i) {
-      queries[i / 2][i % 2 * 2 + r] =
-          pack_bytes(rounded_byte(x[4 * i], inverse), rounded_byte(x[4 * i + 1], inverse),
-                     rounded_byte(x[4 * i + 2], inverse), rounded_byte(x[4 * i + 3], inverse));
-    }
-    scales[r] = amax * (1.0f / recipe::kInt8Max) * scale;
-  }
-}
-
-// The same for pages of INT4 keys: rotated first, in the order of their nibbles. sums: of a row's
-// integers.
-template <bool kBf16, int kDim>
-__device__ __forceinline__ void quantize_rotated_rows(const Problem& p, int b, int kv_head,
-                                                      int rows, int group, float scale,
-                                                      uint32_t (&queries)[kDim / 32][4],
-                                                      float (&scales)[2], float (&sums)[2]) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float x[kDim / 4] = {};  // 8 channels of every 32
-    const int row = threadIdx.x % 32 / 4 + 8 * r;
-    if (row < rows) {
-      const uint16_t* from = static_cast<const uint16_t*>(p.q.data) +
-                             p.q_offset(p.q, b, row / group, kv_head * group + row % group);
-#pragma unroll
-      for (int i = 0; i < kDim / 32; ++i) {
-        const int channel = i * 32 + threadIdx.x % 4 * 8;
-        if (channel < p.head_dim) {
-          float y[8];
-          unpack<kBf16>(*reinterpret_cast<const uint4*>(from + channel), y);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) x[8 * i + e] = y[e];
-        }
-      }
-    }
-    rotate_registers(x);
-    rotate_lanes<4>(x);
-    uint32_t largest = __float_as_uint(recipe::kAmaxFloor);
-#pragma unroll
-    for (int i = 0; i < kDim / 4; ++i) {
-      x[i] *= recipe::kRotatedQueryFactor<kDim>;
-      largest = max(largest, magnitude(x[i]));
-    }
-    const float amax = __uint_as_float(max_over_lanes<4>(largest));
-    const float inverse = recipe::kInt8Max / amax;
-    int sum = 0;
-#pragma unroll
-    for (int i = 0; i < kDim / 16; ++i) {
-      const uint32_t bytes =
-          pack_bytes(rounded_byte(x[4 * i], inverse), rounded_byte(x[4 * i + 1], inverse),
-                     rounded_byte(x[4 * i + 2], inverse), rounded_byte(x[4 * i + 3], inverse));
-      queries[i / 2][i % 2 * 2 + r] = bytes;
-      sum = __dp4a(static_cast<int>(bytes), 0x01010101, sum);
-    }
-    sums[r] = static_cast<float>(over_lanes<4>(sum, [](int a, int c) { return a + c; }));
-    scales[r] = amax * (1.0f / recipe::kInt8Max) * scale;
-  }
-}
-
 // The products of the queries with 16 keys from row `row` of a page's tile on; INT4 keys count 16
 // times.
 template <class Ring>
@@ -252,12 +173,17 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
   }
   uint32_t queries[kDim / 32][4];
   float query_scales[2], query_sums[2];
+  const bool appends = p.rotations != nullptr;
+  if (appends) {
+    prefetch_angles(p, kv_len);
+    wait_for_previous_kernel();
+  }
   if constexpr (Ring::kInt4) {
     quantize_rotated_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale, queries,
                                        query_scales, query_sums);
   } else {
-    quantize_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale, queries,
-                               query_scales);
+    quantize_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale,
+                               appends ? last_angles(p, kv_len) : nullptr, queries, query_scales);
   }
   int seen[2];
   const int seen_by_all = visible_keys(p, q_len, kv_len, group, seen);
@@ -378,10 +304,11 @@ __device__ __forceinline__ void attend_tail(const DecodeCall& call, int b, int k
       (call.tails[b] * 2 * int64_t{p.num_kv_heads} + kv_head) * head_elements;
   const uint16_t* head_values = head_keys + p.num_kv_heads * head_elements;
   const auto first_token = [&](int i) { return (i * kWarps + warp) * kSlice; };
+  const bool appends = p.rotations != nullptr;
 #pragma unroll
   for (int i = 0; i < kWarpSlices; ++i) {
-    const int valid = kv_len - begin - first_token(i);
-    if (valid > 0) {
+    const int valid = kv_len - (appends ? 1 : 0) - begin - first_token(i);
+    if (begin + first_token(i) < kv_len) {
       const int64_t from = static_cast<int64_t>(first_token(i)) * p.head_dim;
       copy_slice<kDim>(smem_address(ring.tail[warp][i][0]), head_keys + from, p.head_dim, valid,
                        p.head_dim);
@@ -390,26 +317,47 @@ __device__ __forceinline__ void attend_tail(const DecodeCall& call, int b, int k
     }
     commit_copies();
   }
+  const float* mean = begin > 0 ? mean_of(call, b, kv_head) : nullptr;
+  if (appends) {
+    prefetch_angles(p, kv_len);
+    if (begin > 0 && threadIdx.x * 32 < p.head_dim) prefetch(mean + threadIdx.x * 32);
+    wait_for_previous_kernel();
+  }
+  // The slice of this warp that the step's own token is appended to.
+  int last_slice = -1;
+  const int last_row = kv_len - 1 - begin;
+  LastToken<kBf16, kDim> last;
+  if (appends && last_row / kSlice % kWarps == warp) {
+    last_slice = last_row / kSlice / kWarps;
+    last.fetch(p, b, kv_head, kv_len);
+  }
   uint32_t queries[kDim / 16][4];
   load_queries<kDim>(p, b, kv_head, q_len * group, group, queries);
+  float means[kDim / 16][2][2] = {};
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int channel = k * 16 + half * 8 + lane % 4 * 2;
+      if (begin > 0 && channel < p.head_dim) load(mean + channel, means[k][half]);
+    }
+  }
+  if (appends) rotate_queries<kBf16, kDim>(last_angles(p, kv_len), queries);
+  if (last_slice >= 0) last.rotate_key();
   float bias[2] = {};
-  if (begin > 0) {
-    const float* mean = mean_of(call, b, kv_head);
 #pragma unroll
-    for (int k = 0; k < kDim / 16; ++k) {
+  for (int k = 0; k < kDim / 16; ++k) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int channel = k * 16 + e / 2 * 8 + lane % 4 * 2;
-        if (channel >= p.head_dim) continue;
-        const float2 x = to_floats<kBf16>(queries[k][e]);
-        bias[e % 2] = fmaf(x.x, mean[channel], fmaf(x.y, mean[channel + 1], bias[e % 2]));
-      }
+    for (int e = 0; e < 4; ++e) {
+      const float2 x = to_floats<kBf16>(queries[k][e]);
+      const float(&pair)[2] = means[k][e / 2];
+      bias[e % 2] = fmaf(x.x, pair[0], fmaf(x.y, pair[1], bias[e % 2]));
     }
+  }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      bias[r] += __shfl_xor_sync(0xFFFFFFFFu, bias[r], 1);
-      bias[r] += __shfl_xor_sync(0xFFFFFFFFu, bias[r], 2);
-    }
+  for (int r = 0; r < 2; ++r) {
+    bias[r] += __shfl_xor_sync(0xFFFFFFFFu, bias[r], 1);
+    bias[r] += __shfl_xor_sync(0xFFFFFFFFu, bias[r], 2);
   }
   int seen[2];
   const int seen_by_all = visible_keys(p, q_len, kv_len, group, seen);
@@ -418,13 +366,20 @@ __device__ __forceinline__ void attend_tail(const DecodeCall& call, int b, int k
   __syncwarp();
   for (int i = 0; i < kWarpSlices; ++i) {
     if (begin + first_token(i) >= kv_len) break;
+    if (i == last_slice) {
+      uint16_t* tail = static_cast<uint16_t*>(call.cache.tails);
+      const int64_t row = int64_t{last_row} * p.head_dim;
+      last.leave(smem_address(ring.tail[warp][i][0]), smem_address(ring.tail[warp][i][1]),
+                 last_row % kSlice, tail + (head_keys - tail) + row,
+                 tail + (head_values - tail) + row);
+    }
     attend_slice<kBf16, kDim>(queries, smem_address(ring.tail[warp][i][0]),
                               smem_address(ring.tail[warp][i][1]), begin + first_token(i),
                               seen_by_all, seen, bias, call.scale, result);
   }
 }
 
-// Part 0 is the tail, part 1 + i the pages from i * kPartPages on.
+// Part 0 is the tail, part 1 + i the pages from i * part_pages on.
 template <bool kBf16, class Ring>
 __global__ void __launch_bounds__(kThreads, 3)
     decode_part(const __grid_constant__ DecodeCall call) {
@@ -437,17 +392,15 @@ __global__ void __launch_bounds__(kThreads, 3)
     __syncthreads();
   }
   allow_next_kernel();
-  wait_for_previous_kernel();
-  const int first = (part - 1) * kPartPages;
-  // Read before the length is known, which says how many of them there are: the two reads overlap.
-  static_assert(kPartPages <= 32);
-  const int lane = threadIdx.x % 32;
+  if (p.rotations == nullptr) wait_for_previous_kernel();
+  const int q_len = p.q_len(b), kv_len = p.kv_len(b), pages = kv_len / kTileTokens;
+  const int part_pages = cut(p, pages).part_units;
+  const int first = (part - 1) * part_pages, lane = threadIdx.x % 32;
+  const int count = min(part_pages, pages - first);
   const int lane_page =
-      part > 0 && lane < kPartPages && first + lane < p.page_table_stride
+      part > 0 && lane < count
           ? p.page_table[static_cast<int64_t>(b) * p.page_table_stride + first + lane]
           : 0;
-  const int q_len = p.q_len(b), kv_len = p.kv_len(b);
-  const int count = min(kPartPages, kv_len / kTileTokens - first);
   // Without anything to merge, a sequence without keys still has its zeros to write.
   const bool empty = part > 0 ? count <= 0 : call.parts.parts > 1 && kv_len % kTileTokens == 0;
   if (q_len == 0 || empty) return;
@@ -462,6 +415,10 @@ __global__ void __launch_bounds__(kThreads, 3)
   leave_rows(result, static_cast<int>(threadIdx.x / 32), q_len * group, ring.merge);
   __syncthreads();
   store_part(p, call.parts, part, b, kv_head, q_len * group, group, ring.merge);
+  if (p.rotations != nullptr && call.parts.parts > 1) {
+    merge_if_last<Ring::kDim>(p, call.parts, 0, 1 + page_parts(p, pages), b, kv_head, q_len * group,
+                              group);
+  }
 }
 
 // One block a row (query, head).
@@ -482,8 +439,8 @@ __global__ void __launch_bounds__(128) merge_parts(const __grid_constant__ Decod
     const float product = channel < p.head_dim ? to_float(from[channel]) * mean[channel] : 0.0f;
     bias = block_reduce(product, shared, Sum{}) * call.scale;
   }
-  merge_row(p, call.parts, kv_len % kTileTokens == 0 ? 1 : 0,
-            1 + (pages + kPartPages - 1) / kPartPages, b, query, head, bias);
+  merge_row(p, call.parts, kv_len % kTileTokens == 0 ? 1 : 0, 1 + page_parts(p, pages), b, query,
+            head, bias);
 }
 
 template <typename T, int kDim, bool kInt4>
@@ -503,7 +460,7 @@ cudaError_t launch_decode(const DecodeCall& call, cudaStream_t stream) {
                              dim3(static_cast<unsigned>(call.parts.parts),
                                   static_cast<unsigned>(p.num_kv_heads), sequences),
                              kThreads, kBytes, stream, call);
-  if (error != cudaSuccess || call.parts.parts == 1) return error;
+  if (error != cudaSuccess || call.parts.parts == 1 || p.rotations != nullptr) return error;
   return launch(merge_parts<T>, dim3(static_cast<unsigned>(p.max_q_len * p.num_heads), sequences),
                 kDim, stream, call);
 }
@@ -528,8 +485,15 @@ DecodeCall make_call(const DecodeFromQuantizedKv& args, void* workspace, size_t*
   p.softmax_scale = args.softmax_scale;
   p.causal = true;
   p.bf16 = args.cache.type == Element::kBF16;
+  p.rotations = args.rotations;
+  p.arrivals = args.arrivals;
+  if (args.rotations != nullptr) {
+    p.cu_q_lens = nullptr;
+    p.q.batch_stride = args.query_stride;
+    p.out.batch_stride = args.out_stride;
+  }
   const int most_pages = step.max_kv_len / kTileTokens;
-  call.parts = place_parts(p, 1 + (most_pages + kPartPages - 1) / kPartPages, workspace, bytes);
+  call.parts = place_parts(p, 1 + cut(p, most_pages).most_parts, workspace, bytes);
   call.cache = args.cache;
   call.tails = step.tails;
   call.means = step.means;
@@ -545,6 +509,11 @@ bool quantized_kv_decode_takes(const DecodeFromQuantizedKv& args) {
          int64_t{args.step.max_q_len} * (cache.num_heads / cache.num_kv_heads) <= kDecodeRows;
 }
 
+bool quantized_kv_decode_appends(const QuantizedKv& cache, const QuantizedKvStep& step) {
+  return !cache.int4_keys && step.max_q_len == 1 && step.rows == step.num_sequences &&
+         step.max_closed_pages == 0 && cache.head_dim == quantized_kv_dim(cache.head_dim);
+}
+
 size_t quantized_kv_decode_workspace_bytes(const DecodeFromQuantizedKv& args) {
   size_t bytes = 0;
   make_call(args, nullptr, &bytes);
@@ -553,7 +522,10 @@ size_t quantized_kv_decode_workspace_bytes(const DecodeFromQuantizedKv& args) {
 
 cudaError_t decode_from_quantized_kv(const DecodeFromQuantizedKv& args, void* workspace,
                                      cudaStream_t stream) {
-  if (!quantized_kv_decode_takes(args)) return cudaErrorInvalidValue;
+  if (!quantized_kv_decode_takes(args) ||
+      (args.rotations != nullptr && !quantized_kv_decode_appends(args.cache, args.step))) {
+    return cudaErrorInvalidValue;
+  }
   if (args.step.num_sequences == 0 || args.step.max_q_len == 0) return cudaSuccess;
   size_t bytes = 0;
   const DecodeCall call = make_call(args, workspace, &bytes);

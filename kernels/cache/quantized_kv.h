@@ -96,7 +96,17 @@ struct DecodeFromQuantizedKv {
   int64_t out_stride = 0;
   float* lse = nullptr;        // if wanted: natural, [num_sequences][num_heads][max_q_len]
   float softmax_scale = 0.0f;  // not 0
+  // If given, the step has not been appended to the cache, and the kernel does that too (see
+  // quantized_kv_decode_appends): `queries` are whole rows of qkv as the projection left them,
+  // rotations as above, arrivals [num_sequences][num_kv_heads] zeros, which they are again
+  // afterwards. No log-sum-exp then.
+  const float* rotations = nullptr;
+  uint32_t* arrivals = nullptr;
 };
+
+// Whether a decode may append too: one row a sequence, none of which fills a page, and heads of 64
+// or 128. The cache's other bytes must be settled: written by kernels that ended before this step.
+bool quantized_kv_decode_appends(const QuantizedKv& cache, const QuantizedKvStep& step);
 
 // Whether every KV head's query rows fit the kernel's 16: max_q_len * num_heads / num_kv_heads.
 bool quantized_kv_decode_takes(const DecodeFromQuantizedKv& args);

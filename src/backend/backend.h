@@ -166,6 +166,18 @@ class Backend {
   // out = silu(x G^T) * (x U^T), where weight is [G; U] of add_gate_up. gate_up has room for x
   // weight^T; what it holds afterwards is not defined.
   virtual void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) = 0;
+  // A norm and the product of what it gives, for which `normed` has room; what that holds
+  // afterwards is not defined. An implementation may do both at once.
+  virtual void norm_linear(Matrix x, WeightHandle norm, double eps, WeightHandle weight,
+                           Matrix normed, Matrix out) {
+    rmsnorm(x, norm, eps, normed);
+    linear(normed, weight, out);
+  }
+  virtual void norm_linear_swiglu(Matrix x, WeightHandle norm, double eps, WeightHandle weight,
+                                  Matrix normed, Matrix gate_up, Matrix out) {
+    rmsnorm(x, norm, eps, normed);
+    linear_swiglu(normed, weight, gate_up, out);
+  }
   virtual void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) = 0;
 
   // Rotates the query and key columns of qkv [rows, q + k + v] in place by each row's position and
@@ -178,6 +190,14 @@ class Backend {
   // last query row seeing the last key. out [rows, num_heads * head_dim].
   virtual void attention(Matrix qkv, const Batch& batch, const AttentionShape& shape, int64_t layer,
                          KvStorage& kv, Matrix out) = 0;
+  // Both, one after the other; what qkv holds afterwards is not defined. An implementation may do
+  // them at once.
+  virtual void append_and_attend(Matrix qkv, const Batch& batch, const AttentionShape& shape,
+                                 std::span<const float> inverse_frequencies, int64_t layer,
+                                 KvStorage& kv, Matrix out) {
+    rope_append(qkv, batch, shape, inverse_frequencies, layer, kv);
+    attention(qkv, batch, shape, layer, kv, out);
+  }
 
   // Copies rows of logits (or of any matrix) to the host; throws Error naming the row if one is NaN
   // or infinite.

@@ -188,7 +188,7 @@ GpuQuantizedKv::GpuQuantizedKv(const KvShape& shape, const std::vector<int>& len
   }
 }
 
-void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
+void GpuQuantizedKv::prepare(const std::vector<int>& counts) {
   const auto width = static_cast<int64_t>(shape_.width());
   std::vector<float> rows;
   std::vector<int32_t> positions, slots, lens;
@@ -224,7 +224,10 @@ void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
   step_.tails = send(tails_device_, tails_);
   step_.means = send(means_device_, means_);
   qkv_ = GpuArray(shape_.type, std::move(rows));
+}
 
+void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
+  prepare(counts);
   kernels::AppendToQuantizedKv args;
   args.cache = decode_args().cache;
   args.step = step_;
@@ -279,6 +282,28 @@ GpuQuantizedKv::Output GpuQuantizedKv::decode() const {
   expect_done(kernels::decode_from_quantized_kv(args, workspace.data(), nullptr),
               "decode_from_quantized_kv");
   return {out.download(), out.raw(), read<float>(lse)};
+}
+
+GpuQuantizedKv::Output GpuQuantizedKv::append_and_decode(const std::vector<int>& counts) {
+  prepare(counts);
+  kernels::DecodeFromQuantizedKv args = decode_args();
+  const auto columns = static_cast<size_t>(shape_.heads * shape_.dim);
+  const GpuArray out(shape_.type, static_cast<size_t>(step_.rows) * columns);
+  args.out = out.data();
+  args.out_stride = static_cast<int64_t>(columns);
+  args.rotations = static_cast<const float*>(rotations_.data());
+  DeviceBuffer arrivals(static_cast<size_t>(sequences_ * shape_.kv_heads) * sizeof(uint32_t));
+  arrivals.fill(0);
+  args.arrivals = static_cast<uint32_t*>(arrivals.data());
+  DeviceBuffer workspace(kernels::quantized_kv_decode_workspace_bytes(args));
+  if (workspace.bytes() > 0) workspace.fill(0xFF);
+  expect_done(kernels::decode_from_quantized_kv(args, workspace.data(), nullptr),
+              "decode_from_quantized_kv");
+  for (const uint32_t count : read<uint32_t>(arrivals)) {
+    if (count != 0) throw std::runtime_error("the kernel left its counters behind");
+  }
+  download();
+  return {out.download(), out.raw(), {}};
 }
 
 size_t GpuQuantizedKv::place(int sequence, int index, int kv_head) const {

@@ -54,6 +54,8 @@ class GpuQuantizedKv {
   };
   // Of the last step's queries.
   Output decode() const;
+  // A step and its output (without lse), by the one kernel that does both.
+  Output append_and_decode(const std::vector<int>& counts);
 
   struct Row {
     std::vector<double> out, magnitudes;  // magnitudes: sum of P |V|
@@ -91,6 +93,8 @@ class GpuQuantizedKv {
   kernels::DecodeFromQuantizedKv decode_args() const;
 
  private:
+  // Uploads a step that is not appended yet.
+  void prepare(const std::vector<int>& counts);
   // Copies the device's memory to the host.
   void download();
   size_t place(int sequence, int index, int kv_head) const;

@@ -76,7 +76,7 @@ class Sweep {
     SweepCase result;
     result.head_dim = dims_[static_cast<size_t>(uniform(0, static_cast<int>(dims_.size()) - 1))];
     result.num_kv_heads = uniform(1, 3);
-    result.num_heads = result.num_kv_heads * uniform(1, one_in(3) ? 8 : 2);
+    result.num_heads = result.num_kv_heads * uniform(1, one_in(4) ? 8 : 2);
     result.causal = !one_in(3);
     const int sequences = uniform(1, 4);
     const int rows = std::max(1, most_rows / sequences);
