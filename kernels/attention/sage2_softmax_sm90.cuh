@@ -96,9 +96,13 @@ __device__ inline void move_references(const int32_t (&logits)[64], uint32_t (&p
     for (int r = 0; r < 2; ++r) {
       const float largest = quad_max(sum[r]);
       const float before = rows.reference[r];
-      if (!(largest < 1e30f)) {
-        rows.reference[r] = largest_logit(logits, r, tile, ends[r]) - kFirstBits;
-      } else if (largest > recipe::kE4m3Max) {
+      const bool overflowed = !(largest < 1e30f);
+      // All lanes together: rows of a warp may differ.
+      if (__any_sync(0xFFFFFFFFu, overflowed)) {
+        const float logit = largest_logit(logits, r, tile, ends[r]);
+        if (overflowed) rows.reference[r] = logit - kFirstBits;
+      }
+      if (!overflowed && largest > recipe::kE4m3Max) {
         rows.reference[r] = before + (__log2f(largest) - kSumBits);
       }
       const float factor = ptx::exp2_fast(before - rows.reference[r]);
