@@ -50,7 +50,7 @@ class LinearLayers {
     query_ = backend.add_linear({&layer.q_proj, 1});
     qkv_ = backend.add_linear(std::vector{layer.q_proj, layer.k_proj, layer.v_proj});
     o_ = backend.add_linear({&layer.o_proj, 1});
-    gate_up_ = backend.add_linear(std::vector{layer.gate_proj, layer.up_proj});
+    gate_up_ = backend.add_gate_up(layer.gate_proj, layer.up_proj);
     down_ = backend.add_linear({&layer.down_proj, 1});
   }
 
@@ -157,7 +157,7 @@ DeviceBounds measure_bounds(const LoadOptions& options, const ModelBenchPlan& pl
   const ModelConfig& config = checkpoint.config();
   DeviceBounds bounds;
   bounds.device = backend->device_name();
-  bounds.free_bytes = backend->device_memory().free;
+  bounds.free_bytes = backend->device_memory().free + backend->activation_bytes();
   bounds.ceilings = backend->measure_ceilings();
   bounds.weight_bytes_per_token = decode_weight_bytes(config, *backend);
   LinearLayers layers(*backend, checkpoint);

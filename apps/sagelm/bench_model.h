@@ -43,7 +43,7 @@ struct DeviceBounds {
   // Seconds that the linear layers of the whole model take for so many tokens, by prompt length.
   std::vector<double> linear_seconds;
   int64_t weight_bytes_per_token = 0;  // read by one decode step
-  int64_t free_bytes = 0;              // of the GPU's memory, before anything is measured
+  int64_t free_bytes = 0;              // of the GPU's memory, before we take any
 };
 DeviceBounds measure_bounds(const LoadOptions& options, const ModelBenchPlan& plan);
 

@@ -1,6 +1,7 @@
 #include <cstdint>
 
 #include "kernels/attention/quantize_tile.cuh"
+#include "kernels/cache/int4_keys.cuh"
 #include "kernels/cache/quantized_kv.h"
 #include "kernels/common/ptx.cuh"
 #include "kernels/ops/elements.cuh"
@@ -11,6 +12,7 @@ namespace sagelm::kernels {
 namespace {
 
 static_assert(kQuantizedKvScales == kTileScales);
+static_assert(quantized_kv_scales(true) == kInt4Scales);
 constexpr int kRowThreads = 256;
 
 __device__ inline int64_t tail_offset(const QuantizedKv& cache, int tail, bool is_value,
@@ -192,7 +194,7 @@ __global__ void __launch_bounds__(kQuantizeThreads)
 
 // blockIdx.x: of the pages that a sequence fills; blockIdx.y: heads of K, then of V. The block of a
 // sequence's first one has the tail's old tokens in its page, and then puts the new ones there.
-template <int kDim, bool kBf16>
+template <int kDim, bool kBf16, bool kInt4>
 __global__ void __launch_bounds__(kQuantizeThreads, 3)
     close_pages(const __grid_constant__ AppendToQuantizedKv args) {
   constexpr int kLanes = kDim / 8;
@@ -212,15 +214,20 @@ __global__ void __launch_bounds__(kQuantizeThreads, 3)
           cache.num_kv_heads +
       kv_head;
   tokens.first_position = page * kTileTokens;
+  float* scales = cache.scales + place * (kInt4 ? kInt4Scales : kTileScales);
   if (is_value) {
-    quantize_value_tile<kDim, kBf16>(tokens, cache.values + place * (kTileTokens * kDim),
-                                     cache.scales + place * kTileScales);
+    quantize_value_tile<kDim, kBf16>(tokens, cache.values + place * (kTileTokens * kDim), scales);
   } else {
     float mean[8] = {};
     if (tokens.inside) load_mean(mean_of(args, b, kv_head), threadIdx.x % kLanes, mean);
-    quantize_key_tile<kDim, kBf16>(tokens, kTileTokens, mean,
-                                   cache.keys + place * (kTileTokens * kDim),
-                                   cache.scales + place * kTileScales);
+    if constexpr (kInt4) {
+      quantize_int4_key_tile<kDim, kBf16>(
+          tokens, mean, reinterpret_cast<uint8_t*>(cache.keys) + place * (kTileTokens * kDim / 2),
+          reinterpret_cast<uint32_t*>(scales) + kInt4Words);
+    } else {
+      quantize_key_tile<kDim, kBf16>(tokens, kTileTokens, mean,
+                                     cache.keys + place * (kTileTokens * kDim), scales);
+    }
   }
   if (blockIdx.x > 0) return;
   __syncthreads();
@@ -245,7 +252,9 @@ cudaError_t launch_close(const AppendToQuantizedKv& args, cudaStream_t stream) {
                                      kQuantizeThreads, stream, args);
     if (error != cudaSuccess) return error;
   }
-  return launch(close_pages<kDim, kBf16>,
+  const auto kernel =
+      args.cache.int4_keys ? close_pages<kDim, kBf16, true> : close_pages<kDim, kBf16, false>;
+  return launch(kernel,
                 dim3(static_cast<unsigned>(args.step.max_closed_pages), 2 * kv_heads, sequences),
                 kQuantizeThreads, stream, args);
 }

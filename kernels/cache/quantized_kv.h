@@ -20,6 +20,10 @@ inline int32_t quantized_kv_dim(int32_t head_dim) { return head_dim <= 64 ? 64 :
 
 // Floats of a page and KV head: 4 key groups; the values', its log2 and its inverse; 1 unused.
 inline constexpr int kQuantizedKvScales = 8;
+// With INT4 keys, whose groups are not used, a word per key follows (kernels/cache/int4_keys.cuh).
+inline constexpr int32_t quantized_kv_scales(bool int4_keys) {
+  return kQuantizedKvScales + (int4_keys ? 128 : 0);
+}
 
 // The cache of one layer. Every start lies on a 16-byte boundary; dim is
 // quantized_kv_dim(head_dim).
@@ -28,9 +32,10 @@ struct QuantizedKv {
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
-  int8_t* keys = nullptr;     // [page][kv_head][128 * dim]
+  bool int4_keys = false;
+  int8_t* keys = nullptr;     // [page][kv_head][128 * dim]; INT4: half of that, two to a byte
   uint8_t* values = nullptr;  // e4m3 [page][kv_head][dim * 128]
-  float* scales = nullptr;    // [page][kv_head][kQuantizedKvScales]
+  float* scales = nullptr;    // [page][kv_head][quantized_kv_scales(int4_keys)]
   float* means = nullptr;     // [mean][kv_head][head_dim]: mean key of a sequence's first page
   void* tails = nullptr;      // [tail][2: keys, values][kv_head][128][head_dim]
 };
@@ -91,7 +96,17 @@ struct DecodeFromQuantizedKv {
   int64_t out_stride = 0;
   float* lse = nullptr;        // if wanted: natural, [num_sequences][num_heads][max_q_len]
   float softmax_scale = 0.0f;  // not 0
+  // If given, the step has not been appended to the cache, and the kernel does that too (see
+  // quantized_kv_decode_appends): `queries` are whole rows of qkv as the projection left them,
+  // rotations as above, arrivals [num_sequences][num_kv_heads] zeros, which they are again
+  // afterwards. No log-sum-exp then.
+  const float* rotations = nullptr;
+  uint32_t* arrivals = nullptr;
 };
+
+// Whether a decode may append too: one row a sequence, none of which fills a page, and heads of 64
+// or 128. The cache's other bytes must be settled: written by kernels that ended before this step.
+bool quantized_kv_decode_appends(const QuantizedKv& cache, const QuantizedKvStep& step);
 
 // Whether every KV head's query rows fit the kernel's 16: max_q_len * num_heads / num_kv_heads.
 bool quantized_kv_decode_takes(const DecodeFromQuantizedKv& args);

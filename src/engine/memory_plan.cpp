@@ -13,13 +13,9 @@ namespace {
 // when they first run, and graphs.
 constexpr int64_t kDriverBytes = int64_t{256} << 20;
 
-struct Total {
-  int64_t weights = 0, steps = 0, kv = 0;
-  int64_t bytes() const { return weights + steps + kv + kDriverBytes; }
-};
-
-Total total_of(const MemoryNeeds& needs, int64_t context, bool steps_held, const Backend& backend) {
-  Total total{.weights = needs.weight_bytes};
+MemoryTotal total_of(const MemoryNeeds& needs, int64_t context, bool steps_held,
+                     const Backend& backend) {
+  MemoryTotal total{.weights = needs.weight_bytes};
   if (!steps_held) {
     total.steps = backend.step_bytes(
         limits_of_steps(*needs.config, needs.attention, needs.batch_tokens, context));
@@ -77,35 +73,46 @@ StepLimits limits_of_steps(const ModelConfig& config, std::span<const AttentionS
   return limits;
 }
 
-void check_fits(const MemoryNeeds& needs, bool steps_held, const Backend& backend) {
-  const DeviceMemory memory = backend.device_memory();
-  if (memory.total == 0) return;
-  const auto fits = [&](int64_t context) {
-    return total_of(needs, context, steps_held, backend).bytes() <= memory.free;
+std::string misfit(const std::string& model, int64_t context, int64_t sessions,
+                   const DeviceMemory& memory,
+                   const std::function<MemoryTotal(int64_t context)>& total_of) {
+  const auto bytes = [&](int64_t tokens) {
+    const MemoryTotal total = total_of(tokens);
+    return total.weights + total.steps + total.kv + kDriverBytes;
   };
-  if (fits(needs.context)) return;
-  int64_t fitting = 0, pages = KvCache::pages_for(needs.context);
+  const auto fits = [&](int64_t tokens) { return bytes(tokens) <= memory.free; };
+  if (fits(context)) return "";
+  int64_t fitting = 0, pages = KvCache::pages_for(context);
   while (pages - fitting > 1) {
     const int64_t middle = (fitting + pages) / 2;
     (fits(middle * kPageTokens) ? fitting : pages) = middle;
   }
-  const auto gib = [](int64_t bytes) {
-    return fmt::format("{:.2f}", static_cast<double>(bytes) / (1 << 30));
+  const auto gib = [](int64_t size) {
+    return fmt::format("{:.2f}", static_cast<double>(size) / (1 << 30));
   };
-  const Total total = total_of(needs, needs.context, steps_held, backend);
   std::string parts;
-  const auto add = [&](const std::string& name, int64_t bytes) {
-    if (bytes > 0) parts += fmt::format("{}{} {}", parts.empty() ? "" : ", ", name, gib(bytes));
+  const auto add = [&](const std::string& name, int64_t size) {
+    if (size > 0) parts += fmt::format("{} {}, ", name, gib(size));
   };
+  const MemoryTotal total = total_of(context);
   add("weights", total.weights);
   add("activations", total.steps);
-  add(fmt::format("a KV cache of {} tokens", needs.context * needs.sessions), total.kv);
-  fail(
-      "{} needs {} GiB of memory on the GPU ({}, and what the driver takes), and {} of {} GiB are "
+  add(fmt::format("a KV cache of {} tokens", context * sessions), total.kv);
+  return fmt::format(
+      "{} needs {} GiB of memory on the GPU ({}and what the driver takes), and {} of {} GiB are "
       "free: {}",
-      needs.config->name, gib(total.bytes()), parts, gib(memory.free), gib(memory.total),
+      model, gib(bytes(context)), parts, gib(memory.free), gib(memory.total),
       fitting == 0 ? std::string("no --ctx would fit")
                    : fmt::format("--ctx {} would fit", fitting * kPageTokens));
+}
+
+void check_fits(const MemoryNeeds& needs, bool steps_held, const Backend& backend) {
+  const DeviceMemory memory = backend.device_memory();
+  if (memory.total == 0) return;
+  const std::string problem =
+      misfit(needs.config->name, needs.context, needs.sessions, memory,
+             [&](int64_t context) { return total_of(needs, context, steps_held, backend); });
+  if (!problem.empty()) fail("{}", problem);
 }
 
 }  // namespace sagelm

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
+#include <string>
 
 #include "backend/backend.h"
 #include "base/model_spec.h"
@@ -24,6 +26,17 @@ StepLimits limits_of_steps(const ModelConfig& config, std::span<const AttentionS
 // page unused each.
 inline int64_t pages_of_step(int64_t tokens) { return 4 * KvCache::pages_for(tokens); }
 
+// Bytes.
+struct MemoryTotal {
+  int64_t weights = 0, steps = 0, kv = 0;
+};
+// One sentence that says how much the model with so many sessions of `context` tokens needs, how
+// much is free, and which shorter context would fit; empty if all of it does. total_of grows with
+// the context.
+std::string misfit(const std::string& model, int64_t context, int64_t sessions,
+                   const DeviceMemory& memory,
+                   const std::function<MemoryTotal(int64_t context)>& total_of);
+
 // What must fit the device at once.
 struct MemoryNeeds {
   const ModelConfig* config = nullptr;
@@ -34,8 +47,7 @@ struct MemoryNeeds {
   int64_t context = 0;
   int64_t sessions = 0;  // each of `context` tokens
 };
-// Throws Error that says how much is needed, how much is free, and which context would fit. With
-// steps_held the memory of steps is there already.
+// Throws Error with misfit's sentence. With steps_held the memory of steps is there already.
 void check_fits(const MemoryNeeds& needs, bool steps_held, const Backend& backend);
 
 }  // namespace sagelm

@@ -213,8 +213,9 @@ void Session::Impl::decode(std::span<const Branch> branches, std::span<const flo
 std::vector<Generation> Model::generate_samples(std::span<const int32_t> prompt_ids,
                                                 const GenerateOptions& options, int64_t samples,
                                                 const SampleCallback& on_text) {
-  if (samples < 1 || samples > impl_->options.batch_tokens) {
-    fail_usage("there can be 1 to {} samples, not {}", impl_->options.batch_tokens, samples);
+  const int64_t most_samples = std::min(impl_->options.batch_tokens, Llama::kLogitsRows);
+  if (samples < 1 || samples > most_samples) {
+    fail_usage("there can be 1 to {} samples, not {}", most_samples, samples);
   }
   // Whole pages of the prompt are there once, and what may follow them for each sample.
   const auto prompt_tokens = static_cast<int64_t>(prompt_ids.size());

@@ -25,9 +25,6 @@ enum Slot : int {
   kNumSlots
 };
 
-// Rows of logits computed at once when scoring: bounds the buffer to kScoreRows * vocab_size.
-constexpr int64_t kScoreRows = 256;
-
 void advance(std::span<const StepInput> inputs, const ModelConfig& config) {
   std::vector<Sequence*> sequences;
   std::vector<int64_t> counts;
@@ -121,7 +118,7 @@ Llama::Llama(const ModelConfig& config, const ModelWeights& weights, Backend& ba
     layer.qkv = backend.add_linear(std::vector{from.q_proj, from.k_proj, from.v_proj});
     layer.o = backend.add_linear(std::span(&from.o_proj, 1));
     layer.post_norm = backend.add_vector(from.post_norm);
-    layer.gate_up = backend.add_linear(std::vector{from.gate_proj, from.up_proj});
+    layer.gate_up = backend.add_gate_up(from.gate_proj, from.up_proj);
     layer.down = backend.add_linear(std::span(&from.down_proj, 1));
     layers_.push_back(layer);
     if (progress) {
@@ -150,7 +147,7 @@ std::vector<ScratchSize> Llama::scratch_sizes(const ModelConfig& config, int64_t
   sizes[kAttended] = {tokens, config.q_size(), Holds::kActivations};
   sizes[kGateUp] = {tokens, 2 * config.intermediate_size, Holds::kActivations};
   sizes[kActivated] = {tokens, config.intermediate_size, Holds::kActivations};
-  sizes[kLogits] = {std::min(tokens, kScoreRows), config.vocab_size, Holds::kLogits};
+  sizes[kLogits] = {std::min(tokens, kLogitsRows), config.vocab_size, Holds::kLogits};
   return sizes;
 }
 
@@ -199,10 +196,14 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
     const auto index = static_cast<int64_t>(i);
     const AttentionShape shape{config_.num_heads, config_.num_kv_heads, config_.head_dim,
                                attention_[i]};
-    b.rmsnorm(hidden, layer.input_norm, config_.rms_norm_eps, normed);
-    b.linear(normed, layer.qkv, qkv);
-    b.rope_append(qkv, batch, shape, inverse_frequencies_, index, kv);
-    b.attention(qkv, batch, shape, index, kv, attended);
+    b.enter_layer(index);
+    b.norm_linear(hidden, layer.input_norm, config_.rms_norm_eps, layer.qkv, normed, qkv);
+    if (probe) {
+      b.rope_append(qkv, batch, shape, inverse_frequencies_, index, kv);
+      b.attention(qkv, batch, shape, index, kv, attended);
+    } else {
+      b.append_and_attend(qkv, batch, shape, inverse_frequencies_, index, kv, attended);
+    }
     if (check && !b.all_finite(attended)) {
       fail("NaN or Inf appears in the attention of layer {} ({})", i,
            describe_attention(attention_[i]));
@@ -211,20 +212,20 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
     b.linear_add(attended, layer.o, hidden);
     Matrix out = hidden;
     if (i + 1 == layers_.size()) {
-      // Nothing reads the other rows any more.
-      if (wanted.empty()) break;
+      if (wanted.empty()) break;  // nothing reads the other rows any more
       if (!wants_all) b.gather_rows(hidden, wanted, gathered);
       out = gathered;
     }
-    const Matrix mlp_normed = rows_of(normed, 0, out.rows);
     const Matrix mlp_activated = rows_of(activated, 0, out.rows);
-    b.rmsnorm(out, layer.post_norm, config_.rms_norm_eps, mlp_normed);
-    b.linear_swiglu(mlp_normed, layer.gate_up, rows_of(gate_up, 0, out.rows), mlp_activated);
+    b.norm_linear_swiglu(out, layer.post_norm, config_.rms_norm_eps, layer.gate_up,
+                         rows_of(normed, 0, out.rows), rows_of(gate_up, 0, out.rows),
+                         mlp_activated);
     b.linear_add(mlp_activated, layer.down, out);
     if (check && !b.all_finite(out)) {
       fail("NaN or Inf appears in the output of layer {}", i);
     }
   }
+  b.enter_layer(-1);
   return gathered;
 }
 
@@ -232,8 +233,7 @@ Matrix Llama::head(Matrix hidden) {
   Backend& b = *backend_;
   const Matrix normed = b.scratch(kNormed, hidden.rows, config_.hidden_size, Holds::kActivations);
   const Matrix logits = b.scratch(kLogits, hidden.rows, config_.vocab_size, Holds::kLogits);
-  b.rmsnorm(hidden, final_norm_, config_.rms_norm_eps, normed);
-  b.linear(normed, lm_head_, logits);
+  b.norm_linear(hidden, final_norm_, config_.rms_norm_eps, lm_head_, normed, logits);
   return logits;
 }
 
@@ -303,8 +303,8 @@ void Llama::run_scored(std::span<const StepInput> inputs, std::span<const int64_
     return rows;
   };
   run(inputs, false, rows_before, [&](Matrix hidden) {
-    for (int64_t begin = 0; begin < hidden.rows; begin += kScoreRows) {
-      const int64_t count = std::min(kScoreRows, hidden.rows - begin);
+    for (int64_t begin = 0; begin < hidden.rows; begin += kLogitsRows) {
+      const int64_t count = std::min(kLogitsRows, hidden.rows - begin);
       read(std::span<const LogitsRow>(places).subspan(static_cast<size_t>(begin),
                                                       static_cast<size_t>(count)),
            head(rows_of(hidden, begin, count)));
@@ -317,7 +317,7 @@ std::vector<std::vector<TokenScore>> Llama::score(std::span<const StepInput> inp
   std::vector<std::vector<TokenScore>> scores;
   for (const StepInput& input : inputs) scores.emplace_back(static_cast<size_t>(num_scored(input)));
   std::vector<int32_t> targets;
-  std::vector<TokenScore> block(kScoreRows);
+  std::vector<TokenScore> block(kLogitsRows);
   run_scored(inputs, first_scored, [&](std::span<const LogitsRow> rows, Matrix logits) {
     targets.clear();
     for (const LogitsRow& row : rows) {

@@ -37,6 +37,9 @@ using AttentionProbe =
 
 class Llama {
  public:
+  // Rows of logits computed at once, which bounds their buffer: the most inputs of step().
+  static constexpr int64_t kLogitsRows = 256;
+
   // Hands the weights to the backend; the views are not used after construction. progress, if set,
   // is called with the fraction done, 0 to 1. All layers begin with the same attention.
   Llama(const ModelConfig& config, const ModelWeights& weights, Backend& backend,

@@ -124,13 +124,14 @@ void bench_decode(int batch, int kv_heads, int n, double copy_rate) {
   DeviceBuffer other(size_t{256} << 20);  // whatever takes the cache's place in L2
   const auto evict = [&] { cudaMemsetAsync(other.data(), 1, other.bytes()); };
 
-  double quantized_ms = 0;
-  {
-    DeviceBuffer keys(tiles * kPage * kDim), values(tiles * kPage * kDim), scales(32 * tiles);
+  const auto time_quantized = [&](bool int4_keys) {
+    const int64_t floats = tiles * sagelm::kernels::quantized_kv_scales(int4_keys);
+    DeviceBuffer keys(tiles * kPage * kDim), values(tiles * kPage * kDim), scales(4 * floats);
     fill_bytes<<<1024, 256>>>(static_cast<uint32_t*>(keys.data()), tiles * kPage * kDim / 4, 3);
     fill_bytes<<<1024, 256>>>(static_cast<uint32_t*>(values.data()), tiles * kPage * kDim / 4, 4);
-    fill_floats<<<1024, 256>>>(static_cast<float*>(scales.data()), 8 * tiles, 0.01f);
+    fill_floats<<<1024, 256>>>(static_cast<float*>(scales.data()), floats, 0.01f);
     sagelm::kernels::DecodeFromQuantizedKv args;
+    args.cache.int4_keys = int4_keys;
     args.cache.num_heads = kHeads;
     args.cache.num_kv_heads = kv_heads;
     args.cache.head_dim = kDim;
@@ -152,13 +153,14 @@ void bench_decode(int batch, int kv_heads, int n, double copy_rate) {
     args.query_stride = args.out_stride = kHeads * kDim;
     args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(kDim));
     DeviceBuffer workspace(sagelm::kernels::quantized_kv_decode_workspace_bytes(args));
-    quantized_ms = median_ms(
+    return median_ms(
         [&] {
           check_cuda(sagelm::kernels::decode_from_quantized_kv(args, workspace.data(), nullptr),
                      "decode_from_quantized_kv");
         },
         evict);
-  }
+  };
+  const double quantized_ms = time_quantized(false), int4_ms = time_quantized(true);
 
   const int64_t kv_count = int64_t{batch} * kv_heads * length * kDim;
   DeviceBuffer k(2 * kv_count), v(2 * kv_count);
@@ -185,12 +187,16 @@ void bench_decode(int batch, int kv_heads, int n, double copy_rate) {
   args.workspace_bytes = bytes;
   const double half_ms = median_ms([&] { must(sagelm_attention(&args)); }, evict);
 
-  const double held =
-      tiles * (2.0 * kPage * kDim + 32) + double(batch) * kv_heads * (4.0 * rest * kDim + 4 * kDim);
+  const double tail = double(batch) * kv_heads * (4.0 * rest * kDim + 4 * kDim);
+  const double held = tiles * (2.0 * kPage * kDim + 32) + tail;
+  const double int4_rate = (tiles * (1.5 * kPage * kDim + 544) + tail) / int4_ms * 1e-6;
   const double rate = held / quantized_ms * 1e-6, half_rate = 4.0 * kv_count / half_ms * 1e-6;
-  std::printf("%5d %5d %3d %6d | %8.1fus %6.0f %4.0f%% | %8.1fus %6.0f %4.0f%% | %5.2f\n", batch,
-              kHeads, kv_heads, length, 1e3 * quantized_ms, rate, 100 * rate / copy_rate,
-              1e3 * half_ms, half_rate, 100 * half_rate / copy_rate, half_ms / quantized_ms);
+  std::printf(
+      "%5d %5d %3d %6d | %8.1fus %6.0f %4.0f%% | %8.1fus %6.0f %4.0f%% | %8.1fus %6.0f %4.0f%% | "
+      "%5.2f\n",
+      batch, kHeads, kv_heads, length, 1e3 * quantized_ms, rate, 100 * rate / copy_rate,
+      1e3 * int4_ms, int4_rate, 100 * int4_rate / copy_rate, 1e3 * half_ms, half_rate,
+      100 * half_rate / copy_rate, half_ms / quantized_ms);
   std::fflush(stdout);
 }
 
@@ -294,8 +300,9 @@ int main(int argc, char** argv) {
   a = DeviceBuffer();
   b = DeviceBuffer();
   if (decode) {
-    std::printf("%5s %5s %3s %6s | %10s %6s %5s | %10s %6s %5s | %5s\n", "batch", "heads", "kv",
-                "tokens", "quantized", "GB/s", "%copy", "fp16", "GB/s", "%copy", "ratio");
+    std::printf("%5s %5s %3s %6s | %10s %6s %5s | %10s %6s %5s | %10s %6s %5s | %5s\n", "batch",
+                "heads", "kv", "tokens", "int8", "GB/s", "%copy", "int4", "GB/s", "%copy", "fp16",
+                "GB/s", "%copy", "fp16:8");
     for (const int kv_heads : {32, 8}) {
       for (const int batch : {1, 8, 32}) {
         for (const int n : {1024, 8192, 32768}) bench_decode(batch, kv_heads, n, copy_rate);

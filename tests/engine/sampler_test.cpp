@@ -2,8 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <random>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -110,6 +113,38 @@ TEST(Sampler, TopPOfManyEqualTokensKeepsItsShare) {
   int drawn = 0;
   for (const int count : counts) drawn += count > 0 ? 1 : 0;
   EXPECT_EQ(drawn, 50);
+}
+
+TEST(Sampler, TopPOfALargeVocabularyIsWhatTheDefinitionSays) {
+  std::vector<float> logits(5000);
+  for (size_t i = 0; i < logits.size(); ++i) {
+    logits[i] = 9.0f * std::sin(static_cast<float>(i * i % 1009));
+  }
+  SamplingOptions options = kPlain;
+  options.temperature = 0.8;
+  options.top_p = 0.9;
+  std::vector<std::pair<double, int32_t>> tokens;
+  double total = 0;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    tokens.emplace_back(std::exp(static_cast<double>(logits[i]) / 0.8), static_cast<int32_t>(i));
+    total += tokens.back().first;
+  }
+  std::sort(tokens.begin(), tokens.end(), [](const auto& a, const auto& b) {
+    return a.first != b.first ? a.first > b.first : a.second < b.second;
+  });
+  double kept = 0;
+  size_t count = 0;
+  while (kept < 0.9 * total) kept += tokens[count++].first;
+  ASSERT_GT(count, 50u);
+  Sampler sampler(options);
+  std::mt19937_64 generator(options.seed);
+  for (int draw = 0; draw < 300; ++draw) {
+    double target = static_cast<double>(generator() >> 11) * 0x1p-53 * kept;
+    size_t expected = 0;
+    while (expected + 1 < count && (target -= tokens[expected].first) >= 0) ++expected;
+    std::vector<float> copy = logits;
+    ASSERT_EQ(sampler.sample(copy, {}), tokens[expected].second) << draw;
+  }
 }
 
 TEST(Sampler, MinP) {

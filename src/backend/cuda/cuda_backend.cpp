@@ -154,13 +154,14 @@ class CudaBackend : public Backend {
     return {AttentionVariant::kSage2_8b, AttentionVariant::kSage1B, AttentionVariant::kFp16};
   }
 
-  bool reads_int8_kv(const AttentionShape& shape) const override {
-    return ModelAttention::reads_quantized_kv(shape, properties_.capability);
+  bool reads_kv(const AttentionShape& shape, KvType type) const override {
+    return type == KvType::kFp16 || ModelAttention::reads_kv(shape, type, properties_.capability);
   }
 
   void begin(const Batch& batch) override {
     use_device();
     uploader_.reset();  // the weights are there
+    layer_ = -1;
     step_ = send_step_inputs(batch, step_arrays_, stream_.get());
   }
 
@@ -176,6 +177,8 @@ class CudaBackend : public Backend {
                  cache.address(), attention, step_.max_closed_pages, step_.closes_first_page},
                 work);
   }
+
+  void enter_layer(int64_t layer) override { layer_ = layer; }
 
   double repeated_seconds() override { return graphs_.seconds(); }
 
@@ -195,7 +198,7 @@ class CudaBackend : public Backend {
     check(kernels::rmsnorm(static_cast<const float*>(x.data),
                            static_cast<const float*>(weight_of(weight).data()), x.rows, x.cols,
                            static_cast<float>(eps), element(out.type), out.data, stream_.get()),
-          "a normalisation");
+          "a normalisation", layer_);
   }
 
   void linear(Matrix x, WeightHandle weight, Matrix out) override {
@@ -209,16 +212,26 @@ class CudaBackend : public Backend {
 
   void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) override {
     if (x.rows <= kernels::kGemvRows) {
-      Product fused = product(x, weight, out);
-      fused.swiglu = true;
-      fused.out_features = out.cols;
-      linear_.run(fused);
+      linear_.run(gated_product(x, weight, out));
       return;
     }
     linear(x, weight, gate_up);
     check(kernels::swiglu(gate_up.data, element(out.type), out.rows, out.cols, out.data,
                           stream_.get()),
-          "the gated activation");
+          "the gated activation", layer_);
+  }
+
+  void norm_linear(Matrix x, WeightHandle norm, double eps, WeightHandle weight, Matrix normed,
+                   Matrix out) override {
+    if (!run_normed(product(x, weight, out), norm, eps, normed.type)) {
+      Backend::norm_linear(x, norm, eps, weight, normed, out);
+    }
+  }
+  void norm_linear_swiglu(Matrix x, WeightHandle norm, double eps, WeightHandle weight,
+                          Matrix normed, Matrix gate_up, Matrix out) override {
+    if (!run_normed(gated_product(x, weight, out), norm, eps, normed.type)) {
+      Backend::norm_linear_swiglu(x, norm, eps, weight, normed, gate_up, out);
+    }
   }
 
   void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) override {
@@ -240,6 +253,13 @@ class CudaBackend : public Backend {
   void attention(Matrix qkv, const Batch& /*batch*/, const AttentionShape& shape, int64_t layer,
                  KvStorage& kv, Matrix out) override {
     attention_.attention(step_, qkv, shape, layer, static_cast<const CudaKv&>(kv), out);
+  }
+
+  void append_and_attend(Matrix qkv, const Batch& /*batch*/, const AttentionShape& shape,
+                         std::span<const float> inverse_frequencies, int64_t layer, KvStorage& kv,
+                         Matrix out) override {
+    attention_.append_and_attend(step_, qkv, shape, inverse_frequencies, layer,
+                                 static_cast<const CudaKv&>(kv), out);
   }
 
   void read_logits(Matrix logits, std::span<float> out) override {
@@ -325,7 +345,25 @@ class CudaBackend : public Backend {
             .in_features = weight.cols,
             .out_features = weight.rows,
             .type = x.type,
-            .out_type = out.type};
+            .out_type = out.type,
+            .layer = layer_};
+  }
+  // For up to kernels::kGemvRows rows.
+  Product gated_product(Matrix x, WeightHandle handle, Matrix out) const {
+    Product gated = product(x, handle, out);
+    gated.swiglu = true;
+    gated.out_features = out.cols;
+    return gated;
+  }
+  // Runs a product of the residual x, normalised and rounded to `type`; false if there is no kernel
+  // that does both.
+  bool run_normed(Product normed, WeightHandle norm, double eps, DType type) {
+    normed.type = type;
+    if (!LinearEngine::normalises(normed)) return false;
+    normed.norm = static_cast<const float*>(weight_of(norm).data());
+    normed.eps = static_cast<float>(eps);
+    linear_.run(normed);
+    return true;
   }
 
   DType activation_type() const { return type_.value_or(DType::kF16); }
@@ -356,6 +394,7 @@ class CudaBackend : public Backend {
   Readback readback_;
   DeviceIntegers step_arrays_, gathered_;
   StepInputs step_;
+  int64_t layer_ = -1;  // of the operations being enqueued
 };
 
 }  // namespace

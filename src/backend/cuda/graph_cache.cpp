@@ -1,5 +1,7 @@
 #include "backend/cuda/graph_cache.h"
 
+#include <cstdlib>
+#include <string_view>
 #include <utility>
 
 #include "backend/cuda/check.h"
@@ -23,9 +25,21 @@ RecordedGraph record(cudaStream_t stream, const std::function<void()>& work) {
   return RecordedGraph(graph);
 }
 
+// Set, every launch waits for its kernel, so that an error is seen where it happens; a graph would
+// hide it.
+bool launches_block() {
+  const char* value = std::getenv("CUDA_LAUNCH_BLOCKING");
+  return value != nullptr && std::string_view(value) == "1";
+}
+
 }  // namespace
 
 void GraphCache::run(const GraphKey& key, const std::function<void()>& work) {
+  static const bool blocking = launches_block();
+  if (blocking) {
+    work();
+    return;
+  }
   auto found = graphs_.find(key);
   if (found == graphs_.end()) {
     work();  // may clear the cache

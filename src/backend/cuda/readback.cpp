@@ -90,8 +90,8 @@ bool Readback::all_finite(Matrix x) {
 
 const std::byte* Readback::read(const void* from, size_t bytes, std::string_view doing) {
   if (bytes > buffer_.bytes()) buffer_ = PinnedBuffer(bytes);
-  check(cudaMemcpyAsync(buffer_.get(), from, bytes, cudaMemcpyDeviceToHost, stream_), doing);
-  check(cudaStreamSynchronize(stream_), doing);
+  check_work(cudaMemcpyAsync(buffer_.get(), from, bytes, cudaMemcpyDeviceToHost, stream_), doing);
+  check_work(cudaStreamSynchronize(stream_), doing);
   return buffer_.get<std::byte>();
 }
 
