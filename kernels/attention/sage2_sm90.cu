@@ -9,6 +9,7 @@
 #include "kernels/attention/sage_quantize_sm90.h"
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/sm90.cuh"
+#include "kernels/ops/launch.cuh"
 
 namespace sagelm::kernels {
 namespace {
@@ -63,26 +64,32 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule
     const int slot = query_ring.stage;
     mbarrier_wait_idle(places.queries_empty(slot), query_ring.parity);
     query_ring.advance(kQuerySlots);
-    // The last item may reach beyond the tiles that a head has room for.
-    const int rows = min(kQueryTile, tiles.query_tiles * kTileTokens - item.tile * kQueryTile);
+    // The last item may reach beyond the tiles that the sequence has room for.
+    const int padded = (item.q_len + kTileTokens - 1) / kTileTokens * kTileTokens;
+    const int rows = min(kQueryTile, padded - item.tile * kQueryTile);
     mbarrier_expect_bytes(places.queries_full(slot), rows * kDim);
     bulk_copy(places.queries(slot), tiles.queries + first_query<kQueryTile>(p, tiles, item) * kDim,
               rows * kDim, places.queries_full(slot));
-    const int64_t first =
-        (static_cast<int64_t>(item.b) * p.num_kv_heads + item.kv_head) * tiles.kv_tiles;
+    if (item.kv_tiles == 0) continue;
+    int next = tile_place(p, tiles, item, item.tile_at(0));
     for (int i = 0; i < item.kv_tiles; ++i) {
       const int s = ring.stage;
-      const int64_t tile = first + item.tile_at(i);
+      const int place = next;
+      // Asked for before it is needed: a page's number comes from memory.
+      if (i + 1 < item.kv_tiles) next = tile_place(p, tiles, item, item.tile_at(i + 1));
       mbarrier_wait_idle(places.keys_empty(s), ring.parity);
       mbarrier_expect_bytes(places.keys_full(s), Shared::kTileBytes + sizeof(Shared::scales[0]));
-      bulk_copy(places.scales(s), tiles.scales + tile * kTileScales, sizeof(Shared::scales[0]),
-                places.keys_full(s));
-      bulk_copy(places.keys(s), tiles.keys + tile * Shared::kTileBytes, Shared::kTileBytes,
-                places.keys_full(s));
+      bulk_copy(places.scales(s),
+                tile_at_place<kTileScales>(tiles.scales, tiles.tail_scales, place),
+                sizeof(Shared::scales[0]), places.keys_full(s));
+      bulk_copy(places.keys(s),
+                tile_at_place<Shared::kTileBytes>(tiles.keys, tiles.tail_keys, place),
+                Shared::kTileBytes, places.keys_full(s));
       mbarrier_wait_idle(places.values_empty(s), ring.parity);
       mbarrier_expect_bytes(places.values_full(s), Shared::kTileBytes);
-      bulk_copy(places.values(s), tiles.values + tile * Shared::kTileBytes, Shared::kTileBytes,
-                places.values_full(s));
+      bulk_copy(places.values(s),
+                tile_at_place<Shared::kTileBytes>(tiles.values, tiles.tail_values, place),
+                Shared::kTileBytes, places.values_full(s));
       ring.advance(Shared::kStages);
     }
   }
@@ -107,7 +114,7 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
     if (item.kv_tiles < 0) continue;
     RowState rows = {};
     const int first_row = item.tile * kQueryTile + group * 64 + warp * 16;
-    const bool present = first_row < tiles.query_tiles * kTileTokens;
+    const bool present = first_row < item.q_len;
     const int64_t query = first_query<kQueryTile>(p, tiles, item) + group * 64 + warp * 16;
     const float query_scale[2] = {present ? tiles.query_scales[query + g] : 0.0f,
                                   present ? tiles.query_scales[query + g + 8] : 0.0f};
@@ -246,6 +253,8 @@ __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
   }
   fence_proxy_async();
   __syncthreads();
+  allow_next_kernel();
+  wait_for_previous_kernel();
   const int group = threadIdx.x / 128;
   if (group == 0) {
     set_fewer_registers<kProducerRegisters>();
@@ -261,13 +270,12 @@ cudaError_t attend(const Problem& p, const SageTiles& tiles, cudaStream_t stream
   constexpr int kBytes = sizeof(SharedTiles<kDim>);
   const int64_t items = int64_t{p.batch} * p.num_heads * items_per_head<kDim>(tiles);
   const int64_t kv_head_bytes = int64_t{2} * tiles.kv_tiles * SharedTiles<kDim>::kTileBytes;
-  Launch launch;
+  Launch plan;
   const cudaError_t error = plan_launch(reinterpret_cast<const void*>(sage2_kernel<kDim>), kBytes,
-                                        p, kv_head_bytes, items, launch);
+                                        p, kv_head_bytes, items, plan);
   if (error != cudaSuccess) return error;
-  sage2_kernel<kDim>
-      <<<launch.grid, Groups<kDim>::kThreads, kBytes, stream>>>(p, tiles, launch.schedule);
-  return cudaGetLastError();
+  return launch_with_memory(sage2_kernel<kDim>, dim3(plan.grid), Groups<kDim>::kThreads, kBytes,
+                            stream, p, tiles, plan.schedule);
 }
 
 int padded_dim(const Problem& p) { return p.head_dim <= 64 ? 64 : 128; }

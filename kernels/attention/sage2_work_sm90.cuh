@@ -63,8 +63,24 @@ __host__ __device__ inline int items_per_head(const SageTiles& tiles) {
 template <int kQueryTile>
 __device__ inline int64_t first_query(const Problem& p, const SageTiles& tiles,
                                       const WorkItem& item) {
-  const int64_t head = static_cast<int64_t>(item.b) * p.num_heads + item.head;
-  return head * tiles.query_tiles * kTileTokens + item.tile * kQueryTile;
+  return tiles.first_query(p.cu_q_lens, item.b, item.head) + item.tile * kQueryTile;
+}
+
+// Index of an item's key tile i among those of its memory; of a tile behind the pages, -1 minus it.
+__device__ inline int tile_place(const Problem& p, const SageTiles& tiles, const WorkItem& item,
+                                 int i) {
+  const int sequence_head = item.b * p.num_kv_heads + item.kv_head;
+  if (tiles.page_table == nullptr) return sequence_head * tiles.kv_tiles + i;
+  if ((i + 1) * kTileTokens > item.kv_len) return -1 - sequence_head;
+  const int64_t at = static_cast<int64_t>(item.b) * tiles.page_table_stride + i;
+  return tiles.page_table[at] * p.num_kv_heads + item.kv_head;
+}
+
+// Element `place` of pages or, where it is negative, of tails; elements of kSize T.
+template <int kSize, typename T>
+__device__ inline const T* tile_at_place(const T* pages, const T* tails, int place) {
+  return place >= 0 ? pages + static_cast<int64_t>(place) * kSize
+                    : tails + static_cast<int64_t>(-1 - place) * kSize;
 }
 
 }  // namespace sagelm::kernels::sage2

@@ -48,6 +48,7 @@ struct QuantizedKvStep {
   int32_t max_kv_len = 0;
   int32_t max_closed_pages = 0;         // most pages that any sequence fills in this step
   bool closes_first_page = false;       // whether one of them is the first of its sequence
+  bool begins_in_first_page = false;    // whether any sequence had no full page before the step
   const int32_t* positions = nullptr;   // [rows]
   const int32_t* slots = nullptr;       // [rows]: tail * 128 + position % 128, or -1 where the
                                         // row's sequence fills a page in this step
@@ -68,13 +69,32 @@ struct AppendToQuantizedKv {
   bool smooth_k = true;              // false: the means of first pages are zeros
   bool rotate_keys = false;          // the key columns of qkv in place too, for an attention that
                                      // reads keys there; they stay as they were otherwise
+  // For prefill_from_quantized_kv:
+  void* prefill = nullptr;     // its workspace
+  float softmax_scale = 0.0f;  // not 0 then
 };
 
 // Rotates the query columns of qkv in place, and appends the rotated keys and the values: pages
 // that become full are quantized from the old tail and from qkv, then the tail holds the tokens
 // past them. Pages depend on the tokens alone, not on how they were cut into steps. One launch, two
 // where a page fills, three where a first page does.
+//
+// With a workspace of prefill_from_quantized_kv (pages of INT8 keys only) qkv stays as it is, and
+// the workspace gets the rotated queries in INT8 and a quantized copy of every tail: one launch,
+// two where a sequence had no full page.
 cudaError_t append_to_quantized_kv(const AppendToQuantizedKv& args, cudaStream_t stream);
+
+// Causal attention of the step's rows over the cache by the sage2 kernel, which reads the pages as
+// they lie: for steps of many rows. Its workspace holds what the step's append left for it.
+struct PrefillFromQuantizedKv {
+  QuantizedKv cache;  // of INT8 keys
+  QuantizedKvStep step;
+  void* out = nullptr;  // row i at out + i * out_stride: [num_heads][head_dim]
+  int64_t out_stride = 0;
+};
+size_t quantized_kv_prefill_workspace_bytes(const QuantizedKv& cache, const QuantizedKvStep& step);
+cudaError_t prefill_from_quantized_kv(const PrefillFromQuantizedKv& args, void* workspace,
+                                      cudaStream_t stream);
 
 // The cached keys (the mean added again) and values of every sequence as plain tensors, for an
 // attention that reads those: steps of many rows that do not begin their sequences.

@@ -119,6 +119,20 @@ TEST_P(AttentionGpu, HeadSizes) {
   }
 }
 
+// Of the rows of one warp some see keys of the second tile of 128 and some do not.
+TEST_P(AttentionGpu, ChunksThatBeginInTheFirstTile) {
+  for (const int before : {1, 60, 100, 127}) {
+    for (const int dim : {64, 128}) {
+      expect_close({.q_lens = {200},
+                    .kv_lens = {before + 200},
+                    .num_heads = 2,
+                    .num_kv_heads = 1,
+                    .head_dim = dim},
+                   20, 1.5);
+    }
+  }
+}
+
 TEST_P(AttentionGpu, LayoutsAgreeWithOracle) {
   for (const GpuLayout layout :
        {GpuLayout::kTokensFirst, GpuLayout::kHeadsFirst, GpuLayout::kRagged, GpuLayout::kPaged}) {

@@ -208,6 +208,7 @@ void GpuQuantizedKv::prepare(const std::vector<int>& counts) {
     step_.max_kv_len = std::max(step_.max_kv_len, end);
     step_.max_closed_pages = std::max(step_.max_closed_pages, closed);
     step_.closes_first_page |= closed > 0 && start < kPage;
+    step_.begins_in_first_page |= start < kPage;
   }
   const auto send = [](DeviceBuffer& buffer, const std::vector<int32_t>& values) {
     buffer = upload_integers(values);
@@ -237,6 +238,35 @@ void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
   args.rotate_keys = rotate_keys;
   expect_done(kernels::append_to_quantized_kv(args, nullptr), "append_to_quantized_kv");
   download();
+}
+
+void GpuQuantizedKv::append_for_prefill(const std::vector<int>& counts) {
+  prepare(counts);
+  kernels::AppendToQuantizedKv args;
+  args.cache = decode_args().cache;
+  args.step = step_;
+  args.qkv = qkv_.data();
+  args.rotations = static_cast<const float*>(rotations_.data());
+  args.smooth_k = smooth_k_;
+  args.softmax_scale = decode_args().softmax_scale;
+  prefill_workspace_ =
+      DeviceBuffer(kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step));
+  prefill_workspace_.fill(0xFF);
+  args.prefill = prefill_workspace_.data();
+  expect_done(kernels::append_to_quantized_kv(args, nullptr), "append_to_quantized_kv");
+  download();
+}
+
+GpuQuantizedKv::Output GpuQuantizedKv::prefill() const {
+  const auto columns = static_cast<size_t>(shape_.heads * shape_.dim);
+  const GpuArray out(shape_.type, static_cast<size_t>(step_.rows) * columns);
+  const kernels::PrefillFromQuantizedKv args = {.cache = decode_args().cache,
+                                                .step = step_,
+                                                .out = out.data(),
+                                                .out_stride = static_cast<int64_t>(columns)};
+  expect_done(kernels::prefill_from_quantized_kv(args, prefill_workspace_.data(), nullptr),
+              "prefill_from_quantized_kv");
+  return {out.download(), out.raw(), {}};
 }
 
 void GpuQuantizedKv::download() {

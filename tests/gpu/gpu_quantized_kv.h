@@ -42,6 +42,8 @@ class GpuQuantizedKv {
 
   // One step: counts[i] more tokens of sequence i.
   void append(const std::vector<int>& counts, bool rotate_keys = false);
+  // The same, for prefill().
+  void append_for_prefill(const std::vector<int>& counts);
   // Of the last step's QKV as the append left it.
   double qkv(int sequence, int query, int column) const;
   // Of the rows as they were.
@@ -54,6 +56,8 @@ class GpuQuantizedKv {
   };
   // Of the last step's queries.
   Output decode() const;
+  // Likewise after append_for_prefill, without lse.
+  Output prefill() const;
   // A step and its output (without lse), by the one kernel that does both.
   Output append_and_decode(const std::vector<int>& counts);
 
@@ -99,7 +103,10 @@ class GpuQuantizedKv {
   void download();
   size_t place(int sequence, int index, int kv_head) const;
   double query(int sequence, int query, int head, int channel) const {
-    return qkv(sequence, query, head * shape_.dim + channel);
+    const int position = length(sequence) - last_count(sequence) + query;
+    return rotated_[static_cast<size_t>(sequence)]
+                   [static_cast<size_t>(position) * shape_.width() +
+                    static_cast<size_t>(head * shape_.dim + channel)];
   }
   int last_count(int sequence) const {
     return cu_q_lens_[static_cast<size_t>(sequence) + 1] -
@@ -122,6 +129,7 @@ class GpuQuantizedKv {
 
   // Of the last step.
   kernels::QuantizedKvStep step_;
+  DeviceBuffer prefill_workspace_;
   GpuArray qkv_;
   DeviceBuffer positions_device_, slots_device_, cu_device_, lens_device_, table_device_,
       tails_device_, means_device_;

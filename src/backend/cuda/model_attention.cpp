@@ -35,6 +35,7 @@ kernels::QuantizedKvStep quantized_step(const StepInputs& inputs) {
   step.max_kv_len = inputs.max_kv_len;
   step.max_closed_pages = inputs.max_closed_pages;
   step.closes_first_page = inputs.closes_first_page;
+  step.begins_in_first_page = inputs.begins_in_first_page;
   step.positions = inputs.positions;
   step.slots = inputs.slots;
   step.cu_q_lens = inputs.cu_q_lens;
@@ -58,6 +59,12 @@ kernels::DecodeFromQuantizedKv decode_args(const AttentionShape& shape, const St
   args.step = quantized_step(step);
   args.softmax_scale = softmax_scale(shape);
   return args;
+}
+
+// Whether the prefill kernel reads the pages of a step's sequences itself.
+bool prefills_from_pages(const StepInputs& step, const AttentionShape& shape, const CudaKv& cache) {
+  return cache.type() == KvType::kInt8 &&
+         !kernels::quantized_kv_decode_takes(decode_args(shape, step));
 }
 
 // Of sequences of at most so many query rows and keys.
@@ -124,6 +131,12 @@ AttentionRoom ModelAttention::room(const StepLimits& limits, DType type) {
     }
     allow(1, limits.tokens, context);
     allow(limits.sequences, kPageTokens, kPageTokens);
+    StepInputs prefill;
+    prefill.rows = static_cast<int32_t>(limits.tokens);
+    prefill.num_sequences = static_cast<int32_t>(limits.sequences);
+    const kernels::DecodeFromQuantizedKv args = decode_args(shape, prefill);
+    room.workspace = std::max(room.workspace,
+                              kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step));
     room.rotations = context;
     room.arrivals = std::max(room.arrivals, limits.sequences * shape.num_kv_heads);
     room.rotation_bytes =
@@ -172,7 +185,15 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
     args.qkv = qkv.data;
     args.rotations = rotations_;
     args.smooth_k = shape.spec.smooth_k;
-    args.rotate_keys = true;  // attention reads them where sequences begin
+    if (prefills_from_pages(step, shape, cache)) {
+      if (kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step) > workspace_bytes_) {
+        fail("the attention of layer {} takes more workspace than was set aside", layer);
+      }
+      args.prefill = workspace_;
+      args.softmax_scale = softmax_scale(shape);
+    } else {
+      args.rotate_keys = true;  // attention reads them where sequences begin
+    }
     check(kernels::append_to_quantized_kv(args, stream_), "appending to the KV cache", layer);
     return;
   }
@@ -194,6 +215,16 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
 void ModelAttention::attention(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                                int64_t layer, const CudaKv& cache, Matrix out) {
   const int64_t dim = shape.head_dim;
+  if (prefills_from_pages(step, shape, cache)) {
+    // The queries are where rope_append has left them.
+    check(kernels::prefill_from_quantized_kv({.cache = cache.quantized(layer, shape.num_heads),
+                                              .step = quantized_step(step),
+                                              .out = out.data,
+                                              .out_stride = out.cols},
+                                             workspace_, stream_),
+          "the attention from the quantized cache", layer);
+    return;
+  }
   if (is_quantized(cache.type()) && decode_quantized(step, qkv, shape, layer, cache, out)) {
     return;
   }
