@@ -17,7 +17,8 @@ namespace {
 using namespace sm90;
 using namespace sage2;
 
-// Two-level accumulation: products of so many tiles are summed by the matrix unit, then in float32.
+// Two-level accumulation: products of so many tiles are summed by the matrix unit, the sums of them
+// in FlushedSums.
 constexpr int kFlushTiles = 4;
 
 template <int kDim>
@@ -32,14 +33,20 @@ __device__ inline void issue_qk(int32_t (&logits)[64], uint32_t queries, uint32_
   wgmma_commit();
 }
 
+// P V, and the sums of the rows of P.
 template <int kDim>
-__device__ inline void issue_pv(float (&products)[kDim / 2], const uint32_t (&p)[16],
-                                uint32_t values, bool accumulate) {
+__device__ inline void issue_pv(float (&products)[kDim / 2], float (&row_sums)[4],
+                                const uint32_t (&p)[16], uint32_t values, uint32_t ones,
+                                bool accumulate) {
   const uint64_t b = wgmma_descriptor(values, Swizzle::k128B);
   wgmma_fence();
   wgmma_e4m3(products, p, b, accumulate);
 #pragma unroll
   for (int k = 1; k < kKeyTile / 32; ++k) wgmma_e4m3(products, p + 4 * k, b + 2 * k, true);
+  const uint64_t b_ones = wgmma_descriptor(ones, Swizzle::k128B);
+  wgmma_e4m3<true>(row_sums, p, b_ones);
+#pragma unroll
+  for (int k = 1; k < kKeyTile / 32; ++k) wgmma_e4m3<false>(row_sums, p + 4 * k, b_ones);
   wgmma_commit();
 }
 
@@ -88,46 +95,6 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule
   }
 }
 
-// The second level of accumulation: a warp's sums in shared memory, kept against the references at
-// the time of their last change.
-struct Flushed {
-  bool any = false;
-  float reference[2];
-};
-
-// Adds the sums in shared memory, if there are any, to those of the matrix unit.
-template <int kDim>
-__device__ inline void add_flushed(const float4 (&sums)[kDim / 8][32], const RowState& rows,
-                                   const Flushed& flushed, float (&products)[kDim / 2]) {
-  if (!flushed.any) return;
-  const int lane = threadIdx.x % 32;
-  const float factor[2] = {ptx::exp2_fast(flushed.reference[0] - rows.reference[0]),
-                           ptx::exp2_fast(flushed.reference[1] - rows.reference[1])};
-#pragma unroll
-  for (int j = 0; j < kDim / 8; ++j) {
-    const float4 old = sums[j][lane];
-    products[4 * j] = fmaf(old.x, factor[0], products[4 * j]);
-    products[4 * j + 1] = fmaf(old.y, factor[0], products[4 * j + 1]);
-    products[4 * j + 2] = fmaf(old.z, factor[1], products[4 * j + 2]);
-    products[4 * j + 3] = fmaf(old.w, factor[1], products[4 * j + 3]);
-  }
-}
-
-// Moves the sums of the matrix unit, which starts from zero next, to those in shared memory.
-template <int kDim>
-__device__ inline void flush(float (&products)[kDim / 2], const RowState& rows,
-                             float4 (&sums)[kDim / 8][32], Flushed& flushed) {
-  add_flushed<kDim>(sums, rows, flushed, products);
-#pragma unroll
-  for (int j = 0; j < kDim / 8; ++j) {
-    sums[j][threadIdx.x % 32] =
-        make_float4(products[4 * j], products[4 * j + 1], products[4 * j + 2], products[4 * j + 3]);
-  }
-  flushed.any = true;
-  flushed.reference[0] = rows.reference[0];
-  flushed.reference[1] = rows.reference[1];
-}
-
 template <int kDim>
 __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule& schedule,
                         SharedTiles<kDim>& shared, const Places<kDim>& places, int group) {
@@ -138,6 +105,8 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
   RingCursor ring, query_ring;
   int32_t logits[64];
   float products[kDim / 2];
+  FlushedSums<kDim> flushed;
+  float row_sums[4];           // of the weights in flight: row g twice, row g + 8 twice
   uint32_t even[16], odd[16];  // P of a tile and of the next
   WorkItem item;
   for (int index = blockIdx.x;
@@ -158,8 +127,9 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
     const uint32_t queries = places.queries(slot) + group * 64 * kDim;
     int summed = 0;  // tiles in products
     bool keys_ready = false, values_ready = false;
-    Flushed flushed;
+    flushed.clear();
     TileScales tile;
+    float value_inverse = 0.0f;  // of the tile whose products are in flight
 
     const auto release = [&](uint32_t barrier) {
       __syncwarp();
@@ -187,18 +157,23 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
       next.advance(Shared::kStages);
       values_ready = mbarrier_test(places.values_full(ring.stage), ring.parity);
       keys_ready = mbarrier_test(places.keys_full(next.stage), next.parity);
-      float sum[2];
-      if (j >= first_masked) {
-        exponentiate<true>(logits, to, tile.scale, offset, ends, sum);
-      } else {
-        exponentiate<false>(logits, to, tile.scale, offset, ends, sum);
-      }
+      const uint32_t carries = j >= first_masked
+                                   ? exponentiate<true>(logits, to, tile.scale, offset, ends)
+                                   : exponentiate<false>(logits, to, tile.scale, offset, ends);
       finish();
-      if (__any_sync(0xFFFFFFFFu, !sums_fit(sum))) {
-        move_references(logits, to, rows, products, tile, ends, sum);
+      if (__any_sync(0xFFFFFFFFu, near_most(carries))) {
+        move_references<kDim>(logits, to, rows, products, flushed, tile, ends);
       }
-      rows.sum[0] = fmaf(sum[0], tile.value_inverse, rows.sum[0]);
-      rows.sum[1] = fmaf(sum[1], tile.value_inverse, rows.sum[1]);
+      value_inverse = tile.value_inverse;
+    };
+    // Waits for the products of the tile at `stage`.
+    const auto finish_values = [&](int stage) {
+      wgmma_wait<0>();
+      pin(products);
+      pin(row_sums);
+      release(places.values_empty(stage));
+      rows.sum[0] = fmaf(row_sums[0], value_inverse, rows.sum[0]);
+      rows.sum[1] = fmaf(row_sums[2], value_inverse, rows.sum[1]);
     };
     // From P of a tile to P of the next one, j.
     const auto step = [&](int j, const uint32_t(&from)[16], uint32_t(&to)[16]) {
@@ -206,28 +181,24 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
       ring.advance(Shared::kStages);
       if (!keys_ready) mbarrier_wait(places.keys_full(ring.stage), ring.parity);
       issue_qk<kDim>(logits, queries, places.keys(ring.stage));
+      // Here the matrix unit has QK to do meanwhile.
+      if (summed == kFlushTiles) {
+        flushed.take(products);
+        summed = 0;
+      }
       if (!values_ready) mbarrier_wait(places.values_full(now.stage), now.parity);
-      issue_pv<kDim>(products, from, places.values(now.stage), summed > 0);
+      issue_pv<kDim>(products, row_sums, from, places.values(now.stage), places.ones(), summed > 0);
       ++summed;
       wgmma_wait<1>();
       take_logits();
-      softmax(j, to, [&] {
-        wgmma_wait<0>();
-        pin(products);
-        release(places.values_empty(now.stage));
-        if (summed == kFlushTiles) {
-          flush<kDim>(products, rows, out.sums, flushed);
-          summed = 0;
-        }
-      });
+      softmax(j, to, [&] { finish_values(now.stage); });
     };
     const auto last_step = [&](const uint32_t(&from)[16]) {
       release(places.queries_empty(slot));
       mbarrier_wait(places.values_full(ring.stage), ring.parity);
-      issue_pv<kDim>(products, from, places.values(ring.stage), summed > 0);
-      wgmma_wait<0>();
-      pin(products);
-      release(places.values_empty(ring.stage));
+      issue_pv<kDim>(products, row_sums, from, places.values(ring.stage), places.ones(),
+                     summed > 0);
+      finish_values(ring.stage);
       ring.advance(Shared::kStages);
     };
 
@@ -242,25 +213,28 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
       const int ends[2] = {row_end[0] - j * kKeyTile, row_end[1] - j * kKeyTile};
       set_references(logits, rows, tile, ends);
       softmax(j, even, [] {});
-      int i = 1;
-      for (; i + 1 < item.kv_tiles; i += 2) {
-        step(item.tile_at(i), even, odd);
-        step(item.tile_at(i + 1), odd, even);
+      for (int i = 1;;) {
+        if (i == item.kv_tiles) {
+          last_step(even);
+          break;
+        }
+        step(item.tile_at(i++), even, odd);
+        if (i == item.kv_tiles) {
+          last_step(odd);
+          break;
+        }
+        step(item.tile_at(i++), odd, even);
       }
-      if (i < item.kv_tiles) {
-        step(item.tile_at(i), even, odd);
-        last_step(odd);
-      } else {
-        last_step(even);
-      }
-      add_flushed<kDim>(out.sums, rows, flushed, products);
-      __syncwarp();  // the staged rows take the place of the sums
+      flushed.add_to(products);
+      // store_rows adds those of four threads, which here are the same.
+      rows.sum[0] *= 0.25f;
+      rows.sum[1] *= 0.25f;
     } else {
       release(places.queries_empty(slot));
 #pragma unroll
       for (int i = 0; i < kDim / 2; ++i) products[i] = 0.0f;
     }
-    store_rows<kDim>(p, item, first_row, rows, products, out.rows,
+    store_rows<kDim>(p, item, first_row, rows, products, out,
                      tiles.query_biases != nullptr ? tiles.query_biases + query : nullptr);
   }
 }
@@ -274,6 +248,10 @@ __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
   const Places<kDim> places(shared);
   if (threadIdx.x == 0)
     init_barriers(places, 1, 32 * Groups<kDim>::kReleases, Groups<kDim>::kReleases);
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof shared.ones); i += blockDim.x) {
+    shared.ones[i] = 0x38;  // 1 in e4m3
+  }
+  fence_proxy_async();
   __syncthreads();
   allow_next_kernel();
   wait_for_previous_kernel();

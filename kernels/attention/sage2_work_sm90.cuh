@@ -1,6 +1,7 @@
 // How the Hopper sage2 kernel is divided: warp groups and shared memory.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/attention/problem.cuh"
@@ -34,12 +35,9 @@ struct SharedTiles {
   alignas(1024) int8_t keys[kStages][kTileBytes];
   alignas(1024) uint8_t values[kStages][kTileBytes];
   alignas(1024) int8_t queries[kQuerySlots][kQueryTile * kDim];
-  // Per warp: the sums of flushed tiles, [kDim / 8][32 lanes]; in the end the staged rows.
-  union Out {
-    float4 sums[kDim / 8][32];
-    uint16_t rows[16][kDim + 8];  // padded against bank conflicts
-  };
-  alignas(128) Out out[4 * Groups<kDim>::kConsumers];
+  alignas(1024) uint8_t ones[8 * 128];  // e4m3: P times them is the sum of a row's weights
+  // Finished rows on their way out, per warp; padded against bank conflicts.
+  alignas(128) uint16_t out[4 * Groups<kDim>::kConsumers][16][kDim + 8];
   alignas(16) float scales[kStages][kTileScales];
   uint64_t keys_full[kStages], keys_empty[kStages];
   uint64_t values_full[kStages], values_empty[kStages];
@@ -47,7 +45,12 @@ struct SharedTiles {
 };
 
 template <int kDim>
-using Places = TilePlaces<SharedTiles<kDim>>;
+struct Places : TilePlaces<SharedTiles<kDim>> {
+  using TilePlaces<SharedTiles<kDim>>::TilePlaces;
+  __device__ uint32_t ones() const {
+    return this->base + static_cast<uint32_t>(offsetof(SharedTiles<kDim>, ones));
+  }
+};
 
 // Items that a head has room for.
 template <int kDim>

@@ -396,7 +396,7 @@ TEST_F(CacheGpu, OneKeyFarBackDominates) {
       const std::vector<double> exact = cache.exact(0, 0, 0).out;
       EXPECT_GT(exact[0], 1.0);
       EXPECT_LT(distance(cache.with_fp16_cache(), exact), 0.01) << name(shape);
-      EXPECT_LT(distance(cache.decode().out, exact), int4_keys ? 0.1 : 0.03) << name(shape);
+      EXPECT_LT(distance(cache.decode().out, exact), int4_keys ? 0.1 : 0.05) << name(shape);
     }
   }
 }
