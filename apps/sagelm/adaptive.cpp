@@ -51,6 +51,15 @@ CommonOptions before_choice(const CommonOptions& options) {
   return plain;
 }
 
+// Switches the model to a candidate with the cache of the key, or FP16 if it cannot read that.
+void use_candidate(Model& model, const std::string& candidate, const CalibrationKey& key) {
+  try {
+    model.set_attention(candidate, key.smooth_k, key.kv_cache);
+  } catch (const UsageError&) {
+    model.set_attention(candidate, key.smooth_k, "fp16");
+  }
+}
+
 CalibrationText make_text(const Model& model, std::string name, std::string_view bytes,
                           std::span<const std::string_view> texts, int64_t limit) {
   CalibrationText result{.name = std::move(name), .sha256 = sha256_hex(bytes), .windows = {}};
@@ -79,7 +88,7 @@ CalibrationKey calibration_key(const CommonOptions& options, const ModelInfo& in
   return {.model_hash = model_hash(model_path(options)),
           .candidates = info.adaptive_attention,
           .smooth_k = !options.no_smooth_k,
-          .kv_cache = options.kv_cache == "fp16" ? "fp16" : "auto"};
+          .kv_cache = options.kv_cache == "int8" ? "auto" : options.kv_cache};
 }
 
 fs::path calibration_file(const CommonOptions& options, const CalibrationKey& key) {
@@ -89,7 +98,7 @@ fs::path calibration_file(const CommonOptions& options, const CalibrationKey& ke
   return cache / "calibration" /
          fmt::format("{}-{}{}{}.json", key.model_hash.substr(0, kHashDigits),
                      fmt::join(key.candidates, "+"), key.smooth_k ? "" : "-no-smooth-k",
-                     key.kv_cache == "fp16" ? "-fp16-cache" : "");
+                     key.kv_cache == "auto" ? "" : "-" + key.kv_cache + "-cache");
 }
 
 std::optional<Calibration> stored_calibration(const CommonOptions& options) {
@@ -146,7 +155,7 @@ Calibration calibrate(Model& model, const CommonOptions& options, const Calibrat
   int64_t done = 0;
   calibration.layers =
       choose_attention(candidates, info.num_layers, threshold, [&](const std::string& candidate) {
-        model.set_attention(candidate, calibration.key.smooth_k, calibration.key.kv_cache);
+        use_candidate(model, candidate, calibration.key);
         return measure_layers(windows, model, [&] {
           progress.update(++done, candidate);
           return true;

@@ -50,7 +50,7 @@ class LinearLayers {
     query_ = backend.add_linear({&layer.q_proj, 1});
     qkv_ = backend.add_linear(std::vector{layer.q_proj, layer.k_proj, layer.v_proj});
     o_ = backend.add_linear({&layer.o_proj, 1});
-    gate_up_ = backend.add_linear(std::vector{layer.gate_proj, layer.up_proj});
+    gate_up_ = backend.add_gate_up(layer.gate_proj, layer.up_proj);
     down_ = backend.add_linear({&layer.down_proj, 1});
   }
 

@@ -27,6 +27,7 @@ void run_calibrate(const CalibrateFlags& flags, bool has_file) {
   ResultOutput output(flags.common.json);
   CommonOptions loaded = flags.common;  // with any attention: the candidates take turns
   loaded.attention = "fp16";
+  loaded.kv_cache = "auto";
   loaded.calibration.clear();
   Model model = load_model(loaded);
   const std::filesystem::path file =
@@ -64,8 +65,8 @@ void add_calibrate(CLI::App& app) {
   command->add_flag("--no-smooth-k", flags->common.no_smooth_k,
                     "for runs with --no-smooth-k: quantize K as it is");
   command->add_option("--kv-cache", flags->common.kv_cache, "for runs with this --kv-cache")
-      ->option_text("auto|fp16 (default: auto)")
-      ->check(CLI::IsMember({"auto", "fp16"}));
+      ->option_text("auto|fp16|int8|int4 (default: auto)")
+      ->check(CLI::IsMember({"auto", "fp16", "int8", "int4"}));
   const CLI::Option* file =
       command->add_option("--file", flags->file, "the text to measure on; -: standard input")
           ->option_text("FILE (default: a built-in text)");

@@ -1,11 +1,4 @@
 // sagelm compare: the same evaluation under two or more settings, token by token.
-#include <algorithm>
-#include <array>
-#include <chrono>
-#include <ctime>
-#include <deque>
-#include <filesystem>
-#include <functional>
 #include <memory>
 #include <numbers>
 #include <optional>
@@ -14,341 +7,26 @@
 #include <utility>
 #include <vector>
 
-#include "adaptive.h"
+#include "backend/kv_layout.h"
 #include "base/error.h"
 #include "commands.h"
-#include "compare_output.h"
+#include "compare_task.h"
 #include "eval/compare.h"
 #include "eval/compare_layers.h"
+#include "eval/compare_mmlu.h"
 #include "eval/dataset.h"
 #include "eval/lambada.h"
-#include "eval/model_hash.h"
 #include "eval/perplexity.h"
 #include "eval/report.h"
-#include "eval/report_machine.h"
 #include "eval/sha256.h"
 #include "eval_options.h"
-#include "interrupt.h"
 #include "json_output.h"
-#include "progress.h"
+#include "mmlu_options.h"
 #include "protocol_options.h"
 #include "sagelm/sagelm.hpp"
 
 namespace sagelm::cli {
 namespace {
-
-namespace fs = std::filesystem;
-
-constexpr size_t kMostSettings = 16;
-
-struct CompareFlags {
-  EvalFlags eval;  // its --attention is a list of settings
-  std::optional<std::string> report;
-  bool layers = false;
-  int64_t layer_windows = 1;
-};
-
-// What is scored, and what figures come of it.
-struct Task {
-  std::string name;
-  std::string title;  // the same as a heading has it
-  std::string units;
-  std::string unit;  // one of them, as in "window 3 of the text"
-  std::span<const Model::ScoreInput> inputs;
-  int64_t context = 0;  // tokens that the model must hold; 0: its own
-  std::function<std::vector<ComparedMetric>(const Comparison& comparison)> metrics;
-  std::string_view data;         // the file's bytes
-  JournalHeader journal_header;  // what the inputs depend on beside the data
-  std::vector<std::pair<std::string, std::string>> facts;
-  Json json;
-};
-
-struct Setting {
-  std::string name;
-  CommonOptions common;  // with the setting's own values
-};
-
-// NAME[+no-smooth-k][+kv-cache=TYPE][+device=DEVICE]; what it does not say is as in common.
-Setting parse_setting(std::string_view text, const CommonOptions& common) {
-  Setting setting{.name = std::string(text), .common = common};
-  size_t end = text.find('+');
-  setting.common.attention = text.substr(0, end);
-  if (setting.common.attention.empty()) fail_usage("the setting '{}' names no attention", text);
-  while (end != std::string_view::npos) {
-    text.remove_prefix(end + 1);
-    end = text.find('+');
-    const std::string_view option = text.substr(0, end);
-    const size_t equals = option.find('=');
-    const std::string_view key = option.substr(0, equals);
-    const std::string_view value =
-        equals == std::string_view::npos ? std::string_view() : option.substr(equals + 1);
-    if (option == "no-smooth-k") {
-      setting.common.no_smooth_k = true;
-    } else if (key == "kv-cache" && (value == "auto" || value == "fp16" || value == "int8")) {
-      setting.common.kv_cache = value;
-    } else if (key == "device" && !value.empty()) {
-      setting.common.device = value;
-    } else {
-      fail_usage(
-          "unknown option '{}' in the setting {}: use no-smooth-k, kv-cache=auto|fp16|int8 or "
-          "device=auto|cpu|cuda[:N]",
-          option, setting.name);
-    }
-  }
-  return setting;
-}
-
-// The settings of --attention, checked as far as that goes without reading weights.
-std::vector<Setting> parse_settings(const CommonOptions& common) {
-  std::vector<Setting> settings;
-  std::string_view list = common.attention;
-  for (bool more = true; more;) {
-    const size_t comma = list.find(',');
-    settings.push_back(parse_setting(list.substr(0, comma), common));
-    more = comma != std::string_view::npos;
-    if (more) list.remove_prefix(comma + 1);
-  }
-  if (settings.size() < 2) {
-    fail_usage("compare needs two settings or more, as in --attention fp16,sage2");
-  }
-  if (settings.size() > kMostSettings) {
-    fail_usage("compare takes {} settings at most, not {}", kMostSettings, settings.size());
-  }
-  std::vector<std::string> attentions;
-  for (Setting& setting : settings) {
-    attentions.push_back(setting.common.attention);
-    if (!is_adaptive(setting.common)) setting.common.calibration.clear();
-  }
-  check_calibration_option(common, attentions);
-  for (const Setting& setting : settings) Model::inspect(load_options(setting.common));
-  return settings;
-}
-
-// The settings' models. Those on one device share one: only the attention kernel and the type of
-// cache are switched.
-class Models {
- public:
-  Models(const std::vector<Setting>& settings, const EvalFlags& flags, int64_t context,
-         int64_t longest) {
-    for (const Setting& setting : settings) {
-      auto found = std::find_if(loaded_.begin(), loaded_.end(), [&setting](const Loaded& other) {
-        return other.device == setting.common.device;
-      });
-      if (found == loaded_.end()) {
-        CommonOptions common = setting.common;
-        common.context = context;
-        loaded_.push_back(
-            {.device = common.device, .model = load_for_eval(common, flags, longest)});
-        found = std::prev(loaded_.end());
-      }
-      users_.push_back({.model = &found->model,
-                        .attention = resolve_attention(found->model, setting.common),
-                        .smooth_k = !setting.common.no_smooth_k,
-                        .kv_cache = setting.common.kv_cache});
-    }
-  }
-
-  // The setting's model, its kernel switched on.
-  Model& use(size_t setting) {
-    const User& user = users_[setting];
-    user.model->set_attention(user.attention, user.smooth_k, user.kv_cache);
-    return *user.model;
-  }
-
- private:
-  struct Loaded {
-    std::string device;
-    Model model;
-  };
-  struct User {
-    Model* model;
-    std::string attention;
-    bool smooth_k;
-    std::string kv_cache;
-  };
-  std::deque<Loaded> loaded_;  // users point into it
-  std::vector<User> users_;
-};
-
-SettingInfo describe_setting(const Setting& setting, const ModelInfo& info) {
-  return {.name = setting.name,
-          .attention = info.attention,
-          .device = info.device,
-          .kv_cache = info.kv_cache,
-          .smooth_k = !setting.common.no_smooth_k,
-          .memory_bytes = info.weight_bytes + info.kv_bytes + info.activation_bytes};
-}
-
-Comparison compare_settings(const Task& task, const std::vector<Setting>& settings, Models& models,
-                            const CompareOptions& options, Journal* journal) {
-  std::vector<CompareSetting> compared;
-  for (size_t s = 0; s < settings.size(); ++s) {
-    compared.push_back({.name = settings[s].name,
-                        .scorer = [&models, s](std::span<const Model::ScoreInput> inputs,
-                                               const Model::DistributionCallback& on_block) {
-                          models.use(s).score_distributions(inputs, on_block);
-                        }});
-  }
-  Progress progress("comparing", task.units + " × settings",
-                    static_cast<int64_t>(task.inputs.size() * settings.size()));
-  return run_comparison(
-      task.inputs, compared, options,
-      [&task](int64_t index) { return fmt::format("{} {}", task.unit, index + 1); },
-      [&progress](const EvalProgress& state) {
-        progress.skip(state.resumed);
-        progress.update(state.done, "perplexity " + format_figure(state.perplexity, 3));
-        return !interrupted();
-      },
-      journal);
-}
-
-void compare_layers(const CompareFlags& flags, const Task& task, Models& models,
-                    CompareResult& result) {
-  std::vector<std::span<const int32_t>> texts;
-  const int64_t most = std::min(kProbedTokens, flags.eval.batch_tokens);
-  int64_t tokens = 0;
-  for (const Model::ScoreInput& input : task.inputs) {
-    if (static_cast<int64_t>(texts.size()) == flags.layer_windows) break;
-    texts.push_back(input.ids.first(std::min(static_cast<size_t>(most), input.ids.size())));
-    tokens += static_cast<int64_t>(texts.back().size());
-  }
-  Progress progress("probing attention", "settings", static_cast<int64_t>(result.settings.size()));
-  for (size_t s = 0; s < result.settings.size(); ++s) {
-    result.layers.push_back(measure_layers(texts, models.use(s), [] { return !interrupted(); }));
-    progress.update(static_cast<int64_t>(s) + 1);
-    if (interrupted()) {
-      result.layers.clear();  // a part of the settings, or of the texts, compares nothing
-      return;
-    }
-  }
-  result.layers_note = fmt::format(
-      "Output of each layer's attention against float64 attention of the same Q, K and V (rounded "
-      "to FP16), each setting on those of its own run: {} {} of {} tokens together.",
-      texts.size(), texts.size() == 1 ? task.unit : task.units, tokens);
-}
-
-std::string utc_now() {
-  const std::time_t now = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
-  std::tm parts{};
-  gmtime_r(&now, &parts);
-  std::array<char, 32> text{};
-  const size_t length = std::strftime(text.data(), text.size(), "%Y-%m-%d %H:%M UTC", &parts);
-  return {text.data(), length};
-}
-
-// An argument as a shell takes it.
-std::string shell_word(const std::string& argument) {
-  constexpr std::string_view kPlain =
-      "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-+=,./:@%";
-  if (!argument.empty() && argument.find_first_not_of(kPlain) == std::string::npos) {
-    return argument;
-  }
-  std::string quoted = "'";
-  for (const char c : argument) quoted += c == '\'' ? std::string("'\\''") : std::string(1, c);
-  return quoted + "'";
-}
-
-// The command line of this process.
-std::string command_line() {
-  const std::string bytes = read_text_file("/proc/self/cmdline");
-  std::string line;
-  for (size_t begin = 0; begin < bytes.size();) {
-    const size_t end = std::min(bytes.find('\0', begin), bytes.size());
-    if (begin > 0) line += ' ';
-    line += shell_word(bytes.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return line;
-}
-
-// What a report must say of a run so that it can be repeated.
-struct RunFacts {
-  std::string model_hash;
-  std::string command = command_line();
-  std::string machine = describe_machine();
-  std::string measured = utc_now();
-};
-
-// The checkpoint by hash, its configuration by hash and its weights by size.
-std::vector<std::pair<std::string, std::string>> checkpoint_facts(const fs::path& model,
-                                                                  const std::string& hash) {
-  const bool is_directory = fs::is_directory(model);
-  const fs::path directory = is_directory ? model : model.parent_path();
-  const std::string config = (directory / "config.json").string();
-  std::vector<std::pair<std::string, std::string>> facts = {
-      {"model hash", hash}, {"config sha256", sha256_hex(read_text_file(config))}};
-  std::vector<fs::path> weights;
-  if (is_directory) {
-    for (const auto& entry : fs::directory_iterator(directory)) {
-      if (entry.path().extension() == ".safetensors") weights.push_back(entry.path());
-    }
-    std::sort(weights.begin(), weights.end());
-  } else {
-    weights.push_back(model);
-  }
-  for (const fs::path& file : weights) {
-    facts.emplace_back("weights",
-                       fmt::format("{}, {} bytes", file.filename().string(), fs::file_size(file)));
-  }
-  return facts;
-}
-
-void run_task(const CompareFlags& flags, const Task& task, const std::vector<Setting>& settings,
-              ResultOutput& output) {
-  Models models(settings, flags.eval, task.context, longest_input(task.inputs));
-  CompareResult result;
-  for (size_t s = 0; s < settings.size(); ++s) {
-    result.settings.push_back(describe_setting(settings[s], models.use(s).info()));
-  }
-  const ModelInfo info = models.use(0).info();
-  JournalHeader header = task.journal_header;
-  for (const SettingInfo& setting : result.settings) {
-    header.emplace_back(
-        "setting " + setting.name,
-        fmt::format("{}; {}; {} cache", setting.attention, setting.device, setting.kv_cache));
-  }
-  std::optional<Journal> journal =
-      open_journal(flags.eval, "compare " + task.name, info, task.data, header);
-  const InterruptGuard guard;
-  result.comparison =
-      compare_settings(task, settings, models,
-                       {.vocab_size = info.vocab_size, .batch_tokens = flags.eval.batch_tokens},
-                       journal ? &*journal : nullptr);
-  const Comparison& comparison = result.comparison;
-  result.metrics = task.metrics(comparison);
-  for (const SettingScores& scores : comparison.settings) {
-    result.distances.push_back(distance(comparison.settings[0], scores));
-  }
-  if (flags.layers && !comparison.partial()) compare_layers(flags, task, models, result);
-
-  result.title = fmt::format("{} of {} under {} settings", task.title, info.name, settings.size());
-  result.units = task.units;
-  result.facts = task.facts;
-  result.facts.insert(result.facts.begin(), {"model", info.name});
-  const fs::path model = model_path(flags.eval.common);
-  const RunFacts run{.model_hash = model_hash(model)};
-  result.json = {{"task", task.name},           {"version", SAGELM_VERSION},
-                 {"command", run.command},      {"measured", run.measured},
-                 {"machine", run.machine},      {"model", info.name},
-                 {"model_hash", run.model_hash}};
-  result.json.update(task.json);
-  result.json.update({{"limit", flags.eval.limit ? Json(*flags.eval.limit) : Json()},
-                      {"batch_tokens", flags.eval.batch_tokens}});
-  output.text(compare_text(result));
-  if (flags.report) {
-    std::vector<std::pair<std::string, std::string>> facts =
-        checkpoint_facts(model, run.model_hash);
-    facts.emplace_back("machine", run.machine);
-    facts.emplace_back("program", "sagelm " SAGELM_VERSION);
-    facts.emplace_back("measured", run.measured);
-    const fs::path page =
-        write_report(*flags.report, render_report(compare_report(result, facts, run.command)));
-    output.text(fmt::format("report         {}\n", page.string()));
-    result.json["report"] = page.string();
-  }
-  output.json(compare_json(result));
-  report_interrupt(comparison.inputs(), comparison.inputs_planned, task.units, flags.eval.resume);
-}
 
 // Facts that every task has of its file.
 std::vector<std::pair<std::string, std::string>> file_facts(const std::string& file,
@@ -422,27 +100,28 @@ void run_perplexity_task(const CompareFlags& flags, const ProtocolFlags& protoco
   const std::string& file = flags.eval.file;
   const std::string bytes = read_text_file(file);
   check_text(file, bytes);
-  const std::vector<Setting> settings = parse_settings(flags.eval.common);
+  const std::vector<CompareSettingFlags> settings = parse_settings(flags.eval.common);
   const Protocol protocol = protocol_of(protocol_flags, settings[0].common);
   if (flags.report) prepare_report_directory(*flags.report);
   ResultOutput output(flags.eval.common.json);
   const Tokenizer tokenizer = open_tokenizer(flags.eval.common);
   const ScoringPlan plan(bytes, protocol, text_encoder(tokenizer), flags.eval.limit);
   const bool bos = adds_bos(tokenizer) || protocol.front != FrontTokens::kTokenizerBos;
-  Task task{.name = "perplexity",
-            .title = "Perplexity",
-            .units = "windows",
-            .unit = "window",
-            .inputs = plan.inputs(),
-            .context = protocol.ctx,
-            .metrics = [&plan](const Comparison& c) { return perplexity_metrics(c, plan); },
-            .data = bytes,
-            .journal_header = {{"protocol", protocol.name},
-                               {"ctx", fmt::format("{}", protocol.ctx)},
-                               {"stride", fmt::format("{}", protocol.stride)}},
-            .facts = file_facts(file, bytes,
-                                fmt::format("{} tokens, {}", plan.tokens_of_text(), bos_note(bos))),
-            .json = file_json(file, bytes, bos)};
+  CompareTask task{
+      .name = "perplexity",
+      .title = "Perplexity",
+      .units = "windows",
+      .unit = "window",
+      .inputs = plan.inputs(),
+      .context = protocol.ctx,
+      .metrics = [&plan](const Comparison& c) { return perplexity_metrics(c, plan); },
+      .data = bytes,
+      .journal_header = {{"protocol", protocol.name},
+                         {"ctx", fmt::format("{}", protocol.ctx)},
+                         {"stride", fmt::format("{}", protocol.stride)}},
+      .facts = file_facts(file, bytes,
+                          fmt::format("{} tokens, {}", plan.tokens_of_text(), bos_note(bos))),
+      .json = file_json(file, bytes, bos)};
   task.facts.emplace_back("protocol", fmt::format("{}: {}", protocol.name, protocol.description));
   task.json.update({{"file_tokens", plan.tokens_of_text()},
                     {"protocol", protocol.name},
@@ -457,7 +136,7 @@ void run_lambada_task(const CompareFlags& flags, const std::string& variant_name
   const LambadaVariant variant = parse_lambada_variant(variant_name);
   const std::string& file = flags.eval.file;
   const auto [bytes, passages, file_passages] = read_passages(flags.eval, variant);
-  const std::vector<Setting> settings = parse_settings(flags.eval.common);
+  const std::vector<CompareSettingFlags> settings = parse_settings(flags.eval.common);
   if (flags.report) prepare_report_directory(*flags.report);
   ResultOutput output(flags.eval.common.json);
   const Tokenizer tokenizer = open_tokenizer(flags.eval.common);
@@ -466,23 +145,24 @@ void run_lambada_task(const CompareFlags& flags, const std::string& variant_name
       [&tokenizer](std::string_view text) { return encode_for_eval(tokenizer, text); },
       Model::inspect(load_options(settings[0].common)).context);
   const std::vector<Model::ScoreInput> inputs = inputs_of(examples);
-  Task task{.name = "lambada",
-            .title = "LAMBADA",
-            .units = "passages",
-            .unit = "passage",
-            .inputs = inputs,
-            .metrics =
-                [](const Comparison& comparison) {
-                  return std::vector<ComparedMetric>{
-                      paired_metric("accuracy", input_hits(comparison)),
-                      paired_metric("perplexity", input_losses(comparison), {.exponential = true})};
-                },
-            .data = bytes,
-            .journal_header = {{"variant", std::string(lambada_variant_name(variant))}},
-            .facts = file_facts(
-                file, bytes,
-                fmt::format("{} passages, {}", file_passages, bos_note(adds_bos(tokenizer)))),
-            .json = file_json(file, bytes, adds_bos(tokenizer))};
+  CompareTask task{
+      .name = "lambada",
+      .title = "LAMBADA",
+      .units = "passages",
+      .unit = "passage",
+      .inputs = inputs,
+      .metrics =
+          [](const Comparison& comparison) {
+            return std::vector<ComparedMetric>{
+                paired_metric("accuracy", input_hits(comparison)),
+                paired_metric("perplexity", input_losses(comparison), {.exponential = true})};
+          },
+      .data = bytes,
+      .journal_header = {{"variant", std::string(lambada_variant_name(variant))}},
+      .facts =
+          file_facts(file, bytes,
+                     fmt::format("{} passages, {}", file_passages, bos_note(adds_bos(tokenizer)))),
+      .json = file_json(file, bytes, adds_bos(tokenizer))};
   task.facts.emplace_back("variant", fmt::format("{}: {}", lambada_variant_name(variant),
                                                  describe_lambada_variant(variant)));
   task.json.update({{"file_passages", file_passages},
@@ -491,10 +171,40 @@ void run_lambada_task(const CompareFlags& flags, const std::string& variant_name
   run_task(flags, task, settings, output);
 }
 
-void add_compare_options(CLI::App& command, CompareFlags& flags, const std::string& file_help,
-                         const std::string& units) {
-  flags.eval.common.attention = "fp16,sage1,sage2";
-  add_eval_options(command, flags.eval, file_help, units);
+void run_mmlu_task(const CompareFlags& flags, const MmluFlags& mmlu_flags) {
+  const MmluData data = load_mmlu_data(mmlu_flags, flags.eval.limit);
+  const std::vector<CompareSettingFlags> settings = parse_settings(flags.eval.common);
+  if (flags.report) prepare_report_directory(*flags.report);
+  ResultOutput output(flags.eval.common.json);
+  const MmluQuestions questions = prepare_questions(mmlu_flags, data, settings[0].common);
+  const MmluComparison plan(questions.tasks, kPageTokens);
+  CompareTask task{
+      .name = "mmlu",
+      .title = "MMLU",
+      .units = "questions",
+      .unit = "question",
+      .inputs = plan.inputs(),
+      .context = questions.context,
+      .metrics = [&plan](const Comparison& c) { return plan.metrics(c); },
+      .data = questions.sha256,
+      .journal_header = journal_header(mmlu_flags, questions),
+      .groups = plan.groups(),
+      .choices = plan.choices(),
+      .facts = {{"data", fmt::format("{} ({} subjects, {})", mmlu_flags.data,
+                                     questions.tasks.size(), bos_note(questions.bos))},
+                {"sha256", questions.sha256},
+                {"prompt", fmt::format("{}, {} shots: {}", mmlu_prompt_name(questions.prompt),
+                                       mmlu_flags.shots, describe_mmlu_prompt(questions.prompt))},
+                {"answers",
+                 "the most probable of the four letters, which same top-1 "
+                 "compares too; KL and Δp are those of the whole next-token "
+                 "distribution after \"Answer:\""}},
+      .json = questions_json(mmlu_flags, questions)};
+  run_task(flags, task, settings, output);
+}
+
+// What follows the flags of an evaluation, whose --attention becomes a list of settings.
+void add_compare_options(CLI::App& command, CompareFlags& flags, const std::string& units) {
   add_resume_option(command, flags.eval);
   command.get_option("--attention")
       ->description(
@@ -518,35 +228,65 @@ void add_compare_options(CLI::App& command, CompareFlags& flags, const std::stri
       ->needs(layers);
 }
 
+constexpr const char* kDefaultSettings = "fp16,sage1,sage2";
+
+void add_file_task_options(CLI::App& command, CompareFlags& flags, const std::string& file_help,
+                           const std::string& units) {
+  flags.eval.common.attention = kDefaultSettings;
+  add_eval_options(command, flags.eval, file_help, units);
+  add_compare_options(command, flags, units);
+}
+
+void add_perplexity_task(CLI::App& compare) {
+  CLI::App* command = compare.add_subcommand(
+      "perplexity", "Compare how well each setting predicts a text, under a named protocol");
+  auto flags = std::make_shared<CompareFlags>();
+  auto protocol = std::make_shared<ProtocolFlags>();
+  add_file_task_options(*command, *flags, "the text, UTF-8; -: standard input",
+                        "windows (lm-eval: documents)");
+  add_protocol_options(*command, *protocol);
+  command->callback([flags, protocol] { run_perplexity_task(*flags, *protocol); });
+}
+
+void add_lambada_task(CLI::App& compare) {
+  CLI::App* command = compare.add_subcommand(
+      "lambada", "Compare how often each setting finds the last word of a passage (LAMBADA)");
+  auto flags = std::make_shared<CompareFlags>();
+  auto variant = std::make_shared<std::string>("word");
+  add_file_task_options(*command, *flags,
+                        "passages, one JSON object {\"text\": …} per line; -: standard input",
+                        "passages");
+  command
+      ->add_option("--variant", *variant,
+                   "word: the last word, as lm-evaluation-harness's lambada_openai; last-token: "
+                   "the last token alone")
+      ->option_text("NAME (default: word)");
+  command->callback([flags, variant] { run_lambada_task(*flags, *variant); });
+}
+
+void add_mmlu_task(CLI::App& compare) {
+  CLI::App* command = compare.add_subcommand(
+      "mmlu", "Compare how often each setting picks the right answer of four (MMLU)");
+  auto flags = std::make_shared<CompareFlags>();
+  auto questions = std::make_shared<MmluFlags>();
+  flags->eval.common.attention = kDefaultSettings;
+  add_common_options(*command, flags->eval.common,
+                     kModelGroup | kComputeGroup | kContextGroup | kJsonGroup | kVerboseGroup);
+  add_mmlu_options(*command, *questions);
+  add_amount_options(*command, flags->eval, "questions of each subject");
+  add_compare_options(*command, *flags, "questions");
+  command->callback([flags, questions] { run_mmlu_task(*flags, *questions); });
+}
+
 }  // namespace
 
 void add_compare(CLI::App& app) {
   CLI::App* command = app.add_subcommand(
       "compare", "Evaluate two or more settings on the same tokens and tell them apart");
   command->require_subcommand(1);
-  {
-    CLI::App* perplexity = command->add_subcommand(
-        "perplexity", "Compare how well each setting predicts a text, under a named protocol");
-    auto flags = std::make_shared<CompareFlags>();
-    auto protocol = std::make_shared<ProtocolFlags>();
-    add_compare_options(*perplexity, *flags, "the text, UTF-8; -: standard input",
-                        "windows (lm-eval: documents)");
-    add_protocol_options(*perplexity, *protocol);
-    perplexity->callback([flags, protocol] { run_perplexity_task(*flags, *protocol); });
-  }
-  CLI::App* lambada = command->add_subcommand(
-      "lambada", "Compare how often each setting finds the last word of a passage (LAMBADA)");
-  auto flags = std::make_shared<CompareFlags>();
-  auto variant = std::make_shared<std::string>("word");
-  add_compare_options(*lambada, *flags,
-                      "passages, one JSON object {\"text\": …} per line; -: standard input",
-                      "passages");
-  lambada
-      ->add_option("--variant", *variant,
-                   "word: the last word, as lm-evaluation-harness's lambada_openai; last-token: "
-                   "the last token alone")
-      ->option_text("NAME (default: word)");
-  lambada->callback([flags, variant] { run_lambada_task(*flags, *variant); });
+  add_perplexity_task(*command);
+  add_lambada_task(*command);
+  add_mmlu_task(*command);
 }
 
 }  // namespace sagelm::cli

@@ -6,30 +6,27 @@
 
 #include "base/error.h"
 #include "commands.h"
-#include "eval/line_encoder.h"
 #include "eval/mmlu.h"
 #include "eval_options.h"
 #include "interrupt.h"
 #include "json_output.h"
+#include "mmlu_options.h"
 #include "progress.h"
 #include "sagelm/sagelm.hpp"
 
 namespace sagelm::cli {
 namespace {
 
-struct MmluFlags {
-  EvalFlags eval;  // file: the directory
-  std::string prompt = "lm-eval";
-  int64_t shots = 5;
-  std::vector<std::string> subjects;
-  bool no_share = false;
+struct MmluCommandFlags {
+  EvalFlags eval;
+  MmluFlags questions;
 };
 
 std::string with_error(double value, double error) {
   return format_figure(value, 4) + " ± " + format_figure(error, 4);
 }
 
-std::string describe(const Json& json, const MmluFlags& flags, MmluPrompt prompt,
+std::string describe(const Json& json, const MmluCommandFlags& flags, MmluPrompt prompt,
                      const MmluResult& result) {
   std::string text = fmt::format(
       "model          {}\n"
@@ -41,10 +38,10 @@ std::string describe(const Json& json, const MmluFlags& flags, MmluPrompt prompt
       "shots          {}\n"
       "subjects       {} of {}\n",
       json["model"].get<std::string>(), json["device"].get<std::string>(),
-      json["attention"].get<std::string>(), flags.eval.file,
+      json["attention"].get<std::string>(), flags.questions.data,
       json["bos"].get<bool>() ? "with" : "without", json["data_sha256"].get<std::string>(),
-      mmlu_prompt_name(prompt), describe_mmlu_prompt(prompt), flags.shots, result.subjects.size(),
-      mmlu_subjects().size());
+      mmlu_prompt_name(prompt), describe_mmlu_prompt(prompt), flags.questions.shots,
+      result.subjects.size(), mmlu_subjects().size());
   text += fmt::format(
       "questions      {}{}{}\n"
       "shortened      {} prompts beyond the context of {} tokens\n"
@@ -52,7 +49,7 @@ std::string describe(const Json& json, const MmluFlags& flags, MmluPrompt prompt
       result.overall.questions, limit_note(flags.eval),
       result.partial() ? " (partial: interrupted)" : "", result.shortened,
       json["context"].get<int64_t>(), result.tokens_per_second(), result.tokens_run,
-      result.prompt_tokens, flags.no_share ? "" : ": beginnings are shared");
+      result.prompt_tokens, flags.questions.no_share ? "" : ": beginnings are shared");
 
   // Widths count characters, and every ± takes the same number of them.
   text += fmt::format("{:<36}{:<16}{:>10}{:>9}  accuracy\n", "subject", "category", "questions",
@@ -118,42 +115,22 @@ void add_result(Json& json, const MmluResult& result) {
                {"partial", result.partial()}});
 }
 
-void run(const MmluFlags& flags) {
-  const MmluPrompt prompt = parse_mmlu_prompt(flags.prompt);
-  const MmluData data =
-      load_mmlu(flags.eval.file,
-                {.shots = flags.shots, .subjects = flags.subjects, .limit = flags.eval.limit});
+void run(const MmluCommandFlags& flags) {
+  const MmluData data = load_mmlu_data(flags.questions, flags.eval.limit);
   ResultOutput output(flags.eval.common.json);
-  const int64_t context = Model::inspect(load_options(flags.eval.common)).context;
-  const Tokenizer tokenizer = open_tokenizer(flags.eval.common);
-  std::vector<MmluTask> tasks;
-  {
-    LineEncoder encoder(tokenizer, adds_bos(tokenizer));
-    tasks = prepare_mmlu(
-        data, prompt, [&encoder](std::string_view text) { return encoder.encode(text); }, context);
-  }
-  if (flags.no_share) {
-    for (MmluTask& task : tasks) task.shared = 0;
-  }
+  const MmluQuestions questions = prepare_questions(flags.questions, data, flags.eval.common);
+  const std::vector<MmluTask>& tasks = questions.tasks;
 
-  Model model = load_model(flags.eval.common, flags.eval.batch_tokens);
+  Model model = load_for_eval(flags.eval.common, flags.eval, longest_run(tasks));
   const ModelInfo info = model.info();
-  std::string names;
-  int64_t questions = 0;
-  for (const MmluTask& task : tasks) {
-    names += fmt::format("{}{}", names.empty() ? "" : ",", task.subject->name);
-    questions += static_cast<int64_t>(task.items.size());
-  }
-  std::optional<Journal> journal = open_journal(flags.eval, "mmlu", info, data.sha256,
-                                                {{"prompt", std::string(mmlu_prompt_name(prompt))},
-                                                 {"shots", fmt::format("{}", flags.shots)},
-                                                 {"subjects", names},
-                                                 {"shared_prefix", flags.no_share ? "no" : "yes"},
-                                                 {"context", fmt::format("{}", context)}});
+  int64_t total = 0;
+  for (const MmluTask& task : tasks) total += static_cast<int64_t>(task.items.size());
+  std::optional<Journal> journal = open_journal(flags.eval, "mmlu", info, questions.sha256,
+                                                journal_header(flags.questions, questions));
   MmluResult result;
   {
     const InterruptGuard guard;
-    Progress progress("scoring", "questions", questions);
+    Progress progress("scoring", "questions", total);
     result = run_mmlu(
         tasks,
         [&model](std::span<const int32_t> prefix, std::span<const Model::ChoiceInput> inputs,
@@ -171,20 +148,12 @@ void run(const MmluFlags& flags) {
   Json json = {{"model", info.name},
                {"attention", info.attention},
                {"kv_cache", info.kv_cache},
-               {"device", info.device},
-               {"bos", adds_bos(tokenizer)},
-               {"data", flags.eval.file},
-               {"data_bytes", data.bytes},
-               {"data_sha256", data.sha256},
-               {"prompt", mmlu_prompt_name(prompt)},
-               {"prompt_description", describe_mmlu_prompt(prompt)},
-               {"shots", flags.shots},
-               {"context", context},
-               {"shared_prefix", !flags.no_share},
-               {"limit", flags.eval.limit ? Json(*flags.eval.limit) : Json()},
-               {"batch_tokens", flags.eval.batch_tokens}};
+               {"device", info.device}};
+  json.update(questions_json(flags.questions, questions));
+  json.update({{"limit", flags.eval.limit ? Json(*flags.eval.limit) : Json()},
+               {"batch_tokens", flags.eval.batch_tokens}});
   add_result(json, result);
-  output.text(describe(json, flags, prompt, result));
+  output.text(describe(json, flags, questions.prompt, result));
   output.json(json);
   report_interrupt(result.overall.questions, result.questions_planned, "questions",
                    flags.eval.resume);
@@ -195,28 +164,10 @@ void run(const MmluFlags& flags) {
 void add_mmlu(CLI::App& app) {
   CLI::App* command = app.add_subcommand(
       "mmlu", "Measure how often the model picks the right answer of four (MMLU)");
-  auto flags = std::make_shared<MmluFlags>();
+  auto flags = std::make_shared<MmluCommandFlags>();
   add_common_options(*command, flags->eval.common,
                      kModelGroup | kComputeGroup | kContextGroup | kJsonGroup | kVerboseGroup);
-  command
-      ->add_option("--data", flags->eval.file,
-                   "directory with test/SUBJECT_test.csv and dev/SUBJECT_dev.csv, or with "
-                   "test.jsonl and dev.jsonl")
-      ->option_text("DIR")
-      ->required();
-  command->add_option("--shots", flags->shots, "worked examples before each question")
-      ->option_text("0..5 (default: 5)")
-      ->check(CLI::Range(0, 5));
-  command
-      ->add_option("--prompt", flags->prompt,
-                   "lm-eval: as lm-evaluation-harness asks; original: as the paper's program does")
-      ->option_text("NAME (default: lm-eval)");
-  command->add_option("--subjects", flags->subjects, "only these, e.g. anatomy,virology")
-      ->option_text("NAME,…")
-      ->delimiter(',');
-  command->add_flag("--no-share", flags->no_share,
-                    "run every prompt whole instead of sharing its examples through the cache: "
-                    "slower, to check the results");
+  add_mmlu_options(*command, flags->questions);
   add_amount_options(*command, flags->eval, "questions of each subject");
   add_resume_option(*command, flags->eval);
   command->callback([flags] { run(*flags); });

@@ -48,10 +48,16 @@ int run(int argc, char** argv) {
       return 0;
     }
     std::string message = error.what();
-    if (const auto command = app.get_subcommands(); !command.empty()) {
-      message += " (see sagelm " + command.front()->get_name() + " --help)";
+    std::string command;
+    for (const CLI::App* at = &app; !at->get_subcommands().empty();) {
+      at = at->get_subcommands().front();
+      command += " " + at->get_name();
+    }
+    if (!command.empty()) {
+      message += " (see sagelm" + command + " --help)";
     } else {
-      if (argv[1][0] != '-') message = "there is no command '" + std::string(argv[1]) + "'";
+      message =
+          fmt::format("there is no {} '{}'", argv[1][0] == '-' ? "option" : "command", argv[1]);
       message += " (see sagelm --help)";
     }
     return report(message, kWrongUsage);

@@ -62,14 +62,18 @@ CLI::Option* add_context(CLI::App& command, CommonOptions& options, const Common
 
 CLI::Option* add_kv_cache(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
   return add_value<&CommonOptions::kv_cache>(command, options, flag)
-      ->check(CLI::IsMember({"auto", "fp16", "int8"}));
+      ->check(CLI::IsMember({"auto", "fp16", "int8", "int4"}));
 }
 
 CLI::Option* add_seed(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
-  // The conversion alone would take -1 for 2^64 - 1.
+  // The conversion alone would take -1, and all that is larger, for 2^64 - 1.
   return add_value<&CommonOptions::seed>(command, options, flag)
       ->check([](const std::string& text) {
-        return text.starts_with('-') ? "a seed is 0 or more, not " + text : std::string();
+        if (text.starts_with('-')) return "a seed is 0 or more, not " + text;
+        errno = 0;
+        std::strtoull(text.c_str(), nullptr, 10);
+        return errno == ERANGE ? "a seed is 18446744073709551615 at most, not " + text
+                               : std::string();
       });
 }
 
@@ -102,8 +106,9 @@ const std::array kCommonFlags = {
     CommonFlag{kCalibrationGroup, "--calibration", "FILE", "in the cache directory",
                "where the choice of sage-adaptive is kept; made and written if it is not there",
                add_value<&CommonOptions::calibration>},
-    CommonFlag{kCacheGroup, "--kv-cache", "auto|fp16|int8", "auto",
-               "KV cache: fp16, int8 (8-bit keys and values, half the memory; with sage2), or auto "
+    CommonFlag{kCacheGroup, "--kv-cache", "auto|fp16|int8|int4", "auto",
+               "KV cache: fp16, int8 (8-bit keys and values, half the memory; with sage2), int4 "
+               "(4-bit keys, 8-bit values; with sage2 and sage2-4b), or auto "
                "(int8 where it can be had)",
                add_kv_cache},
     CommonFlag{kDeviceGroup, "--device", "auto|cpu|cuda[:N]", "auto", "where to compute",

@@ -1,6 +1,6 @@
 /* SageLM's attention kernels as a plain C interface over device pointers (libsagelm_attention.so).
  *
- *   O = softmax(scale * Q K^T) V, exactly (SAGELM_ATTENTION_FP16) or with 8-bit products after
+ *   O = softmax(scale * Q K^T) V, exactly (SAGELM_ATTENTION_FP16) or with quantized products after
  *   SageAttention (arXiv:2410.02367), SageAttention2 (arXiv:2411.10958).
  *
  * All tensors are FP16 or BF16 in device memory, addressed as [batch, tokens, heads, head_dim] by
@@ -35,7 +35,10 @@ extern "C" {
 typedef enum sagelm_attention_variant {
   SAGELM_ATTENTION_FP16 = 0,  /* FP16/BF16 products, FP32 softmax and accumulation */
   SAGELM_ATTENTION_SAGE1 = 1, /* INT8 QK per block of 128 queries and 64 keys, FP16 PV */
-  SAGELM_ATTENTION_SAGE2 = 2  /* INT8 QK, FP8 e4m3 PV accumulated in two levels; sm_89 and later */
+  SAGELM_ATTENTION_SAGE2 = 2, /* INT8 QK, FP8 e4m3 PV accumulated in two levels; sm_89 and later */
+  /* SAGE2 with Q and K of 4 bits and smoothed Q: for comparisons, its integers take INT8 products
+   * (Hopper has none for INT4) and it is slower than SAGE2; sm_89 and later */
+  SAGELM_ATTENTION_SAGE2_4B = 3
 } sagelm_attention_variant;
 
 typedef enum sagelm_attention_dtype {

@@ -29,8 +29,9 @@ struct LoadOptions {
   // fp16, sage, sage1[-t|-b|-vt|-vb] or sage2[-8b|-4b]; or one of them per layer, separated by '/'.
   std::string attention = "sage";
   bool smooth_k = true;
-  // fp16, int8 (full pages quantized: half the bytes; for sage2) or auto, which is int8 where the
-  // attention of every layer and the device can read it. docs/kv-cache.md
+  // fp16, int8 (full pages quantized: half the bytes; for sage2), int4 (their keys in 4 bits; for
+  // sage2 and sage2-4b) or auto, which is int8, else int4, where the attention of every layer and
+  // the device can read it. docs/kv-cache.md
   std::string kv_cache = "auto";
   std::string device = "auto";  // auto, cpu, cuda or cuda:N
   int threads = 0;              // 0: one per core
@@ -61,7 +62,7 @@ struct ModelInfo {
   int64_t context = 0;           // as loaded
   int64_t checkpoint_bytes = 0;  // of the weights, as stored
   int64_t weight_bytes = 0;      // of the weights, as the backend holds them; estimated by inspect
-  std::string kv_cache;          // "fp16" or "int8"
+  std::string kv_cache;          // "fp16", "int8" or "int4"
   int64_t kv_bytes_per_token = 0;  // of a full page
   int64_t kv_bytes = 0;            // of a session of `context` tokens, whole pages
   int64_t activation_bytes = 0;    // of steps: all that is not weights or KV cache
@@ -213,8 +214,10 @@ class Model {
     std::span<const float> logits;  // [tokens.size(), vocab_size], not normalised, all finite
   };
   using DistributionCallback = std::function<void(const LogitsBlock& block)>;
-  void score_distributions(std::span<const ScoreInput> inputs,
-                           const DistributionCallback& on_block);
+  // shared: all inputs begin with the same so many tokens, fewer than any one's first_scored, and
+  // those are run once: see score_choices.
+  void score_distributions(std::span<const ScoreInput> inputs, const DistributionCallback& on_block,
+                           int64_t shared = 0);
   // Runs ids (at most batch_tokens and the context) as a sequence of its own and hands over what
   // attention read and wrote, layer by layer. The spans are valid during the call only.
   struct AttentionRecord {

@@ -8,7 +8,7 @@
 
 #include "kernels/attention/fp16_sm90.h"
 #include "kernels/attention/mma_attention.h"
-#include "kernels/attention/mma_operands.h"
+#include "kernels/attention/mma_decode.h"
 #include "kernels/attention/problem.cuh"
 #include "kernels/attention/sage2_sm90.h"
 #include "sagelm/attention.h"
@@ -54,7 +54,7 @@ sagelm_attention_status make_problem(const sagelm_attention_args* args, Problem&
                   "struct_size is %zu, this library's sagelm_attention_args has %zu bytes",
                   a.struct_size, sizeof(sagelm_attention_args));
   }
-  if (a.variant < SAGELM_ATTENTION_FP16 || a.variant > SAGELM_ATTENTION_SAGE2) {
+  if (a.variant < SAGELM_ATTENTION_FP16 || a.variant > SAGELM_ATTENTION_SAGE2_4B) {
     return refuse(kInvalid, "unknown variant %d", static_cast<int>(a.variant));
   }
   if (a.dtype != SAGELM_ATTENTION_F16 && a.dtype != SAGELM_ATTENTION_BF16) {
@@ -137,6 +137,7 @@ const char* wgmma_attention_refusal(sagelm_attention_variant variant, const Prob
                                     int capability) {
   if (capability != 90) return "the device is not sm_90";
   if (variant == SAGELM_ATTENTION_SAGE1) return "sage1 has none";
+  if (variant == SAGELM_ATTENTION_SAGE2_4B) return "sage2-4b has none";
   return variant == SAGELM_ATTENTION_SAGE2 ? sage2_sm90_refusal(problem)
                                            : fp16_sm90_refusal(problem);
 }
@@ -251,7 +252,7 @@ sagelm_attention_status sagelm_attention(const sagelm_attention_args* args) { re
 const char* sagelm_attention_last_error(void) { return last_error; }
 
 const char* sagelm_attention_kernel_name(const sagelm_attention_args* args) {
-  static constexpr const char* kMmaNames[] = {"fp16-mma", "sage1-mma", "sage2-mma"};
+  static constexpr const char* kMmaNames[] = {"fp16-mma", "sage1-mma", "sage2-mma", "sage2-4b-mma"};
   Problem problem;
   Choice choice;
   if (prepare(args, problem, choice) != SAGELM_ATTENTION_OK) return nullptr;

@@ -2,6 +2,14 @@
 // tile of 16 rows, row r being query r / group of head kv_head * group + r % group. A sequence is
 // cut into parts, each computed by one block whose warps stream slices of 16 keys; the parts are
 // then merged in their order.
+//
+// Where Problem::rotations is given, every sequence has one query (and there are no cu_q_lens), and
+// the kernel does all between the projections before and behind attention, so that no other kernels
+// stand in the way. q points to rows [num_heads + 2 * num_kv_heads][head_dim] of unrotated queries,
+// keys and values of heads of 64 or 128 channels. Blocks rotate the queries as they load them; the
+// block with a sequence's last token rotates its key and puts it and the value into the cache; the
+// last block of a KV head that finishes merges the parts. The rest of the cache is settled: no
+// kernel that may still run writes to it, and it is read before the wait for those kernels.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +19,33 @@
 #include "kernels/attention/recipe.h"
 #include "kernels/common/launch.h"
 #include "kernels/common/ptx.cuh"
+#include "kernels/ops/elements.cuh"
+#include "kernels/ops/rotate.cuh"
 
 namespace sagelm::kernels::mma {
 
 inline constexpr int kDecodeRows = 16;
 inline constexpr int kSlice = 16;  // keys
+
+// How a sequence is cut: into parts of so many units of keys (the last may have fewer), and a bound
+// of the number of parts, which no shorter sequence exceeds. The parts of all KV heads, and the
+// `others` that each of them has besides, are no more than the blocks that an H200 runs at once,
+// or, as a part has at most most_units, some multiple of them. It depends on nothing else: a
+// sequence's result is the same in any batch and on any device.
+struct Cut {
+  int part_units, most_parts;
+};
+
+__host__ __device__ inline Cut cut_sequence(int units, int num_kv_heads, int others,
+                                            int most_units) {
+  constexpr int kBlocksAtOnce = 3 * 132;
+  for (int rounds = 1;; ++rounds) {
+    const int room = kBlocksAtOnce * rounds / num_kv_heads - others;
+    const int parts = room < 1 ? 1 : room;
+    const int part = (units + parts - 1) / parts;
+    if (part <= most_units) return {part < 1 ? 1 : part, parts < units ? parts : units};
+  }
+}
 
 // Unnormalised results of the parts: of row (b, head, query) in [batch][heads][max_q_len] the parts
 // lie one after another.
@@ -109,6 +139,94 @@ __device__ __forceinline__ void load_queries(const Problem& p, int b, int kv_hea
     }
   });
 }
+
+// Angles of a sequence's last token: cosines, then sines.
+__device__ __forceinline__ const float* last_angles(const Problem& p, int kv_len) {
+  return p.rotations + static_cast<int64_t>(kv_len - 1) * p.head_dim;
+}
+
+// Before the wait: whatever has not been read since the step before this is far away by now.
+__device__ __forceinline__ void prefetch_angles(const Problem& p, int kv_len) {
+  const int i = static_cast<int>(threadIdx.x) * 32;  // a line
+  if (i < p.head_dim) prefetch(last_angles(p, kv_len) + i);
+}
+
+// Rotates what load_queries loaded, rounding as kernels/ops/rope_append.h does.
+template <bool kBf16, int kDim>
+__device__ __forceinline__ void rotate_queries(const float* angles,
+                                               uint32_t (&queries)[kDim / 16][4]) {
+  constexpr int kPairs = kDim / 32;
+#pragma unroll
+  for (int k = 0; k < kPairs; ++k) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float cosine[2], sine[2];
+      const int channel = k * 16 + half * 8 + threadIdx.x % 4 * 2;
+      load(angles + channel, cosine);
+      load(angles + kDim / 2 + channel, sine);
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; ++e) {
+        const float2 first = from_halves(queries[k][e], kBf16);
+        const float2 second = from_halves(queries[k + kPairs][e], kBf16);
+        float a[2] = {first.x, first.y}, b[2] = {second.x, second.y};
+        rotate_pairs(a, b, cosine, sine);
+        queries[k][e] = to_halves<kBf16>(a[0], a[1]);
+        queries[k + kPairs][e] = to_halves<kBf16>(b[0], b[1]);
+      }
+    }
+  }
+}
+
+// The key and the value of a sequence's last token in the lanes of a warp: 16-byte chunks of the
+// key, then of the value.
+template <bool kBf16, int kDim>
+struct LastToken {
+  static constexpr int kChunks = kDim / 8;
+  uint4 chunk;
+  float cosine[8], sine[8];
+
+  __device__ static int place() { return static_cast<int>(threadIdx.x) % 32 % kChunks; }
+  __device__ static bool is_value() { return threadIdx.x % 32 >= kChunks; }
+  __device__ static bool is_there() { return threadIdx.x % 32 < 2 * kChunks; }
+
+  // From the step's row.
+  __device__ void fetch(const Problem& p, int b, int kv_head, int kv_len) {
+    const int head = p.num_heads + (is_value() ? p.num_kv_heads : 0) + kv_head;
+    chunk = make_uint4(0, 0, 0, 0);
+    if (is_there()) {
+      chunk = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.q.data) +
+                                              p.q_offset(p.q, b, 0, head) + place() * 8);
+    }
+    const float* angles = last_angles(p, kv_len) + place() % (kChunks / 2) * 8;
+    load(angles, cosine);
+    load(angles + kDim / 2, sine);
+  }
+  __device__ void rotate_key() {
+    uint32_t* words = &chunk.x;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, words[i], kChunks / 2);
+      if (is_value()) continue;
+      const float2 x = from_halves(words[i], kBf16), partner = from_halves(other, kBf16);
+      const int e = 2 * i;
+      words[i] = place() < kChunks / 2
+                     ? to_halves<kBf16>(rotate_first(x.x, partner.x, cosine[e], sine[e]),
+                                        rotate_first(x.y, partner.y, cosine[e + 1], sine[e + 1]))
+                     : to_halves<kBf16>(rotate_second(x.x, partner.x, cosine[e], sine[e]),
+                                        rotate_second(x.y, partner.y, cosine[e + 1], sine[e + 1]));
+    }
+  }
+  // Row `row` of slices of keys and values in shared memory, which have come, and the cache's rows.
+  __device__ void leave(uint32_t keys, uint32_t values, int row, uint16_t* key,
+                        uint16_t* value) const {
+    if (is_there()) {
+      const uint32_t to = (is_value() ? values : keys) + chunk_offset<2 * kDim>(row, place());
+      store_chunk(to, chunk);
+      *reinterpret_cast<uint4*>((is_value() ? value : key) + place() * 8) = chunk;
+    }
+    __syncwarp();
+  }
+};
 
 // Which keys the rows g + 8r see: those below seen[r]. Returns below which all rows see.
 __device__ __forceinline__ int visible_keys(const Problem& p, int q_len, int kv_len, int group,
@@ -272,6 +390,76 @@ __device__ inline void merge_row(const Problem& p, const Parts& parts, int first
   if (channel >= p.head_dim) return;
   store_half(p, p.q_offset(p.out, b, query, head) + channel, sum_out * result.inverse());
   if (p.lse != nullptr && channel == 0) p.lse[index] = result.lse() + bias * recipe::kLn2;
+}
+
+// Whether this block is the last of `count` that store parts of a sequence and KV head; it then
+// sees what the others stored. All threads call it.
+__device__ inline bool is_last_of(uint32_t* arrivals, int count) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(arrivals, 1u) == static_cast<uint32_t>(count - 1);
+    if (last) *arrivals = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// The same sums as merge_row by one warp, for heads of kDim channels and without the log-sum-exp.
+template <int kDim>
+__device__ inline void merge_row_in_warp(const Problem& p, const Parts& parts, int first, int end,
+                                         int b, int query, int head) {
+  constexpr int kChannels = kDim / 32;
+  const int64_t index = row_index(p, b, head, query);
+  const float2* stats = parts.stats + index * parts.parts;
+  const int lane = threadIdx.x % 32, channel = lane * kChannels;
+  RowResult result{kNoMaximum, 0.0f};
+  for (int i = first + lane; i < end; i += 32) result.top = fmaxf(result.top, stats[i].x);
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    result.top = fmaxf(result.top, __shfl_xor_sync(0xFFFFFFFFu, result.top, step));
+  }
+  const float* out = parts.out + index * parts.parts * kDim + channel;
+  float sum_out[kChannels] = {};
+  constexpr int kAtOnce = 8;  // their loads overlap
+  for (int begin = first; begin < end; begin += kAtOnce) {
+    float x[kAtOnce][kChannels] = {};
+    float2 stat[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      stat[i] = make_float2(kNoMaximum, 0.0f);
+      if (begin + i >= end) continue;
+      stat[i] = stats[begin + i];
+      load(out + static_cast<int64_t>(begin + i) * kDim, x[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float weight = exp2_fast(stat[i].x - result.top);
+      result.sum = fmaf(stat[i].y, weight, result.sum);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) sum_out[c] = fmaf(x[i][c], weight, sum_out[c]);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kChannels; c += 2) {
+    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.out.data) +
+                                 p.q_offset(p.out, b, query, head) + channel + c) =
+        p.bf16 ? to_halves<true>(sum_out[c] * result.inverse(), sum_out[c + 1] * result.inverse())
+               : to_halves<false>(sum_out[c] * result.inverse(), sum_out[c + 1] * result.inverse());
+  }
+}
+
+// At the end of a block that stored one of parts first .. end - 1: the last one merges the rows of
+// its KV head, a warp a row.
+template <int kDim>
+__device__ inline void merge_if_last(const Problem& p, const Parts& parts, int first, int end,
+                                     int b, int kv_head, int rows, int group) {
+  if (!is_last_of(p.arrivals + b * p.num_kv_heads + kv_head, end - first)) return;
+  for (int row = threadIdx.x / 32; row < rows; row += blockDim.x / 32) {
+    merge_row_in_warp<kDim>(p, parts, first, end, b, row / group, kv_head * group + row % group);
+  }
 }
 
 }  // namespace sagelm::kernels::mma

@@ -1,4 +1,5 @@
 #include "kernels/attention/mma_attention.h"
+#include "kernels/attention/mma_decode.h"
 #include "kernels/attention/mma_operands.h"
 
 namespace sagelm::kernels {
@@ -8,7 +9,7 @@ size_t mma_attention_workspace_bytes(sagelm_attention_variant variant, const Pro
     return mma_decode_takes(problem) ? mma_decode_workspace_bytes(problem) : 0;
   }
   size_t bytes = 0;
-  place_mma_operands(problem, variant == SAGELM_ATTENTION_SAGE2, nullptr, &bytes);
+  place_mma_operands(variant, problem, nullptr, &bytes);
   return bytes;
 }
 
@@ -18,7 +19,8 @@ const char* mma_attention_refusal(sagelm_attention_variant variant, const Proble
   constexpr float kSmallestScale = 1e-9f, kLargestScale = 1e9f;
   constexpr int kMaxBatch = 65535, kMaxHeads = 65535;  // of a launch's grid
   if (compute_capability < 80) return "attention needs a GPU of compute capability 8.0 or later";
-  if (variant == SAGELM_ATTENTION_SAGE2 && compute_capability < 89) {
+  const bool e4m3 = variant == SAGELM_ATTENTION_SAGE2 || variant == SAGELM_ATTENTION_SAGE2_4B;
+  if (e4m3 && compute_capability < 89) {
     return "sage2 attention needs a GPU of compute capability 8.9 or later, for its FP8 products";
   }
   if (problem.head_dim < 8 || problem.head_dim > 256 || problem.head_dim % 8 != 0) {
@@ -48,14 +50,19 @@ cudaError_t mma_attention(sagelm_attention_variant variant, const Problem& probl
     return mma_decode_takes(problem) ? mma_decode(problem, workspace, stream)
                                      : mma_attend_fp16(problem, stream);
   }
-  const bool sage2 = variant == SAGELM_ATTENTION_SAGE2;
   size_t bytes = 0;
-  const MmaOperands operands = place_mma_operands(problem, sage2, workspace, &bytes);
+  const MmaOperands operands = place_mma_operands(variant, problem, workspace, &bytes);
   if (problem.batch == 0 || problem.max_q_len == 0) return cudaSuccess;
   const cudaError_t error = quantize_mma_operands(problem, operands, stream);
   if (error != cudaSuccess) return error;
-  return sage2 ? mma_attend_sage2(problem, operands, stream)
-               : mma_attend_sage1(problem, operands, stream);
+  switch (variant) {
+    case SAGELM_ATTENTION_SAGE1:
+      return mma_attend_sage1(problem, operands, stream);
+    case SAGELM_ATTENTION_SAGE2:
+      return mma_attend_sage2(problem, operands, stream);
+    default:
+      return mma_attend_sage2_4b(problem, operands, stream);
+  }
 }
 
 }  // namespace sagelm::kernels

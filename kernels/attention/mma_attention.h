@@ -11,6 +11,13 @@
 //        of every 32 and per keys {8i+2c, 8i+2c+1} of every 64; P * 448 and V (a scale per channel
 //        over the sequence) in e4m3, the 64 keys of a tile summed on their own. Without e4m3
 //        matrix units for mma.sync, as on sm_90, the product is emulated: right, not fast.
+// SAGE2_4B (arXiv:2411.10958, the 4-bit variant) SAGE2 with integers up to 7 and smoothed Q: the
+//        mean of every 64 queries (as Q's type rounds it) is taken off before Q is quantized, and
+//        its product with K as it came, in 16-bit products with FP32 sums, is added to the logits.
+//        The integers lie in INT8 operands and take INT8 products: Hopper has no INT4 ones, and
+//        mma.sync emulates them there. In a call of plain tensors the format buys nothing, it costs
+//        the products of the means; what it is for is a cache of half the bytes of K
+//        (docs/kv-cache.md).
 //
 // The quantized variants read K and V twice before they attend, also for a single query: decode is
 // better served by FP16. K is smoothed by the mean of all keys of its sequence and head. NaN or

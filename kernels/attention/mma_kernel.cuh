@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "kernels/attention/mma_operands.h"
+#include "kernels/attention/mma_products.cuh"
 #include "kernels/attention/mma_softmax.cuh"
 #include "kernels/attention/recipe.h"
 #include "kernels/common/ptx.cuh"
@@ -16,38 +17,6 @@
 namespace sagelm::kernels::mma {
 
 using namespace ptx;
-
-enum class Products { kF16, kBf16, kSage1F16, kSage1Bf16, kSage2 };
-
-template <Products kProducts, int kDim_>
-struct Shape {
-  static constexpr int kDim = kDim_;
-  static constexpr bool kInt8 = kProducts != Products::kF16 && kProducts != Products::kBf16;
-  static constexpr bool kBf16 = kProducts == Products::kBf16 || kProducts == Products::kSage1Bf16;
-  static constexpr bool kE4m3 = kProducts == Products::kSage2;
-  static constexpr bool kF16Sums = kProducts == Products::kSage1F16;
-
-  static constexpr int kWarps = 4;
-  static constexpr int kThreads = kWarps * 32;
-  // 32 rows a warp halve the shared-memory reads a product; 256 channels leave room for 16.
-  static constexpr int kRowTiles = kDim == 256 ? 1 : 2;
-  static constexpr int kWarpRows = 16 * kRowTiles;
-  static constexpr int kRows = kWarps * kWarpRows;
-  static constexpr int kKeys = kMmaKeyTile;
-  static constexpr int kStages = kDim == 256 ? 1 : 2;
-  static constexpr bool kQueriesInRegisters = kDim == 64;
-
-  static constexpr int kQkRowBytes = kDim * (kInt8 ? 1 : 2);
-  static constexpr int kQkSteps = kQkRowBytes / 32;
-  static constexpr int kValueRowBytes = kE4m3 ? kKeys : 2 * kDim;
-  static constexpr int kPvSteps = kE4m3 ? kKeys / 32 : kKeys / 16;
-  static constexpr int kQueryBytes = kRows * kQkRowBytes;
-  static constexpr int kKeyBytes = kKeys * kQkRowBytes;
-  static constexpr int kValueBytes = kKeys * kDim * (kE4m3 ? 1 : 2);
-  static constexpr int kOutBytes = kRows * kDim * 2;
-  static constexpr int kSmemBytes =
-      std::max(kQueryBytes + kStages * (kKeyBytes + kValueBytes), kOutBytes);
-};
 
 // In which order blocks take the query tiles: heads in sections whose K and V stay in the L2 cache
 // together; within one the longest (last) tiles first.
@@ -98,189 +67,6 @@ __device__ __forceinline__ void copy_linear(uint32_t to, const void* from) {
   }
 }
 
-// s = Q K^T of this warp's rows. `queries` is the address of lane l's row l % 16, without swizzle.
-template <class S>
-__device__ __forceinline__ void multiply_keys(
-    float (&s)[S::kRowTiles][S::kKeys / 8][4],
-    const uint32_t (&resident)[S::kQueriesInRegisters ? S::kQkSteps : 1][S::kRowTiles][4],
-    uint32_t queries, uint32_t keys) {
-  constexpr int kBlocks = S::kKeys / 8;
-  const int lane = threadIdx.x % 32;
-  int32_t integers[S::kInt8 ? S::kRowTiles : 1][kBlocks][4];
-#pragma unroll
-  for (int t = 0; t < S::kRowTiles; ++t) {
-#pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if constexpr (S::kInt8) {
-          integers[t][n][e] = kIntegerSeed;
-        } else {
-          s[t][n][e] = 0.0f;
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < S::kQkSteps; ++k) {
-    uint32_t a[S::kRowTiles][4];
-#pragma unroll
-    for (int t = 0; t < S::kRowTiles; ++t) {
-      if constexpr (S::kQueriesInRegisters) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) a[t][e] = resident[k][t][e];
-      } else {
-        load_matrices(
-            a[t], queries + chunk_offset<S::kQkRowBytes>(t * 16 + lane % 16, 2 * k + lane / 16));
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kBlocks; n += 2) {
-      uint32_t b[4];
-      load_matrices(b, keys + chunk_offset<S::kQkRowBytes>(n * 8 + lane / 16 * 8 + lane % 8,
-                                                           2 * k + lane / 8 % 2));
-#pragma unroll
-      for (int t = 0; t < S::kRowTiles; ++t) {
-        if constexpr (S::kInt8) {
-          multiply_int8(integers[t][n], a[t], b[0], b[1]);
-          multiply_int8(integers[t][n + 1], a[t], b[2], b[3]);
-        } else {
-          multiply_half<S::kBf16>(s[t][n], a[t], b[0], b[1]);
-          multiply_half<S::kBf16>(s[t][n + 1], a[t], b[2], b[3]);
-        }
-      }
-    }
-  }
-  if constexpr (S::kInt8) {
-#pragma unroll
-    for (int t = 0; t < S::kRowTiles; ++t) {
-#pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[t][n][e] = __int_as_float(integers[t][n][e]);
-      }
-    }
-  }
-}
-
-// P of one 16-row tile as the A operand of every step of P V. Accumulators need no exchange between
-// lanes: a half step takes two key blocks, an e4m3 step four, whose columns V's order follows.
-template <class S>
-__device__ __forceinline__ void pack_probabilities(const float (&s)[S::kKeys / 8][4],
-                                                   uint32_t (&p)[S::kPvSteps][4]) {
-#pragma unroll
-  for (int k = 0; k < S::kPvSteps; ++k) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int pair = e % 2 * 2;
-      if constexpr (S::kE4m3) {
-        const int n = 4 * k + e / 2 * 2;
-        p[k][e] = to_e4m3(s[n][pair], s[n][pair + 1]) | to_e4m3(s[n + 1][pair], s[n + 1][pair + 1])
-                                                            << 16;
-      } else {
-        const int n = 2 * k + e / 2;
-        p[k][e] = to_halves<S::kBf16>(s[n][pair], s[n][pair + 1]);
-      }
-    }
-  }
-}
-
-// The B operand of step k for channels n * 8 .. n * 8 + 15: two fragments of two registers.
-template <class S>
-__device__ __forceinline__ void load_values(uint32_t (&b)[4], uint32_t values, int k, int n) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (S::kE4m3) {
-    load_matrices(b, values + chunk_offset<S::kValueRowBytes>(n * 8 + lane / 16 * 8 + lane % 8,
-                                                              2 * k + lane / 8 % 2));
-  } else {
-    load_matrices_transposed(
-        b, values + chunk_offset<S::kValueRowBytes>(k * 16 + lane % 16, n + lane / 16));
-  }
-}
-
-// out = out * shrink + P V.
-template <class S>
-__device__ __forceinline__ void multiply_values(float (&out)[S::kRowTiles][S::kDim / 8][4],
-                                                const uint32_t (&p)[S::kRowTiles][S::kPvSteps][4],
-                                                const float (&shrink)[S::kRowTiles][2],
-                                                uint32_t values) {
-  constexpr int kBlocks = S::kDim / 8;
-  if constexpr (S::kE4m3 || S::kF16Sums) {
-    // The tile's sum on its own, 32 channels at a time to spare registers.
-#pragma unroll
-    for (int first = 0; first < kBlocks; first += 4) {
-      float wide[S::kE4m3 ? S::kRowTiles : 1][4][4] = {};
-      uint32_t narrow[S::kF16Sums ? S::kRowTiles : 1][4][2] = {};
-#pragma unroll
-      for (int k = 0; k < S::kPvSteps; ++k) {
-#pragma unroll
-        for (int n = 0; n < 4; n += 2) {
-          uint32_t b[4];
-          load_values<S>(b, values, k, first + n);
-#pragma unroll
-          for (int t = 0; t < S::kRowTiles; ++t) {
-            if constexpr (S::kE4m3) {
-              multiply_e4m3(wide[t][n], p[t][k], b[0], b[1]);
-              multiply_e4m3(wide[t][n + 1], p[t][k], b[2], b[3]);
-            } else {
-              multiply_half(narrow[t][n], p[t][k], b[0], b[1]);
-              multiply_half(narrow[t][n + 1], p[t][k], b[2], b[3]);
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int t = 0; t < S::kRowTiles; ++t) {
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            float2 sums;
-            if constexpr (S::kE4m3) {
-              sums = make_float2(wide[t][n][2 * r], wide[t][n][2 * r + 1]);
-            } else {
-              sums = from_halves(narrow[t][n][r], false);
-            }
-            float(&o)[4] = out[t][first + n];
-            o[2 * r] = fmaf(o[2 * r], shrink[t][r], sums.x);
-            o[2 * r + 1] = fmaf(o[2 * r + 1], shrink[t][r], sums.y);
-          }
-        }
-      }
-    }
-  } else {
-    // Maxima settle after a few tiles: most find nothing to rescale.
-    bool same = true;
-#pragma unroll
-    for (int t = 0; t < S::kRowTiles; ++t) {
-      same = same && shrink[t][0] == 1.0f && shrink[t][1] == 1.0f;
-    }
-    if (!__all_sync(0xFFFFFFFFu, same)) {
-#pragma unroll
-      for (int t = 0; t < S::kRowTiles; ++t) {
-#pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) out[t][n][e] *= shrink[t][e >> 1];
-        }
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < S::kPvSteps; ++k) {
-#pragma unroll
-      for (int n = 0; n < kBlocks; n += 2) {
-        uint32_t b[4];
-        load_values<S>(b, values, k, n);
-#pragma unroll
-        for (int t = 0; t < S::kRowTiles; ++t) {
-          multiply_half<S::kBf16>(out[t][n], p[t][k], b[0], b[1]);
-          multiply_half<S::kBf16>(out[t][n + 1], p[t][k], b[2], b[3]);
-        }
-      }
-    }
-  }
-}
-
 // Where the four groups of 16 tokens of a tile start in K and V, in elements.
 struct GroupStarts {
   int64_t k, v;
@@ -327,7 +113,9 @@ __global__ void __launch_bounds__(S::kThreads, 2)
   extern __shared__ __align__(128) uint8_t smem[];
   __shared__ GroupStarts starts[2][4];
   constexpr int kBlocks = S::kKeys / 8;
-  constexpr bool kGathers = !S::kE4m3;  // K or V straight from the caller's tensors
+  // K or V straight from the caller's tensors
+  constexpr bool kGathers = !S::kE4m3 || S::kSmoothsQ;
+  __shared__ float biases[S::kSmoothsQ ? S::kMeans : 1][S::kKeys];
 
   int pair, tile;
   schedule.unit(blockIdx.x, &pair, &tile);
@@ -351,6 +139,7 @@ __global__ void __launch_bounds__(S::kThreads, 2)
   const uint32_t queries_at = smem_address(smem);
   const uint32_t keys_at = queries_at + S::kQueryBytes;
   const uint32_t values_at = keys_at + S::kStages * S::kKeyBytes;
+  const uint32_t plain_keys_at = values_at + S::kStages * S::kValueBytes;
   const int64_t kv_index = static_cast<int64_t>(b) * p.num_kv_heads + kv_head;
   GroupFinder finder(p, b, kv_head, kv_len);
 
@@ -359,8 +148,10 @@ __global__ void __launch_bounds__(S::kThreads, 2)
     if constexpr (S::kInt8) {
       copy_linear<S::kKeyBytes, S::kThreads>(
           to, operands.keys + (kv_index * operands.key_tiles + j) * S::kKeyBytes);
-    } else {
-      copy_rows<S::kDim, S::kKeys, S::kThreads>(to, static_cast<const uint16_t*>(p.k.data),
+    }
+    if constexpr (!S::kInt8 || S::kSmoothsQ) {
+      const uint32_t plain = S::kInt8 ? plain_keys_at + j % S::kStages * S::kPlainKeyBytes : to;
+      copy_rows<S::kDim, S::kKeys, S::kThreads>(plain, static_cast<const uint16_t*>(p.k.data),
                                                 &starts[j % 2][0].k, 2, p.k.token_stride,
                                                 kv_len - j * S::kKeys, p.head_dim);
     }
@@ -450,6 +241,19 @@ __global__ void __launch_bounds__(S::kThreads, 2)
     }
     commit_copies();
     if constexpr (kGathers) finder.ask(j + 2);
+    if constexpr (S::kSmoothsQ) {
+      const uint32_t keys = plain_keys_at + j % S::kStages * S::kPlainKeyBytes;
+      const uint16_t* means =
+          operands.query_means +
+          (static_cast<int64_t>(pair) * operands.query_tiles * kMmaQueryTile + first_row) /
+              kMmaMeanRows * S::kDim;
+      if (p.bf16) {
+        multiply_means<S, true>(means, keys, scale, biases);
+      } else {
+        multiply_means<S, false>(means, keys, scale, biases);
+      }
+      __syncthreads();
+    }
 
     const int first_key = j * S::kKeys;
     const bool active = first_key < warp_some;
@@ -472,13 +276,17 @@ __global__ void __launch_bounds__(S::kThreads, 2)
     if (active) {
 #pragma unroll
       for (int t = 0; t < S::kRowTiles; ++t) {
+        float tile_scales[2] = {scales[t][0] * key_scale, scales[t][1] * key_scale};
+        if constexpr (S::kSmoothsQ) {
+          add_biases(s[t], tile_scales, biases[warp * S::kWarpRows / kMmaMeanRows]);
+          tile_scales[0] = tile_scales[1] = 1.0f;
+        }
         if (first_key + S::kKeys > warp_all) {
           const int row = warp_row + t * 16 + lane / 4;
           const int seen[2] = {seen_by(row), seen_by(row + 8)};
           mask(s[t], first_key, seen);
         }
-        const float tile_scales[2] = {scales[t][0] * key_scale, scales[t][1] * key_scale};
-        softmax<S::kInt8, S::kE4m3>(s[t], tile_scales, rows[t], shrink[t]);
+        softmax<S::kInt8 && !S::kSmoothsQ, S::kE4m3>(s[t], tile_scales, rows[t], shrink[t]);
         pack_probabilities<S>(s[t], probabilities[t]);
       }
     }

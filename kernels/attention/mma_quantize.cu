@@ -124,11 +124,49 @@ __global__ void merge_chunks(const __grid_constant__ Problem p,
   }
 }
 
-// kRows rows of Q or K as INT8 with the scale of each row's group. group_of(row) < kGroups;
-// load(row, channel, x) gives eight channels, done(row, scale, first_lane) is called once a row by
-// all of its lanes.
+// Means of groups of kMmaMeanRows queries; of rows that do not exist, zeros.
+template <int kDim>
+__global__ void __launch_bounds__(kThreads)
+    average_queries(const __grid_constant__ Problem p,
+                    const __grid_constant__ MmaOperands operands) {
+  constexpr int kLanes = kDim / 8;
+  constexpr int kRows = kThreads / kLanes;
+  __shared__ float sums[kRows][kDim];
+  const int group = blockIdx.x, head = blockIdx.y, b = blockIdx.z;
+  const int begin = group * kMmaMeanRows;
+  const int end = min(begin + kMmaMeanRows, p.q_len(b));
+  const int channel = threadIdx.x % kLanes * 8, first = threadIdx.x / kLanes;
+  float sum[8] = {};
+  if (channel < p.head_dim) {
+    for (int row = begin + first; row < end; row += kRows) {
+      Piece piece;
+      float x[8];
+      piece.load(p.q, p.q_offset(p.q, b, row, head), channel);
+      piece.unpack(p.bf16, x);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sum[e] += x[e];
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < 8; ++e) sums[first][channel + e] = sum[e];
+  __syncthreads();
+  if (threadIdx.x >= kDim) return;
+  float total = 0.0f;
+  for (int r = 0; r < kRows; ++r) total += sums[r][threadIdx.x];
+  const float mean = end > begin ? total / static_cast<float>(end - begin) : 0.0f;
+  const int64_t to =
+      ((static_cast<int64_t>(b) * p.num_heads + head) * gridDim.x + group) * kDim + threadIdx.x;
+  const uint32_t halves =
+      p.bf16 ? ptx::to_halves<true>(mean, 0.0f) : ptx::to_halves<false>(mean, 0.0f);
+  operands.query_means[to] = static_cast<uint16_t>(halves);
+}
+
+// kRows rows of Q or K as integers up to `levels` with the scale of each row's group.
+// group_of(row) < kGroups; load(row, channel, x) gives eight channels, done(row, scale, first_lane)
+// is called once a row by all of its lanes.
 template <int kDim, int kRows, int kGroups, typename GroupOf, typename Load, typename Done>
-__device__ inline void quantize_rows(int8_t* to, GroupOf group_of, Load load, Done done) {
+__device__ inline void quantize_rows(float levels, int8_t* to, GroupOf group_of, Load load,
+                                     Done done) {
   constexpr int kLanes = kDim / 8;
   constexpr int kRowsAtOnce = kThreads / kLanes;
   constexpr int kSteps = kRows / kRowsAtOnce;
@@ -149,11 +187,15 @@ __device__ inline void quantize_rows(int8_t* to, GroupOf group_of, Load load, Do
   for (int i = 0; i < kSteps; ++i) {
     const int row = i * kRowsAtOnce + first;
     const float top = __uint_as_float(tops[group_of(row)]);
-    const float inverse = recipe::kInt8Max / top;
+    const float inverse = levels / top;
     *reinterpret_cast<uint2*>(to + chunk_offset<kDim>(row, lane / 2) + lane % 2 * 8) =
         make_uint2(to_int8(x[i], inverse), to_int8(x[i] + 4, inverse));
-    done(row, top / recipe::kInt8Max, lane == 0);
+    done(row, top / levels, lane == 0);
   }
+}
+
+__device__ inline float levels_of(const MmaOperands& operands) {
+  return operands.query_means != nullptr ? recipe::kInt4Max : recipe::kInt8Max;
 }
 
 template <int kDim>
@@ -170,13 +212,21 @@ __device__ void quantize_queries(const Problem& p, const MmaOperands& operands, 
   const float* means =
       operands.query_biases != nullptr ? operands.key_means + kv_index * kDim : nullptr;
   quantize_rows<kDim, kMmaQueryTile, 32>(
-      operands.queries + first * kDim, [&](int row) { return sage2 ? row / 32 * 8 + row % 8 : 0; },
+      levels_of(operands), operands.queries + first * kDim,
+      [&](int row) { return sage2 ? row / 32 * 8 + row % 8 : 0; },
       [&](int row, int channel, float(&x)[8]) {
         Piece piece{};
-        if (begin + row < length && channel < p.head_dim) {
-          piece.load(p.q, p.q_offset(p.q, b, begin + row, head), channel);
-        }
+        const bool inside = begin + row < length && channel < p.head_dim;
+        if (inside) piece.load(p.q, p.q_offset(p.q, b, begin + row, head), channel);
         piece.unpack(p.bf16, x);
+        if (inside && operands.query_means != nullptr) {
+          Piece mean;
+          float y[8];
+          mean.load({operands.query_means, 0, 0, 0}, (first + row) / kMmaMeanRows * kDim, channel);
+          mean.unpack(p.bf16, y);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) x[e] -= y[e];
+        }
         if (means == nullptr) return;
         float product = 0.0f;
 #pragma unroll
@@ -200,7 +250,7 @@ __device__ void quantize_keys(const Problem& p, const MmaOperands& operands, int
   const float* means =
       operands.key_means != nullptr ? operands.key_means + kv_index * kDim : nullptr;
   quantize_rows<kDim, kMmaKeyTile, kMmaKeyScales>(
-      operands.keys + index * (kMmaKeyTile * kDim),
+      levels_of(operands), operands.keys + index * (kMmaKeyTile * kDim),
       [&](int row) { return sage2 ? row % 8 / 2 : 0; },
       [&](int row, int channel, float(&x)[8]) {
         Piece piece{};
@@ -284,6 +334,10 @@ cudaError_t launch_quantize(const Problem& p, const MmaOperands& operands, cudaS
         <<<dim3(operands.chunks, kv_heads, batch), kThreads, 0, stream>>>(p, operands);
   }
   if (measures) merge_chunks<<<dim3(kv_heads, batch), kDim, 0, stream>>>(p, operands);
+  if (operands.query_means != nullptr && operands.query_tiles > 0) {
+    const unsigned groups = operands.query_tiles * (kMmaQueryTile / kMmaMeanRows);
+    average_queries<kDim><<<dim3(groups, p.num_heads, batch), kThreads, 0, stream>>>(p, operands);
+  }
   const unsigned tiles = std::max(operands.query_tiles, operands.key_tiles);
   const unsigned heads = p.num_heads + kv_heads * (operands.values != nullptr ? 2 : 1);
   if (tiles > 0) {
@@ -294,7 +348,8 @@ cudaError_t launch_quantize(const Problem& p, const MmaOperands& operands, cudaS
 
 }  // namespace
 
-MmaOperands place_mma_operands(const Problem& p, bool sage2, void* workspace, size_t* bytes) {
+MmaOperands place_mma_operands(sagelm_attention_variant variant, const Problem& p, void* workspace,
+                               size_t* bytes) {
   MmaOperands operands{};
   const size_t dim = mma_padded_dim(p.head_dim);
   operands.query_tiles = (p.max_q_len + kMmaQueryTile - 1) / kMmaQueryTile;
@@ -315,7 +370,10 @@ MmaOperands place_mma_operands(const Problem& p, bool sage2, void* workspace, si
     layout.place(operands.key_means, kv_heads * dim);
     layout.place(operands.chunk_sums, chunk_channels);
   }
-  if (sage2) {
+  if (variant == SAGELM_ATTENTION_SAGE2_4B) {
+    layout.place(operands.query_means, query_rows / kMmaMeanRows * dim);
+  }
+  if (variant != SAGELM_ATTENTION_SAGE1) {
     layout.place(operands.values, key_tiles * kMmaKeyTile * dim);
     layout.place(operands.value_scales, kv_heads * dim);
     layout.place(operands.chunk_tops, chunk_channels);

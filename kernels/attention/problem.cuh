@@ -31,6 +31,9 @@ struct Problem {
   bool causal;
   bool smooth_k;
   bool bf16;
+  // Of decode steps that attention itself appends to the cache (decode_parts.cuh); else null.
+  const float* rotations;  // [positions][2][head_dim / 2], as kernels/ops/rope_append.h has them
+  uint32_t* arrivals;      // [batch][num_kv_heads], zeros before and after
 
 #ifdef __CUDACC__
   __device__ int q_len(int b) const {

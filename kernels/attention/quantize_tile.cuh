@@ -136,6 +136,21 @@ __device__ inline void quantize_key_tile(const Load& load, int count, const floa
   }
 }
 
+// Row `row` of a tile of queries, of which this thread has the channels of its chunk, with a scale
+// of its own: the product of a row's and a key's integers, times both scales, is a logit in bits.
+template <int kDim>
+__device__ inline void quantize_query_row(const float (&x)[8], int row, float logit_scale,
+                                          int8_t* to, float* scales) {
+  constexpr int kLanes = kDim / 8;
+  const int lane = threadIdx.x % kLanes;
+  uint32_t largest = __float_as_uint(recipe::kAmaxFloor);
+#pragma unroll
+  for (int e = 0; e < 8; ++e) largest = max(largest, magnitude(x[e]));
+  const float amax = __uint_as_float(max_over_lanes<kLanes>(largest));
+  store_half_chunk<kDim>(to, row, lane, to_int8(x, recipe::kInt8Max / amax));
+  if (lane == 0) scales[row] = amax * (1.0f / recipe::kInt8Max) * logit_scale;
+}
+
 // 16-bit columns of a value tile in shared memory: [64 token pairs][kDim channels], each element
 // the two e4m3 of a channel, so that 8x8 matrix loads transpose it. The chunks of a pair's row are
 // spread so that the eight rows that one matrix load takes lie in different banks.

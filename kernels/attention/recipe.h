@@ -13,6 +13,19 @@ inline constexpr float kLn2 = 0.69314718f;
 inline constexpr float kInt8Max = 127.0f;
 inline constexpr float kInt4Max = 7.0f;
 
+// INT4 keys of a cache (docs/kv-cache.md) are rotated first, and so are the queries that meet them:
+// both are multiplied by the Hadamard matrix of their size, head_dim rounded up to 64, 128 or 256,
+// and by these factors, which are exact and whose product is 1 / dim. Logits stay the same, and no
+// channel is much larger than the others.
+inline constexpr int kRotatedDim = 64;  // the least
+template <int kDim>
+inline constexpr float kRotatedKeyFactor = kDim == 256 ? 0.0625f : 0.125f;
+template <int kDim>
+inline constexpr float kRotatedQueryFactor = kDim == 64 ? 0.125f : 0.0625f;
+// They are then cut into 16 steps between their least and largest element: middle + step * integer.
+inline constexpr float kInt4Steps = 15.0f;
+inline constexpr float kInt4Middle = 8.0f;
+
 // Largest finite e4m3 (1.75 * 2^8). P, in [0, 1], is scaled by it before conversion, by taking
 // log2(448) off the running maximum: the row sum then carries the same factor and it cancels.
 inline constexpr float kE4m3Max = 448.0f;

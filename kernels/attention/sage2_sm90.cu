@@ -9,6 +9,7 @@
 #include "kernels/attention/sage_quantize_sm90.h"
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/sm90.cuh"
+#include "kernels/ops/launch.cuh"
 
 namespace sagelm::kernels {
 namespace {
@@ -16,7 +17,8 @@ namespace {
 using namespace sm90;
 using namespace sage2;
 
-// Two-level accumulation: products of so many tiles are summed by the matrix unit, then in float32.
+// Two-level accumulation: products of so many tiles are summed by the matrix unit, the sums of them
+// in FlushedSums.
 constexpr int kFlushTiles = 4;
 
 template <int kDim>
@@ -31,14 +33,20 @@ __device__ inline void issue_qk(int32_t (&logits)[64], uint32_t queries, uint32_
   wgmma_commit();
 }
 
+// P V, and the sums of the rows of P.
 template <int kDim>
-__device__ inline void issue_pv(float (&products)[kDim / 2], const uint32_t (&p)[16],
-                                uint32_t values, bool accumulate) {
+__device__ inline void issue_pv(float (&products)[kDim / 2], float (&row_sums)[4],
+                                const uint32_t (&p)[16], uint32_t values, uint32_t ones,
+                                bool accumulate) {
   const uint64_t b = wgmma_descriptor(values, Swizzle::k128B);
   wgmma_fence();
   wgmma_e4m3(products, p, b, accumulate);
 #pragma unroll
   for (int k = 1; k < kKeyTile / 32; ++k) wgmma_e4m3(products, p + 4 * k, b + 2 * k, true);
+  const uint64_t b_ones = wgmma_descriptor(ones, Swizzle::k128B);
+  wgmma_e4m3<true>(row_sums, p, b_ones);
+#pragma unroll
+  for (int k = 1; k < kKeyTile / 32; ++k) wgmma_e4m3<false>(row_sums, p + 4 * k, b_ones);
   wgmma_commit();
 }
 
@@ -56,69 +64,35 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule
     const int slot = query_ring.stage;
     mbarrier_wait_idle(places.queries_empty(slot), query_ring.parity);
     query_ring.advance(kQuerySlots);
-    // The last item may reach beyond the tiles that a head has room for.
-    const int rows = min(kQueryTile, tiles.query_tiles * kTileTokens - item.tile * kQueryTile);
+    // The last item may reach beyond the tiles that the sequence has room for.
+    const int padded = (item.q_len + kTileTokens - 1) / kTileTokens * kTileTokens;
+    const int rows = min(kQueryTile, padded - item.tile * kQueryTile);
     mbarrier_expect_bytes(places.queries_full(slot), rows * kDim);
     bulk_copy(places.queries(slot), tiles.queries + first_query<kQueryTile>(p, tiles, item) * kDim,
               rows * kDim, places.queries_full(slot));
-    const int64_t first =
-        (static_cast<int64_t>(item.b) * p.num_kv_heads + item.kv_head) * tiles.kv_tiles;
+    if (item.kv_tiles == 0) continue;
+    int next = tile_place(p, tiles, item, item.tile_at(0));
     for (int i = 0; i < item.kv_tiles; ++i) {
       const int s = ring.stage;
-      const int64_t tile = first + item.tile_at(i);
+      const int place = next;
+      // Asked for before it is needed: a page's number comes from memory.
+      if (i + 1 < item.kv_tiles) next = tile_place(p, tiles, item, item.tile_at(i + 1));
       mbarrier_wait_idle(places.keys_empty(s), ring.parity);
       mbarrier_expect_bytes(places.keys_full(s), Shared::kTileBytes + sizeof(Shared::scales[0]));
-      bulk_copy(places.scales(s), tiles.scales + tile * kTileScales, sizeof(Shared::scales[0]),
-                places.keys_full(s));
-      bulk_copy(places.keys(s), tiles.keys + tile * Shared::kTileBytes, Shared::kTileBytes,
-                places.keys_full(s));
+      bulk_copy(places.scales(s),
+                tile_at_place<kTileScales>(tiles.scales, tiles.tail_scales, place),
+                sizeof(Shared::scales[0]), places.keys_full(s));
+      bulk_copy(places.keys(s),
+                tile_at_place<Shared::kTileBytes>(tiles.keys, tiles.tail_keys, place),
+                Shared::kTileBytes, places.keys_full(s));
       mbarrier_wait_idle(places.values_empty(s), ring.parity);
       mbarrier_expect_bytes(places.values_full(s), Shared::kTileBytes);
-      bulk_copy(places.values(s), tiles.values + tile * Shared::kTileBytes, Shared::kTileBytes,
-                places.values_full(s));
+      bulk_copy(places.values(s),
+                tile_at_place<Shared::kTileBytes>(tiles.values, tiles.tail_values, place),
+                Shared::kTileBytes, places.values_full(s));
       ring.advance(Shared::kStages);
     }
   }
-}
-
-// The second level of accumulation: a warp's sums in shared memory, kept against the references at
-// the time of their last change.
-struct Flushed {
-  bool any = false;
-  float reference[2];
-};
-
-// Adds the sums in shared memory, if there are any, to those of the matrix unit.
-template <int kDim>
-__device__ inline void add_flushed(const float4 (&sums)[kDim / 8][32], const RowState& rows,
-                                   const Flushed& flushed, float (&products)[kDim / 2]) {
-  if (!flushed.any) return;
-  const int lane = threadIdx.x % 32;
-  const float factor[2] = {ptx::exp2_fast(flushed.reference[0] - rows.reference[0]),
-                           ptx::exp2_fast(flushed.reference[1] - rows.reference[1])};
-#pragma unroll
-  for (int j = 0; j < kDim / 8; ++j) {
-    const float4 old = sums[j][lane];
-    products[4 * j] = fmaf(old.x, factor[0], products[4 * j]);
-    products[4 * j + 1] = fmaf(old.y, factor[0], products[4 * j + 1]);
-    products[4 * j + 2] = fmaf(old.z, factor[1], products[4 * j + 2]);
-    products[4 * j + 3] = fmaf(old.w, factor[1], products[4 * j + 3]);
-  }
-}
-
-// Moves the sums of the matrix unit, which starts from zero next, to those in shared memory.
-template <int kDim>
-__device__ inline void flush(float (&products)[kDim / 2], const RowState& rows,
-                             float4 (&sums)[kDim / 8][32], Flushed& flushed) {
-  add_flushed<kDim>(sums, rows, flushed, products);
-#pragma unroll
-  for (int j = 0; j < kDim / 8; ++j) {
-    sums[j][threadIdx.x % 32] =
-        make_float4(products[4 * j], products[4 * j + 1], products[4 * j + 2], products[4 * j + 3]);
-  }
-  flushed.any = true;
-  flushed.reference[0] = rows.reference[0];
-  flushed.reference[1] = rows.reference[1];
 }
 
 template <int kDim>
@@ -131,6 +105,8 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
   RingCursor ring, query_ring;
   int32_t logits[64];
   float products[kDim / 2];
+  FlushedSums<kDim> flushed;
+  float row_sums[4];           // of the weights in flight: row g twice, row g + 8 twice
   uint32_t even[16], odd[16];  // P of a tile and of the next
   WorkItem item;
   for (int index = blockIdx.x;
@@ -138,7 +114,7 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
     if (item.kv_tiles < 0) continue;
     RowState rows = {};
     const int first_row = item.tile * kQueryTile + group * 64 + warp * 16;
-    const bool present = first_row < tiles.query_tiles * kTileTokens;
+    const bool present = first_row < item.q_len;
     const int64_t query = first_query<kQueryTile>(p, tiles, item) + group * 64 + warp * 16;
     const float query_scale[2] = {present ? tiles.query_scales[query + g] : 0.0f,
                                   present ? tiles.query_scales[query + g + 8] : 0.0f};
@@ -151,8 +127,9 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
     const uint32_t queries = places.queries(slot) + group * 64 * kDim;
     int summed = 0;  // tiles in products
     bool keys_ready = false, values_ready = false;
-    Flushed flushed;
+    flushed.clear();
     TileScales tile;
+    float value_inverse = 0.0f;  // of the tile whose products are in flight
 
     const auto release = [&](uint32_t barrier) {
       __syncwarp();
@@ -180,18 +157,23 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
       next.advance(Shared::kStages);
       values_ready = mbarrier_test(places.values_full(ring.stage), ring.parity);
       keys_ready = mbarrier_test(places.keys_full(next.stage), next.parity);
-      float sum[2];
-      if (j >= first_masked) {
-        exponentiate<true>(logits, to, tile.scale, offset, ends, sum);
-      } else {
-        exponentiate<false>(logits, to, tile.scale, offset, ends, sum);
-      }
+      const uint32_t carries = j >= first_masked
+                                   ? exponentiate<true>(logits, to, tile.scale, offset, ends)
+                                   : exponentiate<false>(logits, to, tile.scale, offset, ends);
       finish();
-      if (__any_sync(0xFFFFFFFFu, !sums_fit(sum))) {
-        move_references(logits, to, rows, products, tile, ends, sum);
+      if (__any_sync(0xFFFFFFFFu, near_most(carries))) {
+        move_references<kDim>(logits, to, rows, products, flushed, tile, ends);
       }
-      rows.sum[0] = fmaf(sum[0], tile.value_inverse, rows.sum[0]);
-      rows.sum[1] = fmaf(sum[1], tile.value_inverse, rows.sum[1]);
+      value_inverse = tile.value_inverse;
+    };
+    // Waits for the products of the tile at `stage`.
+    const auto finish_values = [&](int stage) {
+      wgmma_wait<0>();
+      pin(products);
+      pin(row_sums);
+      release(places.values_empty(stage));
+      rows.sum[0] = fmaf(row_sums[0], value_inverse, rows.sum[0]);
+      rows.sum[1] = fmaf(row_sums[2], value_inverse, rows.sum[1]);
     };
     // From P of a tile to P of the next one, j.
     const auto step = [&](int j, const uint32_t(&from)[16], uint32_t(&to)[16]) {
@@ -199,28 +181,24 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
       ring.advance(Shared::kStages);
       if (!keys_ready) mbarrier_wait(places.keys_full(ring.stage), ring.parity);
       issue_qk<kDim>(logits, queries, places.keys(ring.stage));
+      // Here the matrix unit has QK to do meanwhile.
+      if (summed == kFlushTiles) {
+        flushed.take(products);
+        summed = 0;
+      }
       if (!values_ready) mbarrier_wait(places.values_full(now.stage), now.parity);
-      issue_pv<kDim>(products, from, places.values(now.stage), summed > 0);
+      issue_pv<kDim>(products, row_sums, from, places.values(now.stage), places.ones(), summed > 0);
       ++summed;
       wgmma_wait<1>();
       take_logits();
-      softmax(j, to, [&] {
-        wgmma_wait<0>();
-        pin(products);
-        release(places.values_empty(now.stage));
-        if (summed == kFlushTiles) {
-          flush<kDim>(products, rows, out.sums, flushed);
-          summed = 0;
-        }
-      });
+      softmax(j, to, [&] { finish_values(now.stage); });
     };
     const auto last_step = [&](const uint32_t(&from)[16]) {
       release(places.queries_empty(slot));
       mbarrier_wait(places.values_full(ring.stage), ring.parity);
-      issue_pv<kDim>(products, from, places.values(ring.stage), summed > 0);
-      wgmma_wait<0>();
-      pin(products);
-      release(places.values_empty(ring.stage));
+      issue_pv<kDim>(products, row_sums, from, places.values(ring.stage), places.ones(),
+                     summed > 0);
+      finish_values(ring.stage);
       ring.advance(Shared::kStages);
     };
 
@@ -235,25 +213,28 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
       const int ends[2] = {row_end[0] - j * kKeyTile, row_end[1] - j * kKeyTile};
       set_references(logits, rows, tile, ends);
       softmax(j, even, [] {});
-      int i = 1;
-      for (; i + 1 < item.kv_tiles; i += 2) {
-        step(item.tile_at(i), even, odd);
-        step(item.tile_at(i + 1), odd, even);
+      for (int i = 1;;) {
+        if (i == item.kv_tiles) {
+          last_step(even);
+          break;
+        }
+        step(item.tile_at(i++), even, odd);
+        if (i == item.kv_tiles) {
+          last_step(odd);
+          break;
+        }
+        step(item.tile_at(i++), odd, even);
       }
-      if (i < item.kv_tiles) {
-        step(item.tile_at(i), even, odd);
-        last_step(odd);
-      } else {
-        last_step(even);
-      }
-      add_flushed<kDim>(out.sums, rows, flushed, products);
-      __syncwarp();  // the staged rows take the place of the sums
+      flushed.add_to(products);
+      // store_rows adds those of four threads, which here are the same.
+      rows.sum[0] *= 0.25f;
+      rows.sum[1] *= 0.25f;
     } else {
       release(places.queries_empty(slot));
 #pragma unroll
       for (int i = 0; i < kDim / 2; ++i) products[i] = 0.0f;
     }
-    store_rows<kDim>(p, item, first_row, rows, products, out.rows,
+    store_rows<kDim>(p, item, first_row, rows, products, out,
                      tiles.query_biases != nullptr ? tiles.query_biases + query : nullptr);
   }
 }
@@ -267,7 +248,13 @@ __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
   const Places<kDim> places(shared);
   if (threadIdx.x == 0)
     init_barriers(places, 1, 32 * Groups<kDim>::kReleases, Groups<kDim>::kReleases);
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof shared.ones); i += blockDim.x) {
+    shared.ones[i] = 0x38;  // 1 in e4m3
+  }
+  fence_proxy_async();
   __syncthreads();
+  allow_next_kernel();
+  wait_for_previous_kernel();
   const int group = threadIdx.x / 128;
   if (group == 0) {
     set_fewer_registers<kProducerRegisters>();
@@ -283,13 +270,12 @@ cudaError_t attend(const Problem& p, const SageTiles& tiles, cudaStream_t stream
   constexpr int kBytes = sizeof(SharedTiles<kDim>);
   const int64_t items = int64_t{p.batch} * p.num_heads * items_per_head<kDim>(tiles);
   const int64_t kv_head_bytes = int64_t{2} * tiles.kv_tiles * SharedTiles<kDim>::kTileBytes;
-  Launch launch;
+  Launch plan;
   const cudaError_t error = plan_launch(reinterpret_cast<const void*>(sage2_kernel<kDim>), kBytes,
-                                        p, kv_head_bytes, items, launch);
+                                        p, kv_head_bytes, items, plan);
   if (error != cudaSuccess) return error;
-  sage2_kernel<kDim>
-      <<<launch.grid, Groups<kDim>::kThreads, kBytes, stream>>>(p, tiles, launch.schedule);
-  return cudaGetLastError();
+  return launch_with_memory(sage2_kernel<kDim>, dim3(plan.grid), Groups<kDim>::kThreads, kBytes,
+                            stream, p, tiles, plan.schedule);
 }
 
 int padded_dim(const Problem& p) { return p.head_dim <= 64 ? 64 : 128; }

@@ -2,6 +2,8 @@
 // e4m3 (arXiv:2411.10958, section 3.3), with a reference per row in the place of a running maximum.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include <cstdint>
 
 #include "kernels/attention/recipe.h"
@@ -12,12 +14,8 @@ namespace sagelm::kernels::sage2 {
 
 using namespace hopper;
 
-// The exponentials of a tile are taken against a row's reference, the reference is moved only when
-// those of one thread add up to more than e4m3 can hold of one of them, and then so far that they
-// add up to this many bits less.
-constexpr float kSlack = 2.0f;
-constexpr float kSumBits = recipe::kLog2E4m3Max - kSlack;
-// Before any sum is known, the largest weight gets so many bits: 32 of them still fit.
+// The exponentials of a tile are taken against a row's reference. It is moved only when a weight
+// comes near the largest e4m3 number, to where the tile's largest weight has so many bits.
 constexpr float kFirstBits = recipe::kLog2E4m3Max - 5.0f;
 // The reference of a row that has seen no key: any logit is infinitely above it.
 constexpr float kNothing = -1e30f;
@@ -29,13 +27,18 @@ struct TileScales {
   float value_inverse;  // 1 / scale of V
 };
 
-// A tile's logits to P and to the sums of its weights. ends: keys from there on are masked,
-// relative to the first key of this thread (4c of the tile).
+// Whether a weight of e4m3 numbers, to whose codes kNearMost has been added, is 256 (the code 0x78)
+// or more, or NaN. If none is, then none has saturated.
+constexpr uint32_t kNearMost = 0x08080808u;
+__device__ inline bool near_most(uint32_t carries) { return (carries & 0x80808080u) != 0; }
+
+// A tile's logits to P. ends: keys from there on are masked, relative to the first key of this
+// thread (4c of the tile). Returns the union of what near_most takes.
 template <bool kMask>
-__device__ __forceinline__ void exponentiate(const int32_t (&logits)[64], uint32_t (&p)[16],
-                                             const float (&scale)[2], const float (&offset)[2],
-                                             const int (&ends)[2], float (&sum)[2]) {
-  sum[0] = sum[1] = 0.0f;
+__device__ __forceinline__ uint32_t exponentiate(const int32_t (&logits)[64], uint32_t (&p)[16],
+                                                 const float (&scale)[2], const float (&offset)[2],
+                                                 const int (&ends)[2]) {
+  uint32_t carries = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     float x[16];
@@ -47,18 +50,51 @@ __device__ __forceinline__ void exponentiate(const int32_t (&logits)[64], uint32
         const int key = 16 * (at >> 3) + 2 * ((at >> 2) & 1) + (at & 1);
         if (key >= ends[r]) x[k] = 0.0f;
       }
-      sum[r] += x[k];
     }
     p[4 * i] = ptx::to_e4m3(x[0], x[1], x[4], x[5]);
     p[4 * i + 1] = ptx::to_e4m3(x[2], x[3], x[6], x[7]);
     p[4 * i + 2] = ptx::to_e4m3(x[8], x[9], x[12], x[13]);
     p[4 * i + 3] = ptx::to_e4m3(x[10], x[11], x[14], x[15]);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) carries |= p[4 * i + k] + kNearMost;
   }
+  return carries;
 }
 
-__device__ inline bool sums_fit(const float (&sum)[2]) {
-  return sum[0] <= recipe::kE4m3Max && sum[1] <= recipe::kE4m3Max;  // NaN does not
-}
+// The second level of accumulation: sums of the matrix unit's sums, in halves of 2^-20 of them,
+// packed as the accumulators lie: element i is of row i % 2. A row's weights add up to about 14 at
+// least (kFirstBits) and to 2^8 a key at most, so that these stay in the range of halves.
+template <int kDim>
+struct FlushedSums {
+  __half2 sums[kDim / 4];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kDim / 4; ++i) sums[i] = __floats2half2_rn(0.0f, 0.0f);
+  }
+  __device__ void take(const float (&products)[kDim / 2]) {
+#pragma unroll
+    for (int i = 0; i < kDim / 4; ++i) {
+      sums[i] = __hadd2(
+          sums[i], __floats2half2_rn(products[2 * i] * 0x1p-20f, products[2 * i + 1] * 0x1p-20f));
+    }
+  }
+  __device__ void scale_row(int r, float factor) {
+#pragma unroll
+    for (int i = r; i < kDim / 4; i += 2) {
+      const float2 x = __half22float2(sums[i]);
+      sums[i] = __floats2half2_rn(x.x * factor, x.y * factor);
+    }
+  }
+  __device__ void add_to(float (&products)[kDim / 2]) const {
+#pragma unroll
+    for (int i = 0; i < kDim / 4; ++i) {
+      const float2 x = __half22float2(sums[i]);
+      products[2 * i] = fmaf(x.x, 0x1p20f, products[2 * i]);
+      products[2 * i + 1] = fmaf(x.y, 0x1p20f, products[2 * i + 1]);
+    }
+  }
+};
 
 // The largest logit of row r, in bits, among its keys before `end`; kNothing if there is none.
 __device__ inline float largest_logit(const int32_t (&logits)[64], int r, const TileScales& tile,
@@ -83,37 +119,35 @@ __device__ inline void set_references(const int32_t (&logits)[64], RowState& row
   rows.reference[1] = largest_logit(logits, 1, tile, ends[1]) - kFirstBits;
 }
 
-// Moves the references of rows whose weights do not fit, and computes the weights again. A row
+// Moves the references of rows with a weight near the most, and computes the weights again. A row
 // without a weight so far takes its reference from these keys.
-template <int kCount>
+template <int kDim>
 __device__ inline void move_references(const int32_t (&logits)[64], uint32_t (&p)[16],
-                                       RowState& rows, float (&products)[kCount],
-                                       const TileScales& tile, const int (&ends)[2],
-                                       float (&sum)[2]) {
-  // A second time where the sums of the first overflowed: they did not say how far to go.
-  for (int attempt = 0; attempt < 2; ++attempt) {
+                                       RowState& rows, float (&products)[kDim / 2],
+                                       FlushedSums<kDim>& flushed, const TileScales& tile,
+                                       const int (&ends)[2]) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float largest = quad_max(sum[r]);
-      const float before = rows.reference[r];
-      if (!(largest < 1e30f)) {
-        rows.reference[r] = largest_logit(logits, r, tile, ends[r]) - kFirstBits;
-      } else if (largest > recipe::kE4m3Max) {
-        rows.reference[r] = before + (__log2f(largest) - kSumBits);
-      }
-      const float factor = ptx::exp2_fast(before - rows.reference[r]);
-      rows.sum[r] *= factor;
+  for (int r = 0; r < 2; ++r) {
+    uint32_t carries = 0;
 #pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-        products[4 * j + 2 * r] *= factor;
-        products[4 * j + 2 * r + 1] *= factor;
-      }
+    for (int i = r; i < 16; i += 2) carries |= p[i] + kNearMost;
+    carries |= __shfl_xor_sync(0xFFFFFFFFu, carries, 1);
+    carries |= __shfl_xor_sync(0xFFFFFFFFu, carries, 2);
+    const float largest = largest_logit(logits, r, tile, ends[r]);
+    const float before = rows.reference[r];
+    if (near_most(carries)) rows.reference[r] = largest - kFirstBits;
+    const float factor = ptx::exp2_fast(before - rows.reference[r]);
+    rows.sum[r] *= factor;
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j) {
+      products[4 * j + 2 * r] *= factor;
+      products[4 * j + 2 * r + 1] *= factor;
     }
-    const float offset[2] = {rows.reference[0] - tile.value_bits,
-                             rows.reference[1] - tile.value_bits};
-    exponentiate<true>(logits, p, tile.scale, offset, ends, sum);
-    if (!__any_sync(0xFFFFFFFFu, !sums_fit(sum))) break;
+    flushed.scale_row(r, factor);
   }
+  const float offset[2] = {rows.reference[0] - tile.value_bits,
+                           rows.reference[1] - tile.value_bits};
+  exponentiate<true>(logits, p, tile.scale, offset, ends);
 }
 
 }  // namespace sagelm::kernels::sage2

@@ -1,6 +1,7 @@
 // How the Hopper sage2 kernel is divided: warp groups and shared memory.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/attention/problem.cuh"
@@ -34,12 +35,9 @@ struct SharedTiles {
   alignas(1024) int8_t keys[kStages][kTileBytes];
   alignas(1024) uint8_t values[kStages][kTileBytes];
   alignas(1024) int8_t queries[kQuerySlots][kQueryTile * kDim];
-  // Per warp: the sums of flushed tiles, [kDim / 8][32 lanes]; in the end the staged rows.
-  union Out {
-    float4 sums[kDim / 8][32];
-    uint16_t rows[16][kDim + 8];  // padded against bank conflicts
-  };
-  alignas(128) Out out[4 * Groups<kDim>::kConsumers];
+  alignas(1024) uint8_t ones[8 * 128];  // e4m3: P times them is the sum of a row's weights
+  // Finished rows on their way out, per warp; padded against bank conflicts.
+  alignas(128) uint16_t out[4 * Groups<kDim>::kConsumers][16][kDim + 8];
   alignas(16) float scales[kStages][kTileScales];
   uint64_t keys_full[kStages], keys_empty[kStages];
   uint64_t values_full[kStages], values_empty[kStages];
@@ -47,7 +45,12 @@ struct SharedTiles {
 };
 
 template <int kDim>
-using Places = TilePlaces<SharedTiles<kDim>>;
+struct Places : TilePlaces<SharedTiles<kDim>> {
+  using TilePlaces<SharedTiles<kDim>>::TilePlaces;
+  __device__ uint32_t ones() const {
+    return this->base + static_cast<uint32_t>(offsetof(SharedTiles<kDim>, ones));
+  }
+};
 
 // Items that a head has room for.
 template <int kDim>
@@ -60,8 +63,24 @@ __host__ __device__ inline int items_per_head(const SageTiles& tiles) {
 template <int kQueryTile>
 __device__ inline int64_t first_query(const Problem& p, const SageTiles& tiles,
                                       const WorkItem& item) {
-  const int64_t head = static_cast<int64_t>(item.b) * p.num_heads + item.head;
-  return head * tiles.query_tiles * kTileTokens + item.tile * kQueryTile;
+  return tiles.first_query(p.cu_q_lens, item.b, item.head) + item.tile * kQueryTile;
+}
+
+// Index of an item's key tile i among those of its memory; of a tile behind the pages, -1 minus it.
+__device__ inline int tile_place(const Problem& p, const SageTiles& tiles, const WorkItem& item,
+                                 int i) {
+  const int sequence_head = item.b * p.num_kv_heads + item.kv_head;
+  if (tiles.page_table == nullptr) return sequence_head * tiles.kv_tiles + i;
+  if ((i + 1) * kTileTokens > item.kv_len) return -1 - sequence_head;
+  const int64_t at = static_cast<int64_t>(item.b) * tiles.page_table_stride + i;
+  return tiles.page_table[at] * p.num_kv_heads + item.kv_head;
+}
+
+// Element `place` of pages or, where it is negative, of tails; elements of kSize T.
+template <int kSize, typename T>
+__device__ inline const T* tile_at_place(const T* pages, const T* tails, int place) {
+  return place >= 0 ? pages + static_cast<int64_t>(place) * kSize
+                    : tails + static_cast<int64_t>(-1 - place) * kSize;
 }
 
 }  // namespace sagelm::kernels::sage2

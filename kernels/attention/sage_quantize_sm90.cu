@@ -1,12 +1,16 @@
+#include <algorithm>
+
 #include "kernels/attention/quantize_tile.cuh"
 #include "kernels/attention/recipe.h"
 #include "kernels/attention/sage_quantize_sm90.h"
 #include "kernels/common/launch.h"
+#include "kernels/ops/launch.cuh"
 
 namespace sagelm::kernels {
 namespace {
 
 constexpr int kThreads = kQuantizeThreads;
+constexpr int kBlocks = 4;  // on a multiprocessor
 constexpr int kMeanTokens = 256;
 
 __device__ inline const uint4* row_chunk(const Tensor& x, int64_t offset, int chunk) {
@@ -15,6 +19,9 @@ __device__ inline const uint4* row_chunk(const Tensor& x, int64_t offset, int ch
 
 template <int kDim, bool kBf16>
 __global__ void __launch_bounds__(kThreads) key_means(Problem p, float* means) {
+  // In this order: blocks of the next kernel that need no means do not wait for anything.
+  wait_for_previous_kernel();
+  allow_next_kernel();
   constexpr int kLanes = kDim / 8;
   constexpr int kRows = kThreads / kLanes;
   const int head = blockIdx.x, b = blockIdx.y;
@@ -50,52 +57,38 @@ __device__ void quantize_queries(const Problem& p, const SageTiles& tiles, int t
   constexpr int kLanes = kDim / 8;
   constexpr int kRows = kThreads / kLanes;
   constexpr int kSteps = kTileTokens / kRows;
-  const int length = p.q_len(b);
-  if (tile * kTileTokens >= length) return;
-  const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
-  const bool inside = lane * 8 < p.head_dim;
-  const int64_t index = (static_cast<int64_t>(b) * p.num_heads + head) * tiles.query_tiles + tile;
-  int8_t* to = tiles.queries + index * (kTileTokens * kDim);
+  const int length = p.q_len(b), first = tile * kTileTokens;
+  if (first >= length) return;
+  const int lane = threadIdx.x % kLanes, first_row = threadIdx.x / kLanes;
+  const int64_t place = tiles.first_query(p.cu_q_lens, b, head) + first;
   float mean[8] = {};
   if (tiles.query_biases != nullptr) {
     const int kv_head = head / (p.num_heads / p.num_kv_heads);
-    const float* from =
-        tiles.key_means + (static_cast<int64_t>(b) * p.num_kv_heads + kv_head) * kDim + lane * 8;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) mean[e] = from[e];
+    load_mean(tiles.key_means + (static_cast<int64_t>(b) * p.num_kv_heads + kv_head) * kDim, lane,
+              mean);
   }
   uint4 raw[kSteps];
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
-    const int token = tile * kTileTokens + i * kRows + first;
-    raw[i] = inside && token < length ? __ldg(row_chunk(p.q, p.q_offset(p.q, b, token, head), lane))
-                                      : make_uint4(0, 0, 0, 0);
+    const int token = first + i * kRows + first_row;
+    raw[i] = lane * 8 < p.head_dim && token < length
+                 ? __ldg(row_chunk(p.q, p.q_offset(p.q, b, token, head), lane))
+                 : make_uint4(0, 0, 0, 0);
   }
   const float logit_scale = p.softmax_scale * recipe::kLog2E;
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
+    const int row = i * kRows + first_row;
     float x[8];
     unpack<kBf16>(raw[i], x);
-    uint32_t largest = __float_as_uint(recipe::kAmaxFloor);
-    float bias = 0;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      largest = max(largest, magnitude(x[e]));
-      bias = fmaf(x[e], mean[e], bias);
-    }
-    const float amax = __uint_as_float(max_over_lanes<kLanes>(largest));
-    const int row = i * kRows + first;
-    store_half_chunk<kDim>(to, row, lane, to_int8(x, recipe::kInt8Max / amax));
-    if (lane == 0) {
-      tiles.query_scales[index * kTileTokens + row] =
-          amax * (1.0f / recipe::kInt8Max) * logit_scale;
-    }
+    quantize_query_row<kDim>(x, row, logit_scale, tiles.queries + place * kDim,
+                             tiles.query_scales + place);
     if (tiles.query_biases != nullptr) {
+      float bias = 0;
 #pragma unroll
-      for (int step = kLanes / 2; step > 0; step /= 2) {
-        bias += __shfl_xor_sync(0xFFFFFFFFu, bias, step);
-      }
-      if (lane == 0) tiles.query_biases[index * kTileTokens + row] = bias * logit_scale;
+      for (int e = 0; e < 8; ++e) bias = fmaf(x[e], mean[e], bias);
+      bias = over_lanes<kLanes>(bias, [](float a, float b) { return a + b; });
+      if (lane == 0) tiles.query_biases[place + row] = bias * logit_scale;
     }
   }
 }
@@ -140,33 +133,37 @@ __device__ void quantize_values(const Problem& p, const SageTiles& tiles, int ti
                                    tiles.scales + index * kTileScales);
 }
 
-// blockIdx.y: the heads of Q, then those of K, then those of V.
+// blockIdx.y: the heads of Q, then those of V, then those of K, which wait for the means.
 template <int kDim, bool kBf16>
-__global__ void __launch_bounds__(kThreads, 3) quantize(Problem p, SageTiles tiles) {
+__global__ void __launch_bounds__(kThreads, kBlocks) quantize(Problem p, SageTiles tiles) {
   const int tile = blockIdx.x, b = blockIdx.z;
   int head = blockIdx.y;
+  if (head >= p.num_heads + p.num_kv_heads || !p.smooth_k || tiles.query_biases != nullptr) {
+    wait_for_previous_kernel();
+  }
+  allow_next_kernel();
   if (head < p.num_heads) {
     quantize_queries<kDim, kBf16>(p, tiles, tile, head, b);
     return;
   }
   head -= p.num_heads;
   if (head < p.num_kv_heads) {
-    quantize_keys<kDim, kBf16>(p, tiles, tile, head, b);
+    quantize_values<kDim, kBf16>(p, tiles, tile, head, b);
   } else {
-    quantize_values<kDim, kBf16>(p, tiles, tile, head - p.num_kv_heads, b);
+    quantize_keys<kDim, kBf16>(p, tiles, tile, head - p.num_kv_heads, b);
   }
 }
 
 template <int kDim, bool kBf16>
-cudaError_t launch(const Problem& p, const SageTiles& tiles, cudaStream_t stream) {
+cudaError_t launch_quantize(const Problem& p, const SageTiles& tiles, cudaStream_t stream) {
   if (p.smooth_k) {
-    key_means<kDim, kBf16>
-        <<<dim3(p.num_kv_heads, p.batch), kThreads, 0, stream>>>(p, tiles.key_means);
+    const cudaError_t error = launch(key_means<kDim, kBf16>, dim3(p.num_kv_heads, p.batch),
+                                     kThreads, stream, p, tiles.key_means);
+    if (error != cudaSuccess) return error;
   }
-  const int most = tiles.query_tiles > tiles.kv_tiles ? tiles.query_tiles : tiles.kv_tiles;
-  quantize<kDim, kBf16>
-      <<<dim3(most, p.num_heads + 2 * p.num_kv_heads, p.batch), kThreads, 0, stream>>>(p, tiles);
-  return cudaGetLastError();
+  const int most = std::max(tiles.query_tiles, tiles.kv_tiles);
+  return launch(quantize<kDim, kBf16>, dim3(most, p.num_heads + 2 * p.num_kv_heads, p.batch),
+                kThreads, stream, p, tiles);
 }
 
 }  // namespace
@@ -175,7 +172,8 @@ SageTiles place_sage_tiles(const Problem& p, int dim, void* workspace, size_t* b
   SageTiles tiles{};
   tiles.query_tiles = (p.max_q_len + kTileTokens - 1) / kTileTokens;
   tiles.kv_tiles = (p.max_kv_len + kTileTokens - 1) / kTileTokens;
-  const size_t query_tiles = static_cast<size_t>(p.batch) * p.num_heads * tiles.query_tiles;
+  tiles.head_query_tiles = p.batch * tiles.query_tiles;
+  const size_t query_tiles = static_cast<size_t>(p.num_heads) * tiles.head_query_tiles;
   const size_t kv_heads = static_cast<size_t>(p.batch) * p.num_kv_heads;
   const size_t kv_tiles = kv_heads * tiles.kv_tiles;
   const size_t tile_bytes = static_cast<size_t>(kTileTokens) * dim;
@@ -195,9 +193,11 @@ SageTiles place_sage_tiles(const Problem& p, int dim, void* workspace, size_t* b
 cudaError_t quantize_to_sage_tiles(const Problem& p, int dim, const SageTiles& tiles,
                                    cudaStream_t stream) {
   if (dim == 64) {
-    return p.bf16 ? launch<64, true>(p, tiles, stream) : launch<64, false>(p, tiles, stream);
+    return p.bf16 ? launch_quantize<64, true>(p, tiles, stream)
+                  : launch_quantize<64, false>(p, tiles, stream);
   }
-  return p.bf16 ? launch<128, true>(p, tiles, stream) : launch<128, false>(p, tiles, stream);
+  return p.bf16 ? launch_quantize<128, true>(p, tiles, stream)
+                : launch_quantize<128, false>(p, tiles, stream);
 }
 
 }  // namespace sagelm::kernels

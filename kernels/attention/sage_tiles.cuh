@@ -31,16 +31,34 @@ __host__ __device__ constexpr int row_of_key(int key) {
   return (key & ~15) | ((key >> 1) & 6) | (key & 1) | ((key & 2) << 2);
 }
 
-// Quantized operands of a call in its workspace. All sequences have room for max_*_tiles tiles.
+// Quantized operands of a call: of plain tensors all in its workspace, every sequence with room for
+// max_*_tiles tiles; or keys and values in the pages of a cache, followed by one tile per sequence
+// and KV head of the tokens that fill no page.
 struct SageTiles {
   float* key_means;     // [batch][kv_heads][dim]
-  int8_t* queries;      // [batch][heads][query_tiles][128 * dim]
-  float* query_scales;  // [batch][heads][query_tiles * 128]: softmax_scale * log2(e) included
+  int8_t* queries;      // [heads][head_query_tiles][128 * dim]
+  float* query_scales;  // [heads][head_query_tiles * 128]: softmax_scale * log2(e) included
   float* query_biases;  // as query_scales: log2(e) * softmax_scale * q.mean; null if not wanted
-  int8_t* keys;         // [batch][kv_heads][kv_tiles][128 * dim]
-  uint8_t* values;      // [batch][kv_heads][kv_tiles][dim * 128]
-  float* scales;        // [batch][kv_heads][kv_tiles][kTileScales]
+  int8_t* keys;         // [batch][kv_heads][kv_tiles][128 * dim]; [page][kv_heads][128 * dim]
+  uint8_t* values;      // likewise, [dim * 128]
+  float* scales;        // likewise, [kTileScales]
   int query_tiles, kv_tiles;
+  int head_query_tiles;
+  // With pages, else null:
+  const int32_t* page_table;  // [batch][page_table_stride]
+  int page_table_stride;
+  int8_t* tail_keys;     // [batch][kv_heads][128 * dim]
+  uint8_t* tail_values;  // likewise
+  float* tail_scales;    // [batch][kv_heads][kTileScales]
+
+#ifdef __CUDACC__
+  // Index of a sequence's first row among the quantized queries. With pages the sequences lie one
+  // after another, each from a new tile on: rows / 128 + batch tiles hold them.
+  __device__ int64_t first_query(const int32_t* cu_q_lens, int b, int head) const {
+    const int tile = page_table != nullptr ? cu_q_lens[b] / kTileTokens + b : b * query_tiles;
+    return (static_cast<int64_t>(head) * head_query_tiles + tile) * kTileTokens;
+  }
+#endif
 };
 
 }  // namespace sagelm::kernels

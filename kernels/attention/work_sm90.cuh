@@ -110,13 +110,20 @@ struct WorkItem {
 
 // Items in the order in which they are taken: heads in sections whose keys and values fit the L2
 // cache together; within a section the longest rows of all heads first, so that the short ones fill
-// the end. False past the last item; kv_tiles < 0 for a tile beyond its sequence.
+// the end. Blocks take them round by round, where the rounds are few every other one from the last
+// block to the first: a block's items then add up to much the same. False past the last item;
+// kv_tiles < 0 for a tile beyond its sequence.
 struct Schedule {
+  static constexpr int kFewRounds = 16;
+
   int section_heads;  // query heads (of all sequences) per section
 
   template <int kQueryTile>
   __device__ bool get(const Problem& p, int query_tiles, int index, WorkItem& item) const {
     const int heads = p.batch * p.num_heads;
+    const int blocks = static_cast<int>(gridDim.x), round = index / blocks;
+    const bool few = heads * query_tiles <= kFewRounds * blocks;
+    if (few && round % 2 == 1) index = (2 * round + 1) * blocks - 1 - index;
     if (index >= heads * query_tiles) return false;
     const int section = index / (section_heads * query_tiles);
     const int first = section * section_heads;
@@ -163,9 +170,10 @@ inline cudaError_t plan_launch(const void* kernel, int shared_bytes, const Probl
   if (error != cudaSuccess) return error;
   // Sections of heads whose keys and values fill about half of the L2 cache.
   const int64_t kv_heads = std::max<int64_t>(1, l2_bytes / 2 / std::max<int64_t>(1, kv_head_bytes));
-  const int64_t heads = int64_t{p.batch} * p.num_heads;
+  const int64_t heads = int64_t{p.batch} * p.num_kv_heads;
+  const int64_t sections = (heads + kv_heads - 1) / kv_heads;
   launch.schedule.section_heads =
-      static_cast<int>(std::min(heads, kv_heads * (p.num_heads / p.num_kv_heads)));
+      static_cast<int>((heads + sections - 1) / sections * (p.num_heads / p.num_kv_heads));
   launch.grid = static_cast<int>(std::min<int64_t>(items, processors));
   return cudaSuccess;
 }

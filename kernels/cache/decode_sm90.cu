@@ -1,13 +1,14 @@
-// Decode from quantized pages. A block takes kPartPages pages of one KV head of one sequence, or
-// its tail; the parts are merged as kernels/attention/decode_parts.cuh does. The cut depends on the
-// position alone. Pages come through a ring of bulk copies, that one of the warps keeps filled;
-// each warp computes 32 keys of every page. What bounds this is memory: three blocks of an SM have
-// up to 192 KiB on their way, where about 40 are needed to hide the latency at full speed.
+// Decode from quantized pages. A block takes a few pages of one KV head of one sequence, or its
+// tail; the parts are cut and merged as kernels/attention/decode_parts.cuh does. Pages come through
+// a ring of bulk copies, that one of the warps keeps filled; each warp computes 32 keys of every
+// page. What bounds this is memory: three blocks of an SM have up to 192 KiB on their way, where
+// about 40 are needed to hide the latency at full speed.
 #include <algorithm>
 #include <cstdint>
 
 #include "kernels/attention/decode_parts.cuh"
-#include "kernels/attention/quantize_tile.cuh"
+#include "kernels/cache/decode_queries.cuh"
+#include "kernels/cache/int4_keys.cuh"
 #include "kernels/cache/quantized_kv.h"
 #include "kernels/common/sm90.cuh"
 #include "kernels/ops/elements.cuh"
@@ -19,11 +20,20 @@ namespace {
 using namespace mma;
 using namespace sm90;
 
-constexpr int kPartPages = 4;
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 constexpr int kWarpKeys = kTileTokens / kWarps;
 constexpr int kWarpSlices = kWarpKeys / kSlice;  // of a page or tail
+
+// Of a sequence with so many full pages.
+__host__ __device__ inline Cut cut(const Problem& p, int pages) {
+  constexpr int kMostPages = 32;  // of a part: a lane of a warp each
+  return cut_sequence(pages, p.num_kv_heads, 1, kMostPages);
+}
+__device__ inline int page_parts(const Problem& p, int pages) {
+  const int part_pages = cut(p, pages).part_units;
+  return (pages + part_pages - 1) / part_pages;
+}
 
 struct DecodeCall {
   Problem p;
@@ -34,14 +44,18 @@ struct DecodeCall {
   float scale;  // softmax_scale * log2(e)
 };
 
-template <int kDim>
+template <int kDim_, bool kInt4_>
 struct PageRing {
+  static constexpr int kDim = kDim_;
+  static constexpr bool kInt4 = kInt4_;
   static constexpr int kStages = kDim == 64 ? 4 : 2;
   static constexpr int kTileBytes = kTileTokens * kDim;
+  static constexpr int kKeyBytes = kInt4 ? kTileBytes / 2 : kTileBytes;
+  static constexpr int kScales = kInt4 ? kInt4Scales : kTileScales;
   static constexpr int kSliceBytes = kSlice * 2 * kDim;  // of a tail's keys or values
 
   struct Pages {
-    int8_t keys[kStages][kTileBytes];
+    int8_t keys[kStages][kKeyBytes];
     uint8_t values[kStages][kTileBytes];
   };
   union {
@@ -49,7 +63,7 @@ struct PageRing {
     uint8_t tail[kWarps][kWarpSlices][2][kSliceBytes];
     MergeMemory<kDim, kWarps> merge;
   };
-  float scales[kStages][kTileScales];
+  alignas(16) float scales[kStages][kScales];
   uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
 
   __device__ void init_barriers() {
@@ -64,10 +78,8 @@ struct PageRing {
 };
 
 // What fills the ring with the pages of a part: a whole warp calls it.
-template <int kDim>
+template <class Ring>
 class PageSource {
-  using Ring = PageRing<kDim>;
-
  public:
   // lane_page: lane i has the id of page i.
   __device__ PageSource(const DecodeCall& call, int kv_head, int lane_page, int count, Ring& ring)
@@ -82,10 +94,9 @@ class PageSource {
   }
 
  private:
-  template <typename T>
+  template <typename T, int kBytes>
   __device__ void bring(int i, uint64_t (&full)[Ring::kStages], uint64_t (&empty)[Ring::kStages],
-                        const T* from, T (&to)[Ring::kStages][Ring::kTileBytes],
-                        bool scales) const {
+                        const T* from, T (&to)[Ring::kStages][kBytes], bool scales) const {
     if (i >= count_) return;
     const int64_t place =
         static_cast<int64_t>(__shfl_sync(0xFFFFFFFFu, lane_page_, i)) * call_.p.num_kv_heads +
@@ -96,10 +107,10 @@ class PageSource {
       if (i >= Ring::kStages) {
         mbarrier_wait(smem_address(&empty[s]), (i / Ring::kStages & 1) ^ 1);
       }
-      mbarrier_expect_bytes(barrier, Ring::kTileBytes + (scales ? sizeof ring_.scales[s] : 0));
-      bulk_copy(smem_address(to[s]), from + place * Ring::kTileBytes, Ring::kTileBytes, barrier);
+      mbarrier_expect_bytes(barrier, kBytes + (scales ? sizeof ring_.scales[s] : 0));
+      bulk_copy(smem_address(to[s]), from + place * kBytes, kBytes, barrier);
       if (scales) {
-        bulk_copy(smem_address(ring_.scales[s]), call_.cache.scales + place * kTileScales,
+        bulk_copy(smem_address(ring_.scales[s]), call_.cache.scales + place * Ring::kScales,
                   sizeof ring_.scales[s], barrier);
       }
     }
@@ -111,42 +122,33 @@ class PageSource {
   int kv_head_, count_, lane_page_;
 };
 
-// The tile's queries as INT8 A fragments, with what makes base-2 logits of their products with the
-// integers of a key of scale 1.
-template <bool kBf16, int kDim>
-__device__ __forceinline__ void quantize_rows(const Problem& p, int b, int kv_head, int rows,
-                                              int group, float scale,
-                                              uint32_t (&queries)[kDim / 32][4],
-                                              float (&scales)[2]) {
+// The products of the queries with 16 keys from row `row` of a page's tile on; INT4 keys count 16
+// times.
+template <class Ring>
+__device__ __forceinline__ void multiply_page_keys(const uint32_t (&queries)[Ring::kDim / 32][4],
+                                                   uint32_t keys, int row,
+                                                   int32_t (&integers)[2][4]) {
+  const int lane = threadIdx.x % 32;
+  const int lane_row = row + lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
+  if constexpr (Ring::kInt4) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float x[kDim / 4] = {};
-    const int row = threadIdx.x % 32 / 4 + 8 * r;
-    if (row < rows) {
-      const uint16_t* from = static_cast<const uint16_t*>(p.q.data) +
-                             p.q_offset(p.q, b, row / group, kv_head * group + row % group);
+    for (int k = 0; k < Ring::kDim / 32; k += 2) {
+      uint32_t key[4];  // of 8 keys: 32 channels, the next 32; then of the next 8 keys
+      load_matrices(key, keys + int4_chunk_offset<Ring::kDim>(lane_row, k + half));
 #pragma unroll
-      for (int i = 0; i < kDim / 16; ++i) {
-        const int channel = i * 16 + threadIdx.x % 4 * 4;
-        if (channel < p.head_dim) {
-          const uint2 raw = *reinterpret_cast<const uint2*>(from + channel);
-          const float2 low = to_floats<kBf16>(raw.x), high = to_floats<kBf16>(raw.y);
-          x[4 * i] = low.x, x[4 * i + 1] = low.y, x[4 * i + 2] = high.x, x[4 * i + 3] = high.y;
-        }
+      for (int m = 0; m < 4; ++m) {
+        multiply_int8(integers[m / 2], queries[k + m % 2], low_nibbles(key[m]),
+                      high_nibbles(key[m]));
       }
     }
-    uint32_t largest = __float_as_uint(recipe::kAmaxFloor);
+  } else {
 #pragma unroll
-    for (int i = 0; i < kDim / 4; ++i) largest = max(largest, magnitude(x[i]));
-    const float amax = __uint_as_float(max_over_lanes<4>(largest));
-    const float inverse = recipe::kInt8Max / amax;
-#pragma unroll
-    for (int i = 0; i < kDim / 16; ++i) {
-      queries[i / 2][i % 2 * 2 + r] =
-          pack_bytes(rounded_byte(x[4 * i], inverse), rounded_byte(x[4 * i + 1], inverse),
-                     rounded_byte(x[4 * i + 2], inverse), rounded_byte(x[4 * i + 3], inverse));
+    for (int k = 0; k < Ring::kDim / 32; ++k) {
+      uint32_t key[4];
+      load_matrices(key, keys + chunk_offset<Ring::kDim>(lane_row, 2 * k + half));
+      multiply_int8(integers[0], queries[k], key[0], key[1]);
+      multiply_int8(integers[1], queries[k], key[2], key[3]);
     }
-    scales[r] = amax * (1.0f / recipe::kInt8Max) * scale;
   }
 }
 
@@ -154,15 +156,15 @@ __device__ __forceinline__ void quantize_rows(const Problem& p, int b, int kv_he
 // that this thread's logits of every 16 keys are those of keys 4c .. 4c + 3, all of scale group c;
 // those are the four neighbours that it gets of every channel's row of the transposed values, so P
 // goes into the product as it is.
-template <bool kBf16, int kDim>
+template <bool kBf16, class Ring>
 __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int kv_head, int q_len,
                                              int kv_len, int first, int count, int lane_page,
-                                             PageRing<kDim>& ring, DecodeRows<kDim>& result) {
-  using Ring = PageRing<kDim>;
+                                             Ring& ring, DecodeRows<Ring::kDim>& result) {
+  constexpr int kDim = Ring::kDim;
   const Problem& p = call.p;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = p.num_heads / p.num_kv_heads;
-  const PageSource<kDim> source(call, kv_head, lane_page, count, ring);
+  const PageSource<Ring> source(call, kv_head, lane_page, count, ring);
   if (warp == 0) {
     for (int i = 0; i < Ring::kStages; ++i) {
       source.bring_keys(i);
@@ -170,9 +172,19 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
     }
   }
   uint32_t queries[kDim / 32][4];
-  float query_scales[2];
-  quantize_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale, queries,
-                             query_scales);
+  float query_scales[2], query_sums[2];
+  const bool appends = p.rotations != nullptr;
+  if (appends) {
+    prefetch_angles(p, kv_len);
+    wait_for_previous_kernel();
+  }
+  if constexpr (Ring::kInt4) {
+    quantize_rotated_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale, queries,
+                                       query_scales, query_sums);
+  } else {
+    quantize_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale,
+                               appends ? last_angles(p, kv_len) : nullptr, queries, query_scales);
+  }
   int seen[2];
   const int seen_by_all = visible_keys(p, q_len, kv_len, group, seen);
   result.clear();
@@ -188,21 +200,33 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
       int32_t integers[2][4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) integers[0][e] = integers[1][e] = kIntegerSeed;
-#pragma unroll
-      for (int k = 0; k < kDim / 32; ++k) {
-        uint32_t key[4];
-        const int row = warp * kWarpKeys + h * kSlice + lane / 16 * 8 + lane % 8;
-        load_matrices(key, keys + chunk_offset<kDim>(row, 2 * k + lane / 8 % 2));
-        multiply_int8(integers[0], queries[k], key[0], key[1]);
-        multiply_int8(integers[1], queries[k], key[2], key[3]);
-      }
+      multiply_page_keys<Ring>(queries, keys, warp * kWarpKeys + h * kSlice, integers);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         logits[2 * h][e] = __int_as_float(integers[0][e]) - kIntegerZero;
         logits[2 * h + 1][e] = __int_as_float(integers[1][e]) - kIntegerZero;
       }
     }
-    const float key_scale = ring.scales[s][lane % 4];
+    float key_scale = 1.0f;
+    if constexpr (Ring::kInt4) {
+      const float* words = ring.scales[s] + kInt4Words + warp * kWarpKeys + lane % 4 * 4;
+#pragma unroll
+      for (int h = 0; h < kWarpSlices; ++h) {
+        const uint4 four = *reinterpret_cast<const uint4*>(words + h * kSlice);
+        const uint32_t word[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const uint32_t own = word[2 * n + e % 2];
+            logits[2 * h + n][e] = fmaf(logits[2 * h + n][e], int4_step(own) * (1.0f / 16.0f),
+                                        int4_middle(own) * query_sums[e / 2]);
+          }
+        }
+      }
+    } else {
+      key_scale = ring.scales[s][lane % 4];
+    }
     const float next_value_scale = ring.scales[s][kKeyGroups];
     const float inverse_value_scale = ring.scales[s][kKeyGroups + 2];
     if (i + Ring::kStages < count) mbarrier_arrive(smem_address(&ring.keys_empty[s]));
@@ -265,10 +289,11 @@ __device__ inline const float* mean_of(const DecodeCall& call, int b, int kv_hea
 
 // A warp's slices of the tail: its unsmoothed keys, in their own type. A sequence with pages has a
 // mean, whose product with the query is taken off, as the pages' logits lack it.
-template <bool kBf16, int kDim>
+template <bool kBf16, class Ring>
 __device__ __forceinline__ void attend_tail(const DecodeCall& call, int b, int kv_head, int q_len,
-                                            int kv_len, PageRing<kDim>& ring,
-                                            DecodeRows<kDim>& result) {
+                                            int kv_len, Ring& ring,
+                                            DecodeRows<Ring::kDim>& result) {
+  constexpr int kDim = Ring::kDim;
   const Problem& p = call.p;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = p.num_heads / p.num_kv_heads;
@@ -279,10 +304,11 @@ __device__ __forceinline__ void attend_tail(const DecodeCall& call, int b, int k
       (call.tails[b] * 2 * int64_t{p.num_kv_heads} + kv_head) * head_elements;
   const uint16_t* head_values = head_keys + p.num_kv_heads * head_elements;
   const auto first_token = [&](int i) { return (i * kWarps + warp) * kSlice; };
+  const bool appends = p.rotations != nullptr;
 #pragma unroll
   for (int i = 0; i < kWarpSlices; ++i) {
-    const int valid = kv_len - begin - first_token(i);
-    if (valid > 0) {
+    const int valid = kv_len - (appends ? 1 : 0) - begin - first_token(i);
+    if (begin + first_token(i) < kv_len) {
       const int64_t from = static_cast<int64_t>(first_token(i)) * p.head_dim;
       copy_slice<kDim>(smem_address(ring.tail[warp][i][0]), head_keys + from, p.head_dim, valid,
                        p.head_dim);
@@ -291,26 +317,47 @@ __device__ __forceinline__ void attend_tail(const DecodeCall& call, int b, int k
     }
     commit_copies();
   }
+  const float* mean = begin > 0 ? mean_of(call, b, kv_head) : nullptr;
+  if (appends) {
+    prefetch_angles(p, kv_len);
+    if (begin > 0 && threadIdx.x * 32 < p.head_dim) prefetch(mean + threadIdx.x * 32);
+    wait_for_previous_kernel();
+  }
+  // The slice of this warp that the step's own token is appended to.
+  int last_slice = -1;
+  const int last_row = kv_len - 1 - begin;
+  LastToken<kBf16, kDim> last;
+  if (appends && last_row / kSlice % kWarps == warp) {
+    last_slice = last_row / kSlice / kWarps;
+    last.fetch(p, b, kv_head, kv_len);
+  }
   uint32_t queries[kDim / 16][4];
   load_queries<kDim>(p, b, kv_head, q_len * group, group, queries);
+  float means[kDim / 16][2][2] = {};
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int channel = k * 16 + half * 8 + lane % 4 * 2;
+      if (begin > 0 && channel < p.head_dim) load(mean + channel, means[k][half]);
+    }
+  }
+  if (appends) rotate_queries<kBf16, kDim>(last_angles(p, kv_len), queries);
+  if (last_slice >= 0) last.rotate_key();
   float bias[2] = {};
-  if (begin > 0) {
-    const float* mean = mean_of(call, b, kv_head);
 #pragma unroll
-    for (int k = 0; k < kDim / 16; ++k) {
+  for (int k = 0; k < kDim / 16; ++k) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int channel = k * 16 + e / 2 * 8 + lane % 4 * 2;
-        if (channel >= p.head_dim) continue;
-        const float2 x = to_floats<kBf16>(queries[k][e]);
-        bias[e % 2] = fmaf(x.x, mean[channel], fmaf(x.y, mean[channel + 1], bias[e % 2]));
-      }
+    for (int e = 0; e < 4; ++e) {
+      const float2 x = to_floats<kBf16>(queries[k][e]);
+      const float(&pair)[2] = means[k][e / 2];
+      bias[e % 2] = fmaf(x.x, pair[0], fmaf(x.y, pair[1], bias[e % 2]));
     }
+  }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      bias[r] += __shfl_xor_sync(0xFFFFFFFFu, bias[r], 1);
-      bias[r] += __shfl_xor_sync(0xFFFFFFFFu, bias[r], 2);
-    }
+  for (int r = 0; r < 2; ++r) {
+    bias[r] += __shfl_xor_sync(0xFFFFFFFFu, bias[r], 1);
+    bias[r] += __shfl_xor_sync(0xFFFFFFFFu, bias[r], 2);
   }
   int seen[2];
   const int seen_by_all = visible_keys(p, q_len, kv_len, group, seen);
@@ -319,18 +366,25 @@ __device__ __forceinline__ void attend_tail(const DecodeCall& call, int b, int k
   __syncwarp();
   for (int i = 0; i < kWarpSlices; ++i) {
     if (begin + first_token(i) >= kv_len) break;
+    if (i == last_slice) {
+      uint16_t* tail = static_cast<uint16_t*>(call.cache.tails);
+      const int64_t row = int64_t{last_row} * p.head_dim;
+      last.leave(smem_address(ring.tail[warp][i][0]), smem_address(ring.tail[warp][i][1]),
+                 last_row % kSlice, tail + (head_keys - tail) + row,
+                 tail + (head_values - tail) + row);
+    }
     attend_slice<kBf16, kDim>(queries, smem_address(ring.tail[warp][i][0]),
                               smem_address(ring.tail[warp][i][1]), begin + first_token(i),
                               seen_by_all, seen, bias, call.scale, result);
   }
 }
 
-// Part 0 is the tail, part 1 + i the pages from i * kPartPages on.
-template <bool kBf16, int kDim>
+// Part 0 is the tail, part 1 + i the pages from i * part_pages on.
+template <bool kBf16, class Ring>
 __global__ void __launch_bounds__(kThreads, 3)
     decode_part(const __grid_constant__ DecodeCall call) {
   extern __shared__ __align__(128) uint8_t smem[];
-  auto& ring = *reinterpret_cast<PageRing<kDim>*>(smem);
+  auto& ring = *reinterpret_cast<Ring*>(smem);
   const Problem& p = call.p;
   const int part = blockIdx.x, kv_head = blockIdx.y, b = blockIdx.z;
   if (part > 0) {
@@ -338,32 +392,33 @@ __global__ void __launch_bounds__(kThreads, 3)
     __syncthreads();
   }
   allow_next_kernel();
-  wait_for_previous_kernel();
-  const int first = (part - 1) * kPartPages;
-  // Read before the length is known, which says how many of them there are: the two reads overlap.
-  static_assert(kPartPages <= 32);
-  const int lane = threadIdx.x % 32;
+  if (p.rotations == nullptr) wait_for_previous_kernel();
+  const int q_len = p.q_len(b), kv_len = p.kv_len(b), pages = kv_len / kTileTokens;
+  const int part_pages = cut(p, pages).part_units;
+  const int first = (part - 1) * part_pages, lane = threadIdx.x % 32;
+  const int count = min(part_pages, pages - first);
   const int lane_page =
-      part > 0 && lane < kPartPages && first + lane < p.page_table_stride
+      part > 0 && lane < count
           ? p.page_table[static_cast<int64_t>(b) * p.page_table_stride + first + lane]
           : 0;
-  const int q_len = p.q_len(b), kv_len = p.kv_len(b);
-  const int count = min(kPartPages, kv_len / kTileTokens - first);
   // Without anything to merge, a sequence without keys still has its zeros to write.
   const bool empty = part > 0 ? count <= 0 : call.parts.parts > 1 && kv_len % kTileTokens == 0;
   if (q_len == 0 || empty) return;
-  DecodeRows<kDim> result;
+  DecodeRows<Ring::kDim> result;
   if (part == 0) {
-    attend_tail<kBf16, kDim>(call, b, kv_head, q_len, kv_len, ring, result);
+    attend_tail<kBf16>(call, b, kv_head, q_len, kv_len, ring, result);
   } else {
-    attend_pages<kBf16, kDim>(call, b, kv_head, q_len, kv_len, first, count, lane_page, ring,
-                              result);
+    attend_pages<kBf16>(call, b, kv_head, q_len, kv_len, first, count, lane_page, ring, result);
   }
   __syncthreads();
   const int group = p.num_heads / p.num_kv_heads;
   leave_rows(result, static_cast<int>(threadIdx.x / 32), q_len * group, ring.merge);
   __syncthreads();
   store_part(p, call.parts, part, b, kv_head, q_len * group, group, ring.merge);
+  if (p.rotations != nullptr && call.parts.parts > 1) {
+    merge_if_last<Ring::kDim>(p, call.parts, 0, 1 + page_parts(p, pages), b, kv_head, q_len * group,
+                              group);
+  }
 }
 
 // One block a row (query, head).
@@ -384,14 +439,15 @@ __global__ void __launch_bounds__(128) merge_parts(const __grid_constant__ Decod
     const float product = channel < p.head_dim ? to_float(from[channel]) * mean[channel] : 0.0f;
     bias = block_reduce(product, shared, Sum{}) * call.scale;
   }
-  merge_row(p, call.parts, kv_len % kTileTokens == 0 ? 1 : 0,
-            1 + (pages + kPartPages - 1) / kPartPages, b, query, head, bias);
+  merge_row(p, call.parts, kv_len % kTileTokens == 0 ? 1 : 0, 1 + page_parts(p, pages), b, query,
+            head, bias);
 }
 
-template <typename T, int kDim>
+template <typename T, int kDim, bool kInt4>
 cudaError_t launch_decode(const DecodeCall& call, cudaStream_t stream) {
-  constexpr auto kernel = decode_part<std::is_same_v<T, __nv_bfloat16>, kDim>;
-  constexpr int kBytes = sizeof(PageRing<kDim>);
+  using Ring = PageRing<kDim, kInt4>;
+  constexpr auto kernel = decode_part<std::is_same_v<T, __nv_bfloat16>, Ring>;
+  constexpr int kBytes = sizeof(Ring);
   const Problem& p = call.p;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
@@ -404,7 +460,7 @@ cudaError_t launch_decode(const DecodeCall& call, cudaStream_t stream) {
                              dim3(static_cast<unsigned>(call.parts.parts),
                                   static_cast<unsigned>(p.num_kv_heads), sequences),
                              kThreads, kBytes, stream, call);
-  if (error != cudaSuccess || call.parts.parts == 1) return error;
+  if (error != cudaSuccess || call.parts.parts == 1 || p.rotations != nullptr) return error;
   return launch(merge_parts<T>, dim3(static_cast<unsigned>(p.max_q_len * p.num_heads), sequences),
                 kDim, stream, call);
 }
@@ -429,8 +485,15 @@ DecodeCall make_call(const DecodeFromQuantizedKv& args, void* workspace, size_t*
   p.softmax_scale = args.softmax_scale;
   p.causal = true;
   p.bf16 = args.cache.type == Element::kBF16;
+  p.rotations = args.rotations;
+  p.arrivals = args.arrivals;
+  if (args.rotations != nullptr) {
+    p.cu_q_lens = nullptr;
+    p.q.batch_stride = args.query_stride;
+    p.out.batch_stride = args.out_stride;
+  }
   const int most_pages = step.max_kv_len / kTileTokens;
-  call.parts = place_parts(p, 1 + (most_pages + kPartPages - 1) / kPartPages, workspace, bytes);
+  call.parts = place_parts(p, 1 + cut(p, most_pages).most_parts, workspace, bytes);
   call.cache = args.cache;
   call.tails = step.tails;
   call.means = step.means;
@@ -446,6 +509,11 @@ bool quantized_kv_decode_takes(const DecodeFromQuantizedKv& args) {
          int64_t{args.step.max_q_len} * (cache.num_heads / cache.num_kv_heads) <= kDecodeRows;
 }
 
+bool quantized_kv_decode_appends(const QuantizedKv& cache, const QuantizedKvStep& step) {
+  return !cache.int4_keys && step.max_q_len == 1 && step.rows == step.num_sequences &&
+         step.max_closed_pages == 0 && cache.head_dim == quantized_kv_dim(cache.head_dim);
+}
+
 size_t quantized_kv_decode_workspace_bytes(const DecodeFromQuantizedKv& args) {
   size_t bytes = 0;
   make_call(args, nullptr, &bytes);
@@ -454,14 +522,22 @@ size_t quantized_kv_decode_workspace_bytes(const DecodeFromQuantizedKv& args) {
 
 cudaError_t decode_from_quantized_kv(const DecodeFromQuantizedKv& args, void* workspace,
                                      cudaStream_t stream) {
-  if (!quantized_kv_decode_takes(args)) return cudaErrorInvalidValue;
+  if (!quantized_kv_decode_takes(args) ||
+      (args.rotations != nullptr && !quantized_kv_decode_appends(args.cache, args.step))) {
+    return cudaErrorInvalidValue;
+  }
   if (args.step.num_sequences == 0 || args.step.max_q_len == 0) return cudaSuccess;
   size_t bytes = 0;
   const DecodeCall call = make_call(args, workspace, &bytes);
   return with_half_type(args.cache.type, [&](auto element) {
     using T = decltype(element);
-    return quantized_kv_dim(args.cache.head_dim) == 64 ? launch_decode<T, 64>(call, stream)
-                                                       : launch_decode<T, 128>(call, stream);
+    const bool small = quantized_kv_dim(args.cache.head_dim) == 64;
+    if (args.cache.int4_keys) {
+      return small ? launch_decode<T, 64, true>(call, stream)
+                   : launch_decode<T, 128, true>(call, stream);
+    }
+    return small ? launch_decode<T, 64, false>(call, stream)
+                 : launch_decode<T, 128, false>(call, stream);
   });
 }
 

@@ -20,6 +20,10 @@ inline int32_t quantized_kv_dim(int32_t head_dim) { return head_dim <= 64 ? 64 :
 
 // Floats of a page and KV head: 4 key groups; the values', its log2 and its inverse; 1 unused.
 inline constexpr int kQuantizedKvScales = 8;
+// With INT4 keys, whose groups are not used, a word per key follows (kernels/cache/int4_keys.cuh).
+inline constexpr int32_t quantized_kv_scales(bool int4_keys) {
+  return kQuantizedKvScales + (int4_keys ? 128 : 0);
+}
 
 // The cache of one layer. Every start lies on a 16-byte boundary; dim is
 // quantized_kv_dim(head_dim).
@@ -28,9 +32,10 @@ struct QuantizedKv {
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
-  int8_t* keys = nullptr;     // [page][kv_head][128 * dim]
+  bool int4_keys = false;
+  int8_t* keys = nullptr;     // [page][kv_head][128 * dim]; INT4: half of that, two to a byte
   uint8_t* values = nullptr;  // e4m3 [page][kv_head][dim * 128]
-  float* scales = nullptr;    // [page][kv_head][kQuantizedKvScales]
+  float* scales = nullptr;    // [page][kv_head][quantized_kv_scales(int4_keys)]
   float* means = nullptr;     // [mean][kv_head][head_dim]: mean key of a sequence's first page
   void* tails = nullptr;      // [tail][2: keys, values][kv_head][128][head_dim]
 };
@@ -43,6 +48,7 @@ struct QuantizedKvStep {
   int32_t max_kv_len = 0;
   int32_t max_closed_pages = 0;         // most pages that any sequence fills in this step
   bool closes_first_page = false;       // whether one of them is the first of its sequence
+  bool begins_in_first_page = false;    // whether any sequence had no full page before the step
   const int32_t* positions = nullptr;   // [rows]
   const int32_t* slots = nullptr;       // [rows]: tail * 128 + position % 128, or -1 where the
                                         // row's sequence fills a page in this step
@@ -63,13 +69,32 @@ struct AppendToQuantizedKv {
   bool smooth_k = true;              // false: the means of first pages are zeros
   bool rotate_keys = false;          // the key columns of qkv in place too, for an attention that
                                      // reads keys there; they stay as they were otherwise
+  // For prefill_from_quantized_kv:
+  void* prefill = nullptr;     // its workspace
+  float softmax_scale = 0.0f;  // not 0 then
 };
 
 // Rotates the query columns of qkv in place, and appends the rotated keys and the values: pages
 // that become full are quantized from the old tail and from qkv, then the tail holds the tokens
 // past them. Pages depend on the tokens alone, not on how they were cut into steps. One launch, two
 // where a page fills, three where a first page does.
+//
+// With a workspace of prefill_from_quantized_kv (pages of INT8 keys only) qkv stays as it is, and
+// the workspace gets the rotated queries in INT8 and a quantized copy of every tail: one launch,
+// two where a sequence had no full page.
 cudaError_t append_to_quantized_kv(const AppendToQuantizedKv& args, cudaStream_t stream);
+
+// Causal attention of the step's rows over the cache by the sage2 kernel, which reads the pages as
+// they lie: for steps of many rows. Its workspace holds what the step's append left for it.
+struct PrefillFromQuantizedKv {
+  QuantizedKv cache;  // of INT8 keys
+  QuantizedKvStep step;
+  void* out = nullptr;  // row i at out + i * out_stride: [num_heads][head_dim]
+  int64_t out_stride = 0;
+};
+size_t quantized_kv_prefill_workspace_bytes(const QuantizedKv& cache, const QuantizedKvStep& step);
+cudaError_t prefill_from_quantized_kv(const PrefillFromQuantizedKv& args, void* workspace,
+                                      cudaStream_t stream);
 
 // The cached keys (the mean added again) and values of every sequence as plain tensors, for an
 // attention that reads those: steps of many rows that do not begin their sequences.
@@ -91,7 +116,17 @@ struct DecodeFromQuantizedKv {
   int64_t out_stride = 0;
   float* lse = nullptr;        // if wanted: natural, [num_sequences][num_heads][max_q_len]
   float softmax_scale = 0.0f;  // not 0
+  // If given, the step has not been appended to the cache, and the kernel does that too (see
+  // quantized_kv_decode_appends): `queries` are whole rows of qkv as the projection left them,
+  // rotations as above, arrivals [num_sequences][num_kv_heads] zeros, which they are again
+  // afterwards. No log-sum-exp then.
+  const float* rotations = nullptr;
+  uint32_t* arrivals = nullptr;
 };
+
+// Whether a decode may append too: one row a sequence, none of which fills a page, and heads of 64
+// or 128. The cache's other bytes must be settled: written by kernels that ended before this step.
+bool quantized_kv_decode_appends(const QuantizedKv& cache, const QuantizedKvStep& step);
 
 // Whether every KV head's query rows fit the kernel's 16: max_q_len * num_heads / num_kv_heads.
 bool quantized_kv_decode_takes(const DecodeFromQuantizedKv& args);

@@ -209,6 +209,24 @@ __device__ inline void wgmma_e4m3(float (&d)[32], const uint32_t* a, uint64_t b,
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 
+// D[64 x 8] (+)= A[64 x 32] B[8 x 32]^T, likewise.
+template <bool kFirst>
+__device__ inline void wgmma_e4m3(float (&d)[4], const uint32_t* a, uint64_t b) {
+  if constexpr (kFirst) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, %8, 0, 1, 1;"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  } else {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, %8, 1, 1, 1;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+}
+
 // The type of FP16 or BF16 operands, as it stands in an instruction's name.
 template <bool kBf16>
 struct HalfType {

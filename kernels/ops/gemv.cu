@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "kernels/common/ptx.cuh"
 #include "kernels/ops/elements.cuh"
 #include "kernels/ops/gemv.h"
@@ -13,9 +15,9 @@ namespace {
 // split k, and their sums are added at the end of a tile in a fixed order.
 //
 // What bounds this is memory, and what is between two products is latency: every warp streams its
-// columns through a ring of its own, which it fills before it waits for the kernel in front. With
-// room for two blocks on a multiprocessor, the weights of one product are on their way while the
-// one before it ends.
+// columns through a ring of its own, which it fills before it waits for the kernel in front. There
+// is room for one block on a multiprocessor: were there more, a few would get two blocks of the
+// same product while others had none.
 constexpr int kTile = 16;
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
@@ -23,13 +25,15 @@ constexpr int kStep = 64;              // columns of a warp's step: 128 bytes of
 constexpr int kTurn = kWarps * kStep;  // of the block's
 constexpr int kRowBytes = 2 * kStep;
 constexpr int kStepBytes = kTile * kRowBytes;
-constexpr int kStages = 5;
-constexpr int kNormKept = 8;  // packs of 4 elements of a row that a thread normalises
+constexpr int kStages = 9;     // of a ring
+constexpr int kFewStages = 5;  // where a block cannot have as much memory
+constexpr int kNormKept = 8;   // packs of 4 elements of a row that a thread normalises
 
 template <GemvOutput kOutput, typename T>
 using OutputType =
     std::conditional_t<kOutput == GemvOutput::kHalf || kOutput == GemvOutput::kSwiglu, T, float>;
 
+template <int kStages>
 struct GemvMemory {
   uint8_t ring[kWarps][kStages][kStepBytes];
   float partial[2][kWarps][kGemvRows][kTile];  // of every other tile
@@ -95,15 +99,6 @@ class WeightCopies {
   uint32_t ring_;
 };
 
-__device__ __forceinline__ uint4 load_shared(uint32_t at) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(at)
-               : "memory");
-  return x;
-}
-
 // The norm's weights of this thread, which need not wait for anything.
 struct NormWeights {
   float values[kNormKept][4];
@@ -146,8 +141,8 @@ __device__ void normalise(const float* x, const NormWeights& weights, float eps,
   __syncthreads();
 }
 
-template <typename T, GemvOutput kOutput, bool kNorm>
-__global__ void __launch_bounds__(kThreads, 2)
+template <typename T, GemvOutput kOutput, bool kNorm, int kStages>
+__global__ void __launch_bounds__(kThreads, 1)
     gemv_kernel(const std::conditional_t<kNorm, float, T>* x, const T* weight,
                 OutputType<kOutput, T>* out, int rows, int64_t n, int k, const float* norm,
                 float eps) {
@@ -155,8 +150,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr bool kSwiglu = kOutput == GemvOutput::kSwiglu;
   constexpr int kOutputs = kSwiglu ? kTile / 2 : kTile;
   extern __shared__ __align__(128) uint8_t smem[];
-  auto& memory = *reinterpret_cast<GemvMemory*>(smem);
-  T* normed = reinterpret_cast<T*>(smem + sizeof(GemvMemory));
+  auto& memory = *reinterpret_cast<GemvMemory<kStages>*>(smem);
+  T* normed = reinterpret_cast<T*>(smem + sizeof memory);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int group = static_cast<int>(threadIdx.x) % 32 / 4;
   const int quad = static_cast<int>(threadIdx.x) % 4;
@@ -205,8 +200,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       fetch_x(turn + kTurn < k ? turn + kTurn + first_column : first_column, b);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint4 low = load_shared(step + step_offset(group, 4 * i + quad));
-        const uint4 high = load_shared(step + step_offset(group + 8, 4 * i + quad));
+        const uint4 low = ptx::load_chunk(step + step_offset(group, 4 * i + quad));
+        const uint4 high = ptx::load_chunk(step + step_offset(group + 8, 4 * i + quad));
         ptx::multiply_half<kBf16>(even, {low.x, high.x, low.y, high.y}, now[i].x, now[i].y);
         ptx::multiply_half<kBf16>(odd, {low.z, high.z, low.w, high.w}, now[i].z, now[i].w);
       }
@@ -273,42 +268,47 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int multiprocessors() {
-  int device = 0, count = 1;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  }
-  return count;
-}
-
-template <typename T, GemvOutput kOutput, bool kNorm>
-cudaError_t start_aligned(const Gemv& args, cudaStream_t stream) {
-  const auto kernel = gemv_kernel<T, kOutput, kNorm>;
-  const auto k = static_cast<int>(args.k);
-  const size_t bytes =
-      sizeof(GemvMemory) + (kNorm ? sizeof(T) * static_cast<size_t>(args.rows * args.k) : 0);
+template <typename T, GemvOutput kOutput, bool kNorm, int kStages>
+cudaError_t start_aligned(const Gemv& args, int blocks, cudaStream_t stream) {
+  const auto kernel = gemv_kernel<T, kOutput, kNorm, kStages>;
+  const size_t bytes = sizeof(GemvMemory<kStages>) +
+                       (kNorm ? sizeof(T) * static_cast<size_t>(args.rows * args.k) : 0);
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(multiprocessors(), args.n));
-  return launch_with_memory(kernel, dim3(blocks), kThreads, bytes, stream, args.x, args.weight,
-                            args.out, static_cast<int>(args.rows), args.n, k, args.norm, args.eps);
+  using X = std::conditional_t<kNorm, float, T>;
+  return launch_with_memory(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, bytes, stream,
+                            static_cast<const X*>(args.x), static_cast<const T*>(args.weight),
+                            static_cast<OutputType<kOutput, T>*>(args.out),
+                            static_cast<int>(args.rows), args.n, static_cast<int>(args.k),
+                            args.norm, args.eps);
 }
 
 template <typename T, GemvOutput kOutput>
 cudaError_t start(const Gemv& args, cudaStream_t stream) {
-  if (args.norm != nullptr) {
-    // The logits, QKV, and the gated product follow a norm; sums into the residual do not.
-    if constexpr (kOutput != GemvOutput::kAdd) {
-      return start_aligned<T, kOutput, true>(args, stream);
-    }
-    return cudaErrorInvalidValue;
+  if (args.k % 8 != 0) {
+    return launch(gemv_any_kernel<T, kOutput>,
+                  dim3(static_cast<unsigned>((args.n + kWarps - 1) / kWarps)), kThreads, stream,
+                  static_cast<const T*>(args.x), static_cast<const T*>(args.weight),
+                  static_cast<OutputType<kOutput, T>*>(args.out), static_cast<int>(args.rows),
+                  args.n, static_cast<int>(args.k));
   }
-  if (args.k % 8 == 0) return start_aligned<T, kOutput, false>(args, stream);
-  return launch(gemv_any_kernel<T, kOutput>,
-                dim3(static_cast<unsigned>((args.n + kWarps - 1) / kWarps)), kThreads, stream,
-                args.x, args.weight, args.out, static_cast<int>(args.rows), args.n,
-                static_cast<int>(args.k));
+  int device = 0, multiprocessors = 0, memory = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error != cudaSuccess) return error;
+  const auto blocks = static_cast<int>(std::min<int64_t>(multiprocessors, args.n));
+  if constexpr (kOutput != GemvOutput::kAdd) {
+    if (args.norm != nullptr) return start_aligned<T, kOutput, true, kStages>(args, blocks, stream);
+  }
+  return memory < static_cast<int>(sizeof(GemvMemory<kStages>))
+             ? start_aligned<T, kOutput, false, kFewStages>(args, blocks, stream)
+             : start_aligned<T, kOutput, false, kStages>(args, blocks, stream);
 }
 
 }  // namespace

@@ -65,6 +65,11 @@ std::string layers_of(AttentionVariant variant, std::span<const AttentionSpec> l
 
 }  // namespace
 
+bool reads_quantized_kv(AttentionVariant variant, KvType type) {
+  return variant == AttentionVariant::kSage2_8b ||
+         (variant == AttentionVariant::kSage2_4b && type == KvType::kInt4);
+}
+
 std::string_view attention_variant_name(AttentionVariant variant) { return row_of(variant).name; }
 
 AttentionVariant parse_attention_variant(std::string_view name) {

@@ -7,6 +7,8 @@
 #include <string_view>
 #include <vector>
 
+#include "backend/kv_layout.h"
+
 namespace sagelm {
 
 enum class AttentionVariant : uint8_t {
@@ -24,6 +26,9 @@ struct AttentionSpec {
   bool smooth_k = true;
   bool operator==(const AttentionSpec&) const = default;
 };
+
+// Whether the variant multiplies what pages of such a cache hold. A kFp16 cache is for all.
+bool reads_quantized_kv(AttentionVariant variant, KvType type);
 
 // Canonical name, as --attention takes it ("sage2-8b").
 std::string_view attention_variant_name(AttentionVariant variant);

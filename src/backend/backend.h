@@ -45,8 +45,8 @@ struct WeightHandle {
 class KvStorage {
  public:
   virtual ~KvStorage() = default;
-  // Copies what all layers hold in FP16 on page (kFp16) or tail (kInt8, with its mean) `from` to
-  // `to`, before the operations that follow.
+  // Copies what all layers hold in FP16 on page (kFp16) or tail (with its mean) `from` to `to`,
+  // before the operations that follow.
   virtual void copy_open_page(int32_t from, int32_t to) = 0;
 };
 
@@ -116,12 +116,16 @@ class Backend {
   virtual DType embedding_type(DType stored) const { return stored; }
   // Whether a matrix of products that is the embedding too takes no memory of its own.
   virtual bool shares_embedding() const { return false; }
-  virtual int64_t kv_bytes(const KvLayout& layout) const { return layout.bytes(); }
+  virtual int64_t kv_bytes(const KvLayout& layout) const = 0;
   virtual int64_t step_bytes(const StepLimits& limits) const = 0;
 
   // Memory.
   virtual WeightHandle add_linear(std::span<const TensorView> stacked) = 0;  // rows concatenated
-  virtual WeightHandle add_vector(const TensorView& tensor) = 0;             // a norm's weight
+  // What linear_swiglu takes: [gate; up].
+  virtual WeightHandle add_gate_up(const TensorView& gate, const TensorView& up) {
+    return add_linear(std::vector{gate, up});
+  }
+  virtual WeightHandle add_vector(const TensorView& tensor) = 0;  // a norm's weight
   virtual WeightHandle add_embedding(const TensorView& tensor) = 0;
   virtual std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) = 0;
   // Makes room for steps within limits, which come after the weights. What scratch gave before is
@@ -133,8 +137,8 @@ class Backend {
   virtual void check_attention(const AttentionShape& shape) const = 0;
   // What sage-adaptive picks from, fastest first, the last one being FP16 (docs/architecture.md).
   virtual std::vector<AttentionVariant> adaptive_variants() const = 0;
-  // Whether attention() can read a kInt8 cache.
-  virtual bool reads_int8_kv(const AttentionShape& shape) const = 0;
+  // Whether attention() can read such a cache.
+  virtual bool reads_kv(const AttentionShape& shape, KvType type) const = 0;
 
   // Starts a step over batch, which must outlive it: operations that take a batch take this one.
   virtual void begin(const Batch& batch) = 0;
@@ -159,14 +163,26 @@ class Backend {
   virtual void rmsnorm(Matrix x, WeightHandle weight, double eps, Matrix out) = 0;
   virtual void linear(Matrix x, WeightHandle weight, Matrix out) = 0;      // out = x W^T
   virtual void linear_add(Matrix x, WeightHandle weight, Matrix out) = 0;  // out += x W^T
-  // out = silu(x G^T) * (x U^T), where weight is [G; U]. gate_up has room for x weight^T; what it
-  // holds afterwards is not defined.
+  // out = silu(x G^T) * (x U^T), where weight is [G; U] of add_gate_up. gate_up has room for x
+  // weight^T; what it holds afterwards is not defined.
   virtual void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) = 0;
+  // A norm and the product of what it gives, for which `normed` has room; what that holds
+  // afterwards is not defined. An implementation may do both at once.
+  virtual void norm_linear(Matrix x, WeightHandle norm, double eps, WeightHandle weight,
+                           Matrix normed, Matrix out) {
+    rmsnorm(x, norm, eps, normed);
+    linear(normed, weight, out);
+  }
+  virtual void norm_linear_swiglu(Matrix x, WeightHandle norm, double eps, WeightHandle weight,
+                                  Matrix normed, Matrix gate_up, Matrix out) {
+    rmsnorm(x, norm, eps, normed);
+    linear_swiglu(normed, weight, gate_up, out);
+  }
   virtual void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) = 0;
 
   // Rotates the query and key columns of qkv [rows, q + k + v] in place by each row's position and
-  // appends keys and values, rounded to FP16, to the pages of the row's sequence. In a kInt8 cache
-  // the pages that become full are quantized, and the tail then holds the tokens past them.
+  // appends keys and values, rounded to FP16, to the pages of the row's sequence. In a quantized
+  // cache the pages that become full are quantized, and the tail then holds the tokens past them.
   virtual void rope_append(Matrix qkv, const Batch& batch, const AttentionShape& shape,
                            std::span<const float> inverse_frequencies, int64_t layer,
                            KvStorage& kv) = 0;
@@ -174,6 +190,14 @@ class Backend {
   // last query row seeing the last key. out [rows, num_heads * head_dim].
   virtual void attention(Matrix qkv, const Batch& batch, const AttentionShape& shape, int64_t layer,
                          KvStorage& kv, Matrix out) = 0;
+  // Both, one after the other; what qkv holds afterwards is not defined. An implementation may do
+  // them at once.
+  virtual void append_and_attend(Matrix qkv, const Batch& batch, const AttentionShape& shape,
+                                 std::span<const float> inverse_frequencies, int64_t layer,
+                                 KvStorage& kv, Matrix out) {
+    rope_append(qkv, batch, shape, inverse_frequencies, layer, kv);
+    attention(qkv, batch, shape, layer, kv, out);
+  }
 
   // Copies rows of logits (or of any matrix) to the host; throws Error naming the row if one is NaN
   // or infinite.

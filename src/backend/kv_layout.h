@@ -7,8 +7,8 @@ namespace sagelm {
 
 // Tokens per page of the KV cache: one key tile of the kernels that read quantized pages.
 inline constexpr int64_t kPageTokens = 128;
-// FP32 scales of a quantized page, per layer and KV head: one for each key group (key k is in group
-// k / 4 % 4), then that of the values.
+// FP32 scales of a page of INT8 keys, per layer and KV head: one for each key group (key k is in
+// group k / 4 % 4), then that of the values.
 inline constexpr int64_t kKeyGroups = 4;
 inline constexpr int64_t kPageScales = kKeyGroups + 1;
 
@@ -16,10 +16,14 @@ inline constexpr int64_t kPageScales = kKeyGroups + 1;
 enum class KvType : uint8_t {
   kFp16,  // pages of FP16 keys and values
   kInt8,  // full pages as INT8 keys and e4m3 values; the page being filled, the tail, as FP16
+  kInt4,  // the same with INT4 keys
 };
 
-// Sizes of a cache. Pages and tails are shared by all layers; every sequence that holds tokens has
-// one tail in a kInt8 cache, and a kFp16 cache has none.
+inline constexpr bool is_quantized(KvType type) { return type != KvType::kFp16; }
+
+// Sizes of a cache; what they take is the backend's to say (Backend::kv_bytes). Pages and tails are
+// shared by all layers; every sequence that holds tokens has one tail in a quantized cache, and a
+// kFp16 cache has none.
 struct KvLayout {
   KvType type = KvType::kFp16;
   int64_t num_layers = 0;
@@ -29,15 +33,6 @@ struct KvLayout {
   int64_t num_tails = 0;
 
   int64_t heads() const { return num_layers * num_kv_heads; }
-  // Elements of a head's row in a quantized page: whole chunks of 16 bytes, zero past head_dim.
-  int64_t padded_dim() const { return (head_dim + 15) / 16 * 16; }
-  int64_t page_bytes() const {
-    return heads() * (type == KvType::kFp16 ? kPageTokens * head_dim * 4
-                                            : kPageTokens * padded_dim() * 2 + kPageScales * 4);
-  }
-  // With the mean key of the sequence's first page, FP32.
-  int64_t tail_bytes() const { return heads() * (kPageTokens * head_dim * 4 + head_dim * 4); }
-  int64_t bytes() const { return num_pages * page_bytes() + num_tails * tail_bytes(); }
 };
 
 }  // namespace sagelm

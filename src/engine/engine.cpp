@@ -16,32 +16,32 @@ namespace sagelm {
 namespace {
 
 constexpr std::string_view kv_type_name(KvType type) {
-  return type == KvType::kInt8 ? "int8" : "fp16";
+  return type == KvType::kInt8 ? "int8" : type == KvType::kInt4 ? "int4" : "fp16";
 }
 
 // Checks that the backend has the layers' attention and the cache that goes with all of it; the
 // type of that.
 KvType check_attention(std::span<const AttentionSpec> layers, std::string_view kv_cache,
                        const ModelConfig& config, const Backend& backend) {
-  const bool any = kv_cache == "auto";
-  if (!any && kv_cache != kv_type_name(KvType::kFp16) && kv_cache != kv_type_name(KvType::kInt8)) {
-    fail_usage("unknown type of KV cache '{}': use auto, fp16 or int8", kv_cache);
+  constexpr std::array kTypes = {KvType::kInt8, KvType::kInt4, KvType::kFp16};  // auto's order
+  const auto shape_of = [&](const AttentionSpec& spec) -> AttentionShape {
+    return {.num_heads = config.num_heads,
+            .num_kv_heads = config.num_kv_heads,
+            .head_dim = config.head_dim,
+            .spec = spec};
+  };
+  for (const AttentionSpec& spec : layers) backend.check_attention(shape_of(spec));
+  for (const KvType type : kTypes) {
+    if (kv_cache != "auto" && kv_cache != kv_type_name(type)) continue;
+    const auto refuses = std::find_if(layers.begin(), layers.end(), [&](const AttentionSpec& spec) {
+      return !backend.reads_kv(shape_of(spec), type);
+    });
+    if (refuses == layers.end()) return type;
+    if (kv_cache == "auto") continue;
+    fail_usage("attention {} on {} cannot read an {} KV cache: use --kv-cache auto or fp16",
+               attention_variant_name(refuses->variant), backend.device_name(), kv_cache);
   }
-  bool all_read_int8 = true;
-  for (const AttentionSpec& spec : layers) {
-    const AttentionShape shape{.num_heads = config.num_heads,
-                               .num_kv_heads = config.num_kv_heads,
-                               .head_dim = config.head_dim,
-                               .spec = spec};
-    backend.check_attention(shape);
-    const bool reads_int8 = backend.reads_int8_kv(shape);
-    if (!reads_int8 && kv_cache == kv_type_name(KvType::kInt8)) {
-      fail_usage("attention {} on {} cannot read an 8-bit KV cache: use --kv-cache auto or fp16",
-                 attention_variant_name(spec.variant), backend.device_name());
-    }
-    all_read_int8 = all_read_int8 && reads_int8;
-  }
-  return kv_cache != kv_type_name(KvType::kFp16) && all_read_int8 ? KvType::kInt8 : KvType::kFp16;
+  fail_usage("unknown type of KV cache '{}': use auto, fp16, int8 or int4", kv_cache);
 }
 
 void set_kv_info(KvType type, const ModelConfig& config, const Backend& backend, ModelInfo& info) {
@@ -216,7 +216,8 @@ std::vector<std::vector<Scored>> Model::score(std::span<const ScoreInput> inputs
 }
 
 void Model::score_distributions(std::span<const ScoreInput> inputs,
-                                const DistributionCallback& on_block) {
+                                const DistributionCallback& on_block, int64_t shared) {
+  if (shared > 0) return impl_->score_shared(inputs, shared, on_block);
   std::vector<ScoredToken> tokens;
   impl_->for_each_step(inputs, [&](std::span<const StepInput> steps,
                                    std::span<const int64_t> first_scored,

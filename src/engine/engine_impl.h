@@ -18,6 +18,8 @@
 
 namespace sagelm {
 
+struct SharedRun;  // choices.cpp
+
 struct Model::Impl {
   LoadOptions options;
   ModelInfo info;
@@ -58,6 +60,17 @@ struct Model::Impl {
                            int64_t sessions) const;
   // Has the backend make room for steps with the model's attention.
   void reserve_steps();
+  // score_distributions of inputs whose first `shared` tokens are the same.
+  void score_shared(std::span<const ScoreInput> inputs, int64_t shared,
+                    const DistributionCallback& on_block);
+  // Runs `pages`, whole pages of tokens, once and every run after a fork of them, packed into
+  // steps; take gets each step, its first one being that of runs[first], and returns false to stop.
+  // Returns the tokens run.
+  using RunStep = std::function<bool(size_t first, std::span<const StepInput> steps,
+                                     std::span<const int64_t> first_scored)>;
+  int64_t run_after(std::span<const int32_t> pages, std::span<const SharedRun> runs,
+                    const RunStep& take);
+
   // A cache of the current type, with at least this room, that no sequence uses.
   KvCache& cache_for_scoring(const KvRoom& room);
   void check_ids(std::span<const int32_t> ids) const;

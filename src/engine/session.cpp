@@ -187,8 +187,8 @@ void Session::Impl::decode(std::span<const Branch> branches, std::span<const flo
     answers.emplace_back(of, branch.options, branch.on_text, branch.session->ids, *branch.result);
     if (answers[i].take(drawn_from)) going.push_back(i);
   }
-  model.backend->repeated_seconds();  // only what follows counts
   std::vector<StepInput> inputs;
+  model.backend->repeated_seconds();  // only what follows counts
   while (!going.empty()) {
     inputs.clear();
     for (const size_t i : going) {

@@ -27,7 +27,8 @@ struct CalibrationKey {
   std::string model_hash;               // as model_hash() gives it
   std::vector<std::string> candidates;  // as ModelInfo::adaptive_attention has them
   bool smooth_k = true;
-  // Candidates that read an 8-bit KV cache were measured with it ("auto"), or none was ("fp16").
+  // The KV cache that candidates were measured with, those that can read it: 8-bit ("auto"), int4
+  // or fp16.
   std::string kv_cache = "auto";
 };
 

@@ -29,16 +29,22 @@ int64_t num_scored(const Model::ScoreInput& input) {
 
 struct RowSummary {
   double log_sum_exp = 0;
-  int32_t argmax = 0;  // the lowest id among equals
+  int32_t argmax = 0;  // of the choices, or the lowest id: the first among equals
 };
 
-RowSummary summarize(std::span<const float> logits) {
+// choices, if there are any, are below logits.size().
+RowSummary summarize(std::span<const float> logits, std::span<const int32_t> choices) {
   const auto top = std::max_element(logits.begin(), logits.end());
   const double largest = *top;
   double sum = 0;
   for (const float value : logits) sum += std::exp(value - largest);
-  return {.log_sum_exp = largest + std::log(sum),
-          .argmax = static_cast<int32_t>(top - logits.begin())};
+  auto argmax = static_cast<int32_t>(top - logits.begin());
+  if (!choices.empty()) {
+    argmax = *std::max_element(choices.begin(), choices.end(), [&logits](int32_t a, int32_t b) {
+      return logits[static_cast<size_t>(a)] < logits[static_cast<size_t>(b)];
+    });
+  }
+  return {.log_sum_exp = largest + std::log(sum), .argmax = argmax};
 }
 
 // KL(p || q) = sum of p (log p - log q), of two rows of logits. Rounding may leave it just below 0.
@@ -56,12 +62,16 @@ double kl_divergence(std::span<const float> p, double p_log_sum_exp, std::span<c
 // One batch: its scored tokens in order, and the first setting's logits of them.
 class Batch {
  public:
-  Batch(std::span<const Model::ScoreInput> inputs, int64_t first_input, int64_t vocab_size,
-        const std::function<std::string(int64_t)>& where)
+  Batch(std::span<const Model::ScoreInput> inputs, int64_t first_input, int64_t shared,
+        const CompareOptions& options, const std::function<std::string(int64_t)>& where)
       : inputs_(inputs),
         first_input_(first_input),
-        vocab_(static_cast<size_t>(vocab_size)),
+        shared_(shared),
+        vocab_(static_cast<size_t>(options.vocab_size)),
         where_(where) {
+    if (!options.choices.empty()) {
+      choices_ = std::span(options.choices).subspan(static_cast<size_t>(first_input));
+    }
     for (size_t i = 0; i < inputs.size(); ++i) {
       const auto length = static_cast<int64_t>(inputs[i].ids.size());
       for (int64_t j = inputs[i].first_scored; j < length; ++j) {
@@ -75,11 +85,12 @@ class Batch {
     BatchScores result;
     double own_seconds = 0;
     const Clock::time_point start = Clock::now();
-    setting.scorer(inputs_, [&](const Model::LogitsBlock& block) {
+    const auto on_block = [&](const Model::LogitsBlock& block) {
       const Clock::time_point own_start = Clock::now();
       take(setting, block, is_baseline, result.tokens);
       own_seconds += seconds_since(own_start);
-    });
+    };
+    setting.scorer(inputs_, on_block, shared_);
     result.seconds = std::max(0.0, seconds_since(start) - own_seconds);
     if (result.tokens.size() != scored_.size()) {
       fail("setting {}: the model scored {} of {} tokens in {}", setting.name, result.tokens.size(),
@@ -107,7 +118,7 @@ class Batch {
     for (size_t r = 0; r < rows; ++r) {
       const size_t index = first + r;
       const std::span<const float> logits = block.logits.subspan(r * vocab_, vocab_);
-      const RowSummary summary = summarize(logits);
+      const RowSummary summary = summarize(logits, choices_of(index));
       if (is_baseline) summaries_[index] = summary;
       const RowSummary& baseline = summaries_[index];
       const int32_t target = target_of(index);
@@ -144,12 +155,21 @@ class Batch {
       if (target < 0 || static_cast<size_t>(target) >= vocab_) {
         fail("{}: id {} is not in the vocabulary of {}", place_of(index), target, vocab_);
       }
+      for (const int32_t choice : choices_of(index)) {
+        if (choice < 0 || static_cast<size_t>(choice) >= vocab_) {
+          fail("{}: id {} is not in the vocabulary of {}", place_of(index), choice, vocab_);
+        }
+      }
     }
   }
 
   int32_t target_of(size_t index) const {
     const Model::ScoredToken& token = scored_[index];
     return inputs_[token.input].ids[static_cast<size_t>(token.position)];
+  }
+
+  std::span<const int32_t> choices_of(size_t index) const {
+    return choices_.empty() ? std::span<const int32_t>() : choices_[scored_[index].input];
   }
 
   std::string place_of(size_t index) const {
@@ -159,37 +179,51 @@ class Batch {
 
   std::span<const Model::ScoreInput> inputs_;
   int64_t first_input_;
+  int64_t shared_;
   size_t vocab_;
+  std::span<const std::vector<int32_t>> choices_;  // by input, or none
   const std::function<std::string(int64_t)>& where_;
   std::vector<Model::ScoredToken> scored_;
   std::vector<float> held_;            // the baseline's logits, [scored_.size(), vocab_]
   std::vector<RowSummary> summaries_;  // of its rows
 };
 
-// The end of the batch that begins at inputs[first]: one input at least.
+// Steps after which a group's shared tokens are run anew.
+constexpr int64_t kGroupSteps = 8;
+
+// The group that inputs[first] is in.
+CompareGroup group_of(size_t first, size_t num_inputs, const CompareOptions& options) {
+  for (const CompareGroup& group : options.groups) {
+    if (first < group.end) return group;
+  }
+  return {.end = num_inputs, .shared = 0};
+}
+
+// The end of the batch that begins at inputs[first]: one input at least, all of one group.
 size_t end_of_batch(std::span<const Model::ScoreInput> inputs, size_t first,
-                    const CompareOptions& options) {
+                    const CompareGroup& group, const CompareOptions& options) {
   int64_t tokens = 0;
   int64_t rows = 0;
   const int64_t row_bytes = options.vocab_size * static_cast<int64_t>(sizeof(float));
   const int64_t most_rows = options.baseline_bytes / std::max<int64_t>(row_bytes, 1);
+  const int64_t most_tokens = options.batch_tokens * (group.shared > 0 ? kGroupSteps : 1);
   size_t last = first;
-  for (; last < inputs.size(); ++last) {
-    tokens += static_cast<int64_t>(inputs[last].ids.size());
+  for (; last < std::min(group.end, inputs.size()); ++last) {
+    tokens += static_cast<int64_t>(inputs[last].ids.size()) - group.shared;
     rows += num_scored(inputs[last]);
-    if (last > first && (tokens > options.batch_tokens || rows > most_rows)) break;
+    if (last > first && (tokens > most_tokens || rows > most_rows)) break;
   }
   return last;
 }
 
 // Adds what all settings made of a batch of inputs. The first batch warms up: its time counts only
 // as long as there is no other.
-void append(std::span<const Model::ScoreInput> inputs, std::span<const BatchScores> runs,
-            bool replaces_time, Comparison& result) {
-  int64_t tokens_run = 0;
+void append(std::span<const Model::ScoreInput> inputs, int64_t shared,
+            std::span<const BatchScores> runs, bool replaces_time, Comparison& result) {
+  int64_t tokens_run = shared;
   size_t end = result.settings[0].tokens.size();
   for (const Model::ScoreInput& input : inputs) {
-    tokens_run += static_cast<int64_t>(input.ids.size());
+    tokens_run += static_cast<int64_t>(input.ids.size()) - shared;
     end += static_cast<size_t>(num_scored(input));
     result.input_ends.push_back(end);
   }
@@ -276,10 +310,11 @@ Comparison run_comparison(std::span<const Model::ScoreInput> inputs,
   int64_t parts_resumed = 0;  // of them, from the journal
   int64_t batches = 0;
   for (size_t first = 0; first < inputs.size();) {
-    const size_t last = end_of_batch(inputs, first, options);
+    const CompareGroup group = group_of(first, inputs.size(), options);
+    const size_t last = end_of_batch(inputs, first, group, options);
     const auto size = static_cast<int64_t>(last - first);
-    Batch batch(inputs.subspan(first, last - first), static_cast<int64_t>(first),
-                options.vocab_size, where);
+    Batch batch(inputs.subspan(first, last - first), static_cast<int64_t>(first), group.shared,
+                options, where);
     const std::optional<std::string> record = journal != nullptr ? journal->next() : std::nullopt;
     std::vector<BatchScores> recorded;
     if (record) {
@@ -309,7 +344,7 @@ Comparison run_comparison(std::span<const Model::ScoreInput> inputs,
     result.held_bytes = std::max(result.held_bytes, batch.held_bytes());
     if (runs.size() < settings.size()) break;
     if (journal != nullptr && !record) journal->append(batch_record(first, runs));
-    append(inputs.subspan(first, last - first), runs, batches == 1, result);
+    append(inputs.subspan(first, last - first), group.shared, runs, batches == 1, result);
     ++batches;
     if (stopped) break;
     first = last;

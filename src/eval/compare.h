@@ -19,12 +19,19 @@
 namespace sagelm {
 
 // As Model::score_distributions.
-using DistributionScorer = std::function<void(std::span<const Model::ScoreInput> inputs,
-                                              const Model::DistributionCallback& on_block)>;
+using DistributionScorer =
+    std::function<void(std::span<const Model::ScoreInput> inputs,
+                       const Model::DistributionCallback& on_block, int64_t shared)>;
 
 struct CompareSetting {
   std::string name;  // for messages
   DistributionScorer scorer;
+};
+
+// Inputs, up to the one before `end`, that begin with the same `shared` tokens: scored together.
+struct CompareGroup {
+  size_t end = 0;
+  int64_t shared = 0;
 };
 
 struct CompareOptions {
@@ -33,13 +40,18 @@ struct CompareOptions {
   // The first setting's logits are held for one batch; a batch stays below this where one input
   // alone does.
   int64_t baseline_bytes = int64_t{512} << 20;
+  // All inputs, in groups that no batch reaches across; none: nothing is shared. The shared tokens
+  // are run anew after some batch_tokens, so that a large group can be stopped within.
+  std::vector<CompareGroup> groups = {};
+  // By input: the ids that is_top and same_top look for the most probable one among; none: all.
+  std::vector<std::vector<int32_t>> choices = {};
 };
 
 // What a setting makes of one scored token, beside the first setting.
 struct ComparedToken {
   double logprob = 0;     // of the correct token, natural logarithm
   double kl = 0;          // KL(first setting || this one) of the next-token distribution, in nats
-  bool is_top = false;    // the correct token is the most probable one
+  bool is_top = false;    // the correct token is the most probable one (of the choices)
   bool same_top = false;  // the first setting's most probable token is this one's too
 };
 
@@ -55,7 +67,7 @@ struct Comparison {
   std::vector<SettingScores> settings;  // in the order given; the first is the baseline
   std::vector<size_t> input_ends;       // input i has the tokens [input_ends[i - 1], input_ends[i])
   int64_t inputs_planned = 0;           // more than inputs() only if the run was stopped
-  int64_t tokens_run = 0;               // through the model, by each setting
+  int64_t tokens_run = 0;               // through the model, by each setting; what is shared, once
   int64_t held_bytes = 0;               // of the first setting's logits, the most at once
 
   int64_t inputs() const { return static_cast<int64_t>(input_ends.size()); }

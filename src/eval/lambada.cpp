@@ -3,6 +3,7 @@
 #include <array>
 #include <cmath>
 #include <cstddef>
+#include <exception>
 #include <string>
 #include <utility>
 
@@ -66,6 +67,20 @@ int64_t word_target(const std::string& text, size_t num_ids, const std::string& 
   return static_cast<int64_t>(context.size());
 }
 
+LambadaExample prepare_example(const Passage& passage, const std::string& where,
+                               LambadaVariant variant, const Encoder& encode, int64_t max_tokens) {
+  LambadaExample example{.ids = encode(passage.text)};
+  const auto length = static_cast<int64_t>(example.ids.size());
+  if (length < 2) fail("{}: the passage has no token to predict another from", where);
+  if (length > max_tokens) {
+    fail("{}: the passage has {} tokens, more than the context of {}", where, length, max_tokens);
+  }
+  example.first_scored = variant == LambadaVariant::kWord
+                             ? word_target(passage.text, example.ids.size(), where, encode)
+                             : length - 1;
+  return example;
+}
+
 }  // namespace
 
 LambadaVariant parse_lambada_variant(std::string_view name) {
@@ -92,21 +107,23 @@ std::vector<LambadaExample> prepare_lambada(std::string_view name,
                                             std::span<const Passage> passages,
                                             LambadaVariant variant, const Encoder& encode,
                                             int64_t max_tokens) {
-  std::vector<LambadaExample> examples;
-  examples.reserve(passages.size());
-  for (const Passage& passage : passages) {
-    const std::string where = line_name(name, passage);
-    LambadaExample example{.ids = encode(passage.text)};
-    const auto length = static_cast<int64_t>(example.ids.size());
-    if (length < 2) fail("{}: the passage has no token to predict another from", where);
-    if (length > max_tokens) {
-      fail("{}: the passage has {} tokens, more than the context of {}", where, length, max_tokens);
+  std::vector<LambadaExample> examples(passages.size());
+  size_t first_failed = passages.size();
+  std::exception_ptr failure;  // of that one: the first in the file, whatever the threads do
+#pragma omp parallel for schedule(dynamic, 16)
+  for (size_t i = 0; i < passages.size(); ++i) {
+    try {
+      examples[i] =
+          prepare_example(passages[i], line_name(name, passages[i]), variant, encode, max_tokens);
+    } catch (...) {
+#pragma omp critical(sagelm_prepare_lambada)
+      if (i < first_failed) {
+        first_failed = i;
+        failure = std::current_exception();
+      }
     }
-    example.first_scored = variant == LambadaVariant::kWord
-                               ? word_target(passage.text, example.ids.size(), where, encode)
-                               : length - 1;
-    examples.push_back(std::move(example));
   }
+  if (failure) std::rethrow_exception(failure);
   return examples;
 }
 

@@ -31,7 +31,8 @@ struct LambadaExample {
   int64_t first_scored = 0;       // the target is ids[first_scored …]
 };
 
-// Ids of a text, BOS in front if the tokenizer's configuration wants it.
+// Ids of a text, BOS in front if the tokenizer's configuration wants it. Called by several threads
+// at once.
 using Encoder = std::function<std::vector<int32_t>(std::string_view text)>;
 
 // Throws Error with file and line for a passage that has no last word after a space, or no word

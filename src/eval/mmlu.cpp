@@ -30,12 +30,15 @@ MmluItem encode_item(const std::string& text, const std::string& where, const Mm
   return item;
 }
 
-// How many tokens of item's context are beyond max_tokens.
-int64_t excess(const MmluItem& item, int64_t max_tokens) {
+// Tokens of the context and of the longest letter but its last one, which is predicted only.
+int64_t run_length(const MmluItem& item) {
   size_t longest = 0;
   for (const auto& choice : item.choices) longest = std::max(longest, choice.size());
-  return static_cast<int64_t>(item.context.size() + longest - 1) - max_tokens;
+  return static_cast<int64_t>(item.context.size() + longest - 1);
 }
+
+// How many tokens of item's context are beyond max_tokens.
+int64_t excess(const MmluItem& item, int64_t max_tokens) { return run_length(item) - max_tokens; }
 
 MmluTask prepare_subject(const MmluSubject& subject, MmluPrompt prompt, const MmluEncoder& encode,
                          int64_t max_tokens) {
@@ -172,6 +175,14 @@ std::vector<MmluTask> prepare_mmlu(const MmluData& data, MmluPrompt prompt,
     tasks.push_back(prepare_subject(subject, prompt, encode, max_tokens));
   }
   return tasks;
+}
+
+int64_t longest_run(std::span<const MmluTask> tasks) {
+  int64_t longest = 0;
+  for (const MmluTask& task : tasks) {
+    for (const MmluItem& item : task.items) longest = std::max(longest, run_length(item));
+  }
+  return longest;
 }
 
 MmluGroupResult group_mmlu(std::span<const MmluSubjectResult> subjects) {

@@ -44,6 +44,9 @@ using MmluEncoder = std::function<std::vector<int32_t>(std::string_view text)>;
 std::vector<MmluTask> prepare_mmlu(const MmluData& data, MmluPrompt prompt,
                                    const MmluEncoder& encode, int64_t max_tokens);
 
+// Tokens of the longest prompt together with what is run of a letter.
+int64_t longest_run(std::span<const MmluTask> tasks);
+
 struct MmluSubjectResult {
   const MmluSubjectInfo* subject = nullptr;
   int64_t questions = 0;

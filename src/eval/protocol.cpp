@@ -20,6 +20,7 @@ constexpr std::array kProtocols = {
     Entry{"llamacpp", llamacpp_protocol},
     Entry{"lm-eval-0.4.3", lm_eval_0_4_3_protocol},
     Entry{"lm-eval-0.4.9.2", lm_eval_0_4_9_2_protocol},
+    Entry{"lm-eval", lm_eval_0_4_9_2_protocol},  // the newest
 };
 
 const Entry& find_protocol(std::string_view name) {

@@ -16,7 +16,7 @@ class KvCache;
 // What a cache has room for, or what sequences need of it.
 struct KvRoom {
   int64_t pages = 0;
-  int64_t tails = 0;  // a kInt8 cache's: one per sequence
+  int64_t tails = 0;  // a quantized cache's: one per sequence
 
   KvRoom& operator+=(const KvRoom& other) {
     pages += other.pages;
@@ -72,7 +72,6 @@ class KvCache {
   KvType type() const { return layout_.type; }
   KvRoom room() const { return {.pages = layout_.num_pages, .tails = layout_.num_tails}; }
   KvRoom free_room() const { return {.pages = pages_.num_free(), .tails = tails_.num_free()}; }
-  int64_t bytes() const { return layout_.bytes(); }
   KvStorage& storage() { return *storage_; }
 
   // Pages that so many tokens touch.
@@ -96,7 +95,7 @@ class KvCache {
     std::vector<int32_t> owners_;
   };
 
-  bool quantized() const { return layout_.type == KvType::kInt8; }
+  bool quantized() const { return is_quantized(layout_.type); }
   // Replaces id, which has several owners, by a copy of it.
   void unshare(Pool& pool, int32_t& id);
 

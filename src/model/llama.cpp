@@ -122,7 +122,7 @@ Llama::Llama(const ModelConfig& config, const ModelWeights& weights, Backend& ba
     layer.qkv = backend.add_linear(std::vector{from.q_proj, from.k_proj, from.v_proj});
     layer.o = backend.add_linear(std::span(&from.o_proj, 1));
     layer.post_norm = backend.add_vector(from.post_norm);
-    layer.gate_up = backend.add_linear(std::vector{from.gate_proj, from.up_proj});
+    layer.gate_up = backend.add_gate_up(from.gate_proj, from.up_proj);
     layer.down = backend.add_linear(std::span(&from.down_proj, 1));
     layers_.push_back(layer);
     if (progress) {
@@ -201,10 +201,13 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
     const AttentionShape shape{config_.num_heads, config_.num_kv_heads, config_.head_dim,
                                attention_[i]};
     b.enter_layer(index);
-    b.rmsnorm(hidden, layer.input_norm, config_.rms_norm_eps, normed);
-    b.linear(normed, layer.qkv, qkv);
-    b.rope_append(qkv, batch, shape, inverse_frequencies_, index, kv);
-    b.attention(qkv, batch, shape, index, kv, attended);
+    b.norm_linear(hidden, layer.input_norm, config_.rms_norm_eps, layer.qkv, normed, qkv);
+    if (probe) {
+      b.rope_append(qkv, batch, shape, inverse_frequencies_, index, kv);
+      b.attention(qkv, batch, shape, index, kv, attended);
+    } else {
+      b.append_and_attend(qkv, batch, shape, inverse_frequencies_, index, kv, attended);
+    }
     if (check && !b.all_finite(attended)) {
       throw NotFinite(fmt::format("NaN or Inf appears in the attention of layer {} ({})", i,
                                   describe_attention(attention_[i])));
@@ -217,10 +220,10 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
       if (!wants_all) b.gather_rows(hidden, wanted, gathered);
       out = gathered;
     }
-    const Matrix mlp_normed = rows_of(normed, 0, out.rows);
     const Matrix mlp_activated = rows_of(activated, 0, out.rows);
-    b.rmsnorm(out, layer.post_norm, config_.rms_norm_eps, mlp_normed);
-    b.linear_swiglu(mlp_normed, layer.gate_up, rows_of(gate_up, 0, out.rows), mlp_activated);
+    b.norm_linear_swiglu(out, layer.post_norm, config_.rms_norm_eps, layer.gate_up,
+                         rows_of(normed, 0, out.rows), rows_of(gate_up, 0, out.rows),
+                         mlp_activated);
     b.linear_add(mlp_activated, layer.down, out);
     if (check && !b.all_finite(out)) {
       throw NotFinite(fmt::format("NaN or Inf appears in the output of layer {}", i));
@@ -234,8 +237,7 @@ Matrix Llama::head(Matrix hidden) {
   Backend& b = *backend_;
   const Matrix normed = b.scratch(kNormed, hidden.rows, config_.hidden_size, Holds::kActivations);
   const Matrix logits = b.scratch(kLogits, hidden.rows, config_.vocab_size, Holds::kLogits);
-  b.rmsnorm(hidden, final_norm_, config_.rms_norm_eps, normed);
-  b.linear(normed, lm_head_, logits);
+  b.norm_linear(hidden, final_norm_, config_.rms_norm_eps, lm_head_, normed, logits);
   return logits;
 }
 

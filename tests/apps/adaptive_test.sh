@@ -47,7 +47,7 @@ holds "$work/out" '"attention": "fp16 in layers 0, 2, 4; sage2-8b in layers 1, 3
 # What does not fit or cannot be read.
 refused 1 "without --no-smooth-k" generate "${adaptive[@]}" "${own[@]}" --prompt x --no-smooth-k
 refused 1 "--kv-cache auto, not fp16" info "${adaptive[@]}" "${own[@]}" --kv-cache fp16
-refused 2 "8-bit KV cache" generate "${adaptive[@]}" "${own[@]}" --prompt x --kv-cache int8
+refused 2 "int8 KV cache" generate "${adaptive[@]}" "${own[@]}" --prompt x --kv-cache int8
 sed 's/"model_hash": "..../"model_hash": "dead/' "$work/own.json" >"$work/other.json"
 refused 1 "another model" info "${adaptive[@]}" --calibration "$work/other.json"
 head -c 200 "$work/own.json" >"$work/torn.json"

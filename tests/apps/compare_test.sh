@@ -52,6 +52,33 @@ figures | grep -vE 'second|timed' >"$work/first"
 run 0 perplexity --file "$text" --ctx 64 --attention fp16,sage1 --json --batch-tokens 16
 figures | grep -vE 'second|timed' | cmp -s - "$work/first" || fail "the batch changed a figure"
 
+# MMLU: the figures are those of `sagelm mmlu`, shared or not; wrong data is named first.
+mkdir -p "$work/mmlu/test" "$work/mmlu/dev"
+for subject in anatomy marketing; do
+  for i in $(seq 12); do
+    split="test"
+    [ "$i" -le 3 ] && split="dev"
+    echo "In $subject what did captain $i see?,Rain,A storm,Nothing,Two ships,$((i % 4))" \
+      >>"$work/mmlu/$split/${subject}_$split.csv"
+  done
+done
+run 0 mmlu --data "$work/mmlu" --shots 3 --attention fp16,sage2 --report "$work/mmlu page" --json
+for field in '"accuracy"' '"accuracy_macro"' '"accuracy_STEM"' '"accuracy_other"' '"nll_mean"' \
+  '"kl_mean"' '"same_top"' '"rms_probability_change"' '"questions": 18' '"data_sha256"'; do
+  holds "$work/out" "$field"
+done
+holds "$work/mmlu page/index.html" "MMLU of demo under 2 settings"
+for setting in fp16 sage2; do
+  "$sagelm" mmlu --data "$work/mmlu" --shots 3 --attention $setting --json >"$work/one" 2>/dev/null
+  one=$(sed -n 's/^ *"accuracy_micro": \([0-9.]*\).*/\1/p' "$work/one" | head -n 1)
+  sed -n "/\"name\": \"$setting\"/,\$p" "$work/out" | sed -n '/"accuracy": {/,/}/p' | head -n 4 |
+    grep -q "\"value\": $one" || fail "$setting: compare mmlu is not mmlu ($one)"
+done
+run 0 mmlu --data "$work/mmlu" --shots 3 --attention fp16,sage1 --limit 2 --no-share
+holds "$work/out" "4 of 4 questions"
+echo "A question,Rain,A storm,Nothing,Two ships,E" >>"$work/mmlu/test/anatomy_test.csv"
+refused 1 "anatomy_test.csv:10" mmlu --data "$work/mmlu" -m /nowhere --attention fp16,sage1
+
 # A flag counts for every setting.
 run 0 perplexity --file "$text" --ctx 64 --limit 1 --attention sage1,sage2 --no-smooth-k \
   --kv-cache fp16 --device cpu --json

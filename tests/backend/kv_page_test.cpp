@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -19,14 +20,31 @@ namespace {
 
 constexpr AttentionSpec kSpec{AttentionVariant::kSage2_8b, true};
 
+const AttentionSpec kSpec4b{AttentionVariant::kSage2_4b, true};
+
 int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
 // One page of one head, as the formulas have it: one element at a time.
 struct Page {
-  std::vector<int> k;       // [kPageTokens][head_dim]
-  std::vector<uint8_t> v;   // [kPageTokens][head_dim]
-  std::vector<float> amax;  // [kPageScales]
+  std::vector<int> k;                 // [kPageTokens][head_dim]
+  std::vector<uint8_t> v;             // [kPageTokens][head_dim]
+  std::vector<float> amax;            // [kPageScales]
+  std::vector<float> steps, middles;  // of INT4 keys, [kPageTokens]; k is then [kPageTokens][dim]
 };
+
+// The product with the Hadamard matrix, in the order of the kernels, so that it rounds as theirs.
+std::vector<float> rotated(std::vector<float> x, float factor) {
+  for (size_t half = 1; half < x.size(); half *= 2) {
+    for (size_t i = 0; i < x.size(); ++i) {
+      if ((i & half) != 0) continue;
+      const float a = x[i], b = x[i + half];
+      x[i] = a + b;
+      x[i + half] = a - b;
+    }
+  }
+  for (float& value : x) value *= factor;
+  return x;
+}
 
 Page reference_page(const uint16_t* k, const uint16_t* v, const float* mean, int64_t head_dim) {
   Page page;
@@ -52,6 +70,67 @@ Page reference_page(const uint16_t* k, const uint16_t* v, const float* mean, int
   return page;
 }
 
+// The same page with INT4 keys.
+Page reference_int4_page(const uint16_t* k, const uint16_t* v, const float* mean,
+                         int64_t head_dim) {
+  Page page = reference_page(k, v, mean, head_dim);
+  page.k.clear();
+  const auto dim = static_cast<size_t>(cpu::page_shape(KvType::kInt4, head_dim).dim);
+  for (int64_t key = 0; key < kPageTokens; ++key) {
+    std::vector<float> row(dim);
+    for (int64_t c = 0; c < head_dim; ++c) {
+      row[static_cast<size_t>(c)] = half_to_float(k[key * head_dim + c]) - mean[c];
+    }
+    row = rotated(std::move(row), dim == 256 ? 1.0F / 16 : 1.0F / 8);
+    const auto [least, largest] = std::minmax_element(row.begin(), row.end());
+    const auto to_bf16 = [](float x) { return bfloat16_to_float(float_to_bfloat16(x)); };
+    page.steps.push_back(to_bf16(std::max(*largest - *least, 1e-7F) / 15));
+    page.middles.push_back(to_bf16(*least + 8 * page.steps.back()));
+    for (const float x : row) {
+      const float integer = std::nearbyint((x - page.middles.back()) * (1 / page.steps.back()));
+      page.k.push_back(static_cast<int>(std::clamp(integer, -8.0F, 7.0F)));
+    }
+  }
+  return page;
+}
+
+TEST(KvPage, Int4KeysAreTheSameOnEveryInstructionSet) {
+  for (const int64_t head_dim : {1, 48, 64, 100, 128, 256}) {
+    for (const Inputs inputs : kAllInputs) {
+      const auto problem = make_problem({1, kPageTokens, 1, 1, head_dim, true}, inputs, 5);
+      std::vector<float> mean(static_cast<size_t>(head_dim));
+      for (size_t c = 0; c < mean.size(); ++c) mean[c] = 0.37F * static_cast<float>(c % 7) - 1.0F;
+      const Page expected =
+          reference_int4_page(problem.k.data(), problem.v.data(), mean.data(), head_dim);
+      const cpu::PageShape shape = cpu::page_shape(KvType::kInt4, head_dim);
+      for (const cpu::KernelTable* kernels : cpu::available_attention_kernels()) {
+        std::vector<uint8_t> operands(static_cast<size_t>(shape.operand_bytes()), 0xEE);
+        std::vector<float> scales(static_cast<size_t>(shape.scales), -1.0F);
+        kernels->quantize_page(KvType::kInt4, problem.k.data(), problem.v.data(), mean.data(),
+                               head_dim, operands.data(), scales.data());
+        EXPECT_FLOAT_EQ(scales[4], expected.amax[4] / 448.0F);
+        for (int64_t key = 0; key < kPageTokens; ++key) {
+          const auto at = static_cast<size_t>(key);
+          const auto word = std::bit_cast<uint32_t>(scales[kPageScales + at]);
+          ASSERT_EQ(bfloat16_to_float(static_cast<uint16_t>(word)), expected.steps[at]);
+          ASSERT_EQ(bfloat16_to_float(static_cast<uint16_t>(word >> 16)), expected.middles[at]);
+          for (int64_t c = 0; c < shape.dim; ++c) {
+            const int64_t half = kPageTokens / 2;
+            const uint8_t byte =
+                operands[static_cast<size_t>((c / 4 * half + key % half) * 4 + c % 4)];
+            const int nibble = key < half ? byte & 15 : byte >> 4;
+            ASSERT_EQ(nibble - 8, expected.k[static_cast<size_t>(key * shape.dim + c)])
+                << kernels->name << ", head size " << head_dim;
+            const uint8_t v = operands[static_cast<size_t>(shape.key_bytes + key * shape.dim + c)];
+            const auto i = static_cast<size_t>(key * head_dim + c);
+            ASSERT_EQ(v & 0x7F, c < head_dim ? expected.v[i] & 0x7F : 0);
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(KvPage, HoldsTheSameNumbersOnEveryInstructionSet) {
   for (const int64_t head_dim : {1, 12, 64, 100, 128, 256}) {
     for (const Inputs inputs : kAllInputs) {
@@ -67,8 +146,8 @@ TEST(KvPage, HoldsTheSameNumbersOnEveryInstructionSet) {
       for (const cpu::KernelTable* kernels : cpu::available_attention_kernels()) {
         std::vector<uint8_t> operands(static_cast<size_t>(2 * kPageTokens * dim), 0xEE);
         std::vector<float> scales(kPageScales);
-        kernels->quantize_page(problem.k.data(), problem.v.data(), mean.data(), head_dim,
-                               operands.data(), scales.data());
+        kernels->quantize_page(KvType::kInt8, problem.k.data(), problem.v.data(), mean.data(),
+                               head_dim, operands.data(), scales.data());
         for (size_t g = 0; g < scales.size(); ++g) {
           EXPECT_FLOAT_EQ(scales[g], expected.amax[g] / (g == 4 ? 448.0F : 127.0F));
         }
@@ -93,9 +172,10 @@ TEST(KvPage, HoldsTheSameNumbersOnEveryInstructionSet) {
 // A problem whose keys and values are in a cache, appended in chunks of the given length.
 class Cached {
  public:
-  Cached(const AttentionProblem& problem, int64_t chunk)
+  Cached(const AttentionProblem& problem, int64_t chunk, KvType type = KvType::kInt8)
       : problem_(problem),
-        kv_({.type = KvType::kInt8,
+        type_(type),
+        kv_({.type = type,
              .num_layers = 2,
              .num_kv_heads = problem.shape.num_kv_heads,
              .head_dim = problem.shape.head_dim,
@@ -119,7 +199,7 @@ class Cached {
     PreparedArgs prepared = prepare_args(problem_, 0, result);
     std::vector<const uint16_t*> none;
     kv_.locate(1, place(problem_.shape.kv_len, problem_.shape.q_len), none, none, prepared.args);
-    cpu::attention_with(kernels, std::span(&prepared.args, 1), kSpec, KvType::kInt8);
+    cpu::attention_with(kernels, std::span(&prepared.args, 1), kSpec, type_);
     return result;
   }
   AttentionResult attend() const { return attend(*cpu::available_attention_kernels().front()); }
@@ -143,12 +223,13 @@ class Cached {
   }
 
   AttentionProblem problem_;
+  KvType type_;
   cpu::CpuKv kv_;
   std::vector<int32_t> pages_;
 };
 
 // What attention over the cache means, in exact arithmetic but for the roundings it names.
-Float64Result exact_attention(const AttentionProblem& problem) {
+Float64Result exact_attention(const AttentionProblem& problem, KvType type = KvType::kInt8) {
   const AttentionShape& s = problem.shape;
   const int64_t full = s.kv_len / kPageTokens * kPageTokens;
   Float64Result result;
@@ -166,16 +247,22 @@ Float64Result exact_attention(const AttentionProblem& problem) {
     }
     std::vector<Page> pages;
     for (int64_t p = 0; p < full; p += kPageTokens) {
-      pages.push_back(
-          reference_page(k + p * s.head_dim, v + p * s.head_dim, mean.data(), s.head_dim));
+      const auto make = type == KvType::kInt4 ? reference_int4_page : reference_page;
+      pages.push_back(make(k + p * s.head_dim, v + p * s.head_dim, mean.data(), s.head_dim));
     }
     for (int64_t row = 0; row < s.q_len; ++row) {
       const float* q = problem.q.data() + (row * s.num_heads + head) * s.head_dim;
-      double q_amax = 1e-7, bias = 0;
+      double bias = 0;
       for (int64_t c = 0; c < s.head_dim; ++c) {
-        q_amax = std::max<double>(q_amax, std::abs(q[c]));
         bias += static_cast<double>(q[c]) * static_cast<double>(mean[static_cast<size_t>(c)]);
       }
+      std::vector<float> rotated_q(q, q + s.head_dim);
+      if (type == KvType::kInt4) {
+        rotated_q.resize(static_cast<size_t>(cpu::page_shape(type, s.head_dim).dim));
+        rotated_q = rotated(std::move(rotated_q), rotated_q.size() == 64 ? 1.0F / 8 : 1.0F / 16);
+      }
+      double q_amax = 1e-7;
+      for (const float x : rotated_q) q_amax = std::max<double>(q_amax, std::abs(x));
       const int64_t visible = s.causal ? s.kv_len - s.q_len + row + 1 : s.kv_len;
       double max = -std::numeric_limits<double>::infinity(), sum = 0;
       std::vector<double> out(static_cast<size_t>(s.head_dim));
@@ -186,7 +273,15 @@ Float64Result exact_attention(const AttentionProblem& problem) {
         std::vector<double> logits;
         for (int64_t j = first; j < last; ++j) {
           double logit = 0;
+          for (size_t c = 0; quantized && type == KvType::kInt4 && c < rotated_q.size(); ++c) {
+            const auto key = static_cast<size_t>(j - first);
+            logit += std::nearbyint(static_cast<double>(rotated_q[c]) * 127 / q_amax) * q_amax /
+                     127 *
+                     (static_cast<double>(page->steps[key]) * page->k[key * rotated_q.size() + c] +
+                      static_cast<double>(page->middles[key]));
+          }
           for (int64_t c = 0; c < s.head_dim; ++c) {
+            if (quantized && type == KvType::kInt4) break;
             const auto i = static_cast<size_t>((j - first) * s.head_dim + c);
             if (quantized) {
               logit += std::nearbyint(static_cast<double>(q[c]) * 127 / q_amax) * page->k[i];
@@ -196,7 +291,7 @@ Float64Result exact_attention(const AttentionProblem& problem) {
                         static_cast<double>(mean[static_cast<size_t>(c)]));
             }
           }
-          if (quantized) {
+          if (quantized && type == KvType::kInt8) {
             logit *= q_amax / 127 *
                      static_cast<double>(page->amax[static_cast<size_t>(j / 4 % 4)]) / 127;
           }
@@ -245,15 +340,18 @@ TEST(QuantizedCache, AttentionComputesItsRecipeExactly) {
                                    {1, 1, 1, 1, 12, true},     {6, 640, 2, 1, 128, true}};
   for (const cpu::KernelTable* kernels : cpu::available_attention_kernels()) {
     for (const AttentionShape& shape : shapes) {
-      const auto problem = make_problem(shape, Inputs::kOffsetK, 21);
-      const AttentionResult actual = Cached(problem, 1000).attend(*kernels);
-      const Float64Result expected = exact_attention(problem);
-      const std::string where = std::string(kernels->name) + " " + std::to_string(shape.q_len) +
-                                " of " + std::to_string(shape.kv_len) + " head size " +
-                                std::to_string(shape.head_dim);
-      EXPECT_LT(error_of(actual.out, expected.out).relative_l1, 2e-3) << where;
-      for (size_t i = 0; i < expected.lse.size(); ++i) {
-        EXPECT_NEAR(actual.lse[i], expected.lse[i], 2e-3) << where;
+      for (const KvType type : {KvType::kInt8, KvType::kInt4}) {
+        const auto problem = make_problem(shape, Inputs::kOffsetK, 21);
+        const AttentionResult actual = Cached(problem, 1000, type).attend(*kernels);
+        const Float64Result expected = exact_attention(problem, type);
+        const std::string where = std::string(kernels->name) + " " + std::to_string(shape.q_len) +
+                                  " of " + std::to_string(shape.kv_len) + " head size " +
+                                  std::to_string(shape.head_dim) +
+                                  (type == KvType::kInt4 ? ", INT4 keys" : "");
+        EXPECT_LT(error_of(actual.out, expected.out).relative_l1, 2e-3) << where;
+        for (size_t i = 0; i < expected.lse.size(); ++i) {
+          EXPECT_NEAR(actual.lse[i], expected.lse[i], 2e-3) << where;
+        }
       }
     }
   }
@@ -278,29 +376,74 @@ TEST(QuantizedCache, ErrorAgainstFloat64IsThatOfSage2) {
   }
 }
 
+// INT4 keys are to be better than those of sage2-4b, whose queries have 4 bits too.
+TEST(QuantizedCache, ErrorOfInt4KeysIsBelowThatOfSage2_4b) {
+  for (const int64_t head_dim : {64, 128}) {
+    for (const Inputs inputs : kAllInputs) {
+      const auto problem = make_problem({768, 768, 1, 1, head_dim, true}, inputs, 11);
+      const std::vector<double> exact = float64_attention(problem).out;
+      const double error =
+          error_of(Cached(problem, 768, KvType::kInt4).attend().out, exact).relative_l1;
+      const double other = error_of(run_attention(problem, kSpec4b).out, exact).relative_l1;
+      EXPECT_LT(error, other) << inputs_name(inputs) << " " << head_dim;
+    }
+  }
+}
+
+// A fact at the start of a 16k-token text decides the last token's attention: one key among all the
+// others, whose value comes out as with an FP16 cache.
+TEST(QuantizedCache, OneKeyFarBackDominates) {
+  constexpr int64_t kLength = 16384 + 40, kFact = 20, kDim = 64;
+  auto problem = make_problem({1, kLength, 1, 1, kDim, true}, Inputs::kNormal, 9);
+  double square = 0;
+  for (int64_t c = 0; c < kDim; ++c) square += static_cast<double>(problem.q[c] * problem.q[c]);
+  const double wanted = 13.0;  // a logit that outweighs 16k others by about e^3
+  for (int64_t c = 0; c < kDim; ++c) {
+    problem.k[kFact * kDim + c] = float_to_half(static_cast<float>(
+        static_cast<double>(problem.q[c]) * wanted / (square * problem.softmax_scale)));
+    problem.v[kFact * kDim + c] = float_to_half(c % 2 == 0 ? 2.0F : -2.0F);
+  }
+  const Float64Result exact = float64_attention(problem);
+  EXPECT_GT(exact.out[0], 1.0);
+  EXPECT_LT(
+      error_of(run_attention(problem, {AttentionVariant::kFp16, true}).out, exact.out).relative_l1,
+      0.01);
+  EXPECT_LT(error_of(Cached(problem, 2048).attend().out, exact.out).relative_l1, 0.03);
+  EXPECT_LT(error_of(Cached(problem, 2048, KvType::kInt4).attend().out, exact.out).relative_l1,
+            0.1);
+}
+
 // Pages do not depend on how the tokens came: a row that sees full pages only is the same bit for
 // bit.
 TEST(QuantizedCache, PagesAreTheSameForChunksOfAnySize) {
   const auto problem = make_problem({3, 384, 2, 1, 64, true}, Inputs::kHeavyTailed, 33);
-  const AttentionResult whole = Cached(problem, 384).attend();
-  for (const int64_t chunk : {1, 7, 100, 128, 200, 383}) {
-    EXPECT_EQ(Cached(problem, chunk).attend().out, whole.out) << chunk;
+  for (const KvType type : {KvType::kInt8, KvType::kInt4}) {
+    const AttentionResult whole = Cached(problem, 384, type).attend();
+    for (const int64_t chunk : {1, 7, 100, 128, 200, 383}) {
+      EXPECT_EQ(Cached(problem, chunk, type).attend().out, whole.out) << chunk;
+    }
   }
 }
 
-TEST(QuantizedCache, ChunksAndSingleTokensStayWithinTheStatedBound) {
+class QuantizedCaches : public ::testing::TestWithParam<KvType> {};
+INSTANTIATE_TEST_SUITE_P(Types, QuantizedCaches, ::testing::Values(KvType::kInt8, KvType::kInt4),
+                         [](const auto& info) {
+                           return info.param == KvType::kInt8 ? "int8" : "int4";
+                         });
+
+TEST_P(QuantizedCaches, ChunksAndSingleTokensStayWithinTheStatedBound) {
   for (const Inputs inputs : kAllInputs) {
     const auto whole = make_problem({300, 300, 2, 1, 64, true}, inputs, 32);
-    const std::vector<double> expected = to_double(Cached(whole, 300).attend().out);
+    const std::vector<double> expected = to_double(Cached(whole, 300, GetParam()).attend().out);
     for (const int64_t chunk : {1, 37, 128, 170}) {
       std::vector<float> out;
       for (int64_t done = 0; done < 300; done += chunk) {
         const int64_t count = std::min<int64_t>(chunk, 300 - done);
-        const auto part = Cached(prefix_of(whole, done + count, count), chunk).attend().out;
+        const auto part =
+            Cached(prefix_of(whole, done + count, count), chunk, GetParam()).attend().out;
         out.insert(out.end(), part.begin(), part.end());
       }
-      EXPECT_LE(error_of(out, expected).relative_l1,
-                cpu::attention_split_bound(kSpec, KvType::kInt8))
+      EXPECT_LE(error_of(out, expected).relative_l1, cpu::attention_split_bound(kSpec, GetParam()))
           << inputs_name(inputs) << " " << chunk;
     }
   }
@@ -313,6 +456,10 @@ TEST(QuantizedCache, OtherVariantsAreRefused) {
   EXPECT_THROW(
       cpu::attention(std::span(&prepared.args, 1), {AttentionVariant::kFp16, true}, KvType::kInt8),
       Error);
+  EXPECT_THROW(cpu::attention(std::span(&prepared.args, 1), kSpec4b, KvType::kInt8), Error);
+  EXPECT_THROW(cpu::attention(std::span(&prepared.args, 1), {AttentionVariant::kSage1B, true},
+                              KvType::kInt4),
+               Error);
   EXPECT_THROW(cpu::attention(std::span(&prepared.args, 1), kSpec, KvType::kInt8), Error);
 }
 
@@ -321,8 +468,10 @@ TEST(QuantizedCache, NanInAPageReachesTheOutput) {
     auto problem = make_problem({1, 200, 1, 1, 64, true}, Inputs::kNormal, 2);
     (in_key ? problem.k : problem.v)[70 * 64 + 3] = 0x7E00;
     for (const cpu::KernelTable* kernels : cpu::available_attention_kernels()) {
-      const AttentionResult result = Cached(problem, 200).attend(*kernels);
-      EXPECT_TRUE(std::isnan(result.out[3])) << kernels->name << " " << in_key;
+      for (const KvType type : {KvType::kInt8, KvType::kInt4}) {
+        const AttentionResult result = Cached(problem, 200, type).attend(*kernels);
+        EXPECT_TRUE(std::isnan(result.out[3])) << kernels->name << " " << in_key;
+      }
     }
   }
 }

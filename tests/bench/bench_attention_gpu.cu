@@ -1,13 +1,15 @@
 // Times the attention kernels on the device beside the copy bandwidth of the same run.
 //   bench_attention_gpu [--quick] [--fp16] [--json FILE]
 //   bench_attention_gpu --decode
+//   bench_attention_gpu --prefill
 // Prints for every shape: time and TFLOPS of attention over tiles that are quantized already, of
 // the quantization (with GB/s), and of the whole call from FP16 tensors. With --fp16 also of FP16
 // attention, by the kernel that is chosen for the device and by the one that any has. TFLOPS count
 // 4 * batch * heads * N^2 * head_dim, half of it where causal. Medians of at least 7 runs.
 // --decode: one query a sequence over a quantized cache, with GB/s over the bytes that the cache
-// holds, beside an FP16 cache; every run finds the cache outside of L2. Then the append of new
-// sequences' tokens to either.
+// holds, beside an FP16 cache; every run finds the cache outside of L2.
+// --prefill: steps of many tokens over a quantized cache: the append, beside that to an FP16 cache,
+// and the attention.
 #include <cuda_fp16.h>
 
 #include <algorithm>
@@ -124,13 +126,14 @@ void bench_decode(int batch, int kv_heads, int n, double copy_rate) {
   DeviceBuffer other(size_t{256} << 20);  // whatever takes the cache's place in L2
   const auto evict = [&] { cudaMemsetAsync(other.data(), 1, other.bytes()); };
 
-  double quantized_ms = 0;
-  {
-    DeviceBuffer keys(tiles * kPage * kDim), values(tiles * kPage * kDim), scales(32 * tiles);
+  const auto time_quantized = [&](bool int4_keys) {
+    const int64_t floats = tiles * sagelm::kernels::quantized_kv_scales(int4_keys);
+    DeviceBuffer keys(tiles * kPage * kDim), values(tiles * kPage * kDim), scales(4 * floats);
     fill_bytes<<<1024, 256>>>(static_cast<uint32_t*>(keys.data()), tiles * kPage * kDim / 4, 3);
     fill_bytes<<<1024, 256>>>(static_cast<uint32_t*>(values.data()), tiles * kPage * kDim / 4, 4);
-    fill_floats<<<1024, 256>>>(static_cast<float*>(scales.data()), 8 * tiles, 0.01f);
+    fill_floats<<<1024, 256>>>(static_cast<float*>(scales.data()), floats, 0.01f);
     sagelm::kernels::DecodeFromQuantizedKv args;
+    args.cache.int4_keys = int4_keys;
     args.cache.num_heads = kHeads;
     args.cache.num_kv_heads = kv_heads;
     args.cache.head_dim = kDim;
@@ -152,13 +155,14 @@ void bench_decode(int batch, int kv_heads, int n, double copy_rate) {
     args.query_stride = args.out_stride = kHeads * kDim;
     args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(kDim));
     DeviceBuffer workspace(sagelm::kernels::quantized_kv_decode_workspace_bytes(args));
-    quantized_ms = median_ms(
+    return median_ms(
         [&] {
           check_cuda(sagelm::kernels::decode_from_quantized_kv(args, workspace.data(), nullptr),
                      "decode_from_quantized_kv");
         },
         evict);
-  }
+  };
+  const double quantized_ms = time_quantized(false), int4_ms = time_quantized(true);
 
   const int64_t kv_count = int64_t{batch} * kv_heads * length * kDim;
   DeviceBuffer k(2 * kv_count), v(2 * kv_count);
@@ -185,37 +189,47 @@ void bench_decode(int batch, int kv_heads, int n, double copy_rate) {
   args.workspace_bytes = bytes;
   const double half_ms = median_ms([&] { must(sagelm_attention(&args)); }, evict);
 
-  const double held =
-      tiles * (2.0 * kPage * kDim + 32) + double(batch) * kv_heads * (4.0 * rest * kDim + 4 * kDim);
+  const double tail = double(batch) * kv_heads * (4.0 * rest * kDim + 4 * kDim);
+  const double held = tiles * (2.0 * kPage * kDim + 32) + tail;
+  const double int4_rate = (tiles * (1.5 * kPage * kDim + 544) + tail) / int4_ms * 1e-6;
   const double rate = held / quantized_ms * 1e-6, half_rate = 4.0 * kv_count / half_ms * 1e-6;
-  std::printf("%5d %5d %3d %6d | %8.1fus %6.0f %4.0f%% | %8.1fus %6.0f %4.0f%% | %5.2f\n", batch,
-              kHeads, kv_heads, length, 1e3 * quantized_ms, rate, 100 * rate / copy_rate,
-              1e3 * half_ms, half_rate, 100 * half_rate / copy_rate, half_ms / quantized_ms);
+  std::printf(
+      "%5d %5d %3d %6d | %8.1fus %6.0f %4.0f%% | %8.1fus %6.0f %4.0f%% | %8.1fus %6.0f %4.0f%% | "
+      "%5.2f\n",
+      batch, kHeads, kv_heads, length, 1e3 * quantized_ms, rate, 100 * rate / copy_rate,
+      1e3 * int4_ms, int4_rate, 100 * int4_rate / copy_rate, 1e3 * half_ms, half_rate,
+      100 * half_rate / copy_rate, half_ms / quantized_ms);
   std::fflush(stdout);
 }
 
-// The first n tokens of a sequence, 32 heads of 128.
-void bench_append(int kv_heads, int n) {
+// A step of n tokens behind `before` others, 32 heads of 128: the append and the attention.
+void bench_prefill(int kv_heads, int before, int n) {
   constexpr int kDim = 128, kHeads = 32, kPage = 128;
-  const int pages = n / kPage, heads = kHeads + 2 * kv_heads;
-  const int64_t tile_bytes = int64_t{pages} * kv_heads * kPage * kDim;
-  const int64_t qkv_count = int64_t{n} * heads * kDim;
-  DeviceBuffer qkv(2 * qkv_count), rotations(int64_t{n} * kDim * 4), keys(2 * tile_bytes),
-      values(2 * tile_bytes), scales(int64_t{pages} * kv_heads * 32), means(4 * kv_heads * kDim),
-      tail(int64_t{4} * kv_heads * kPage * kDim);
+  const int length = before + n, pages = length / kPage, heads = kHeads + 2 * kv_heads;
+  const int64_t tile_bytes = int64_t{pages + 1} * kv_heads * kPage * kDim;
+  const int64_t qkv_count = int64_t{n} * heads * kDim, out_count = int64_t{n} * kHeads * kDim;
+  DeviceBuffer qkv(2 * qkv_count), rotations(int64_t{length} * kDim * 4), keys(2 * tile_bytes),
+      values(2 * tile_bytes), scales(int64_t{pages + 1} * kv_heads * 32),
+      means(4 * kv_heads * kDim), tail(int64_t{4} * kv_heads * kPage * kDim), out(2 * out_count);
   fill_normal<<<1024, 256>>>(static_cast<__half*>(qkv.data()), qkv_count, 1);
+  fill_bytes<<<1024, 256>>>(static_cast<uint32_t*>(keys.data()), tile_bytes / 4, 3);
+  fill_bytes<<<1024, 256>>>(static_cast<uint32_t*>(values.data()), tile_bytes / 4, 4);
+  fill_floats<<<1024, 256>>>(static_cast<float*>(scales.data()), int64_t{pages + 1} * kv_heads * 8,
+                             0.01f);
+  means.fill(0);
   const DeviceBuffer frequencies = upload_integers(std::vector<int32_t>(kDim / 2, 0x3C23D70A));
   check_cuda(
-      sagelm::kernels::fill_rotations(static_cast<const float*>(frequencies.data()), kDim / 2, n,
-                                      static_cast<float*>(rotations.data()), nullptr),
+      sagelm::kernels::fill_rotations(static_cast<const float*>(frequencies.data()), kDim / 2,
+                                      length, static_cast<float*>(rotations.data()), nullptr),
       "fill_rotations");
-  std::vector<int32_t> positions(n), table(pages);
-  std::iota(positions.begin(), positions.end(), 0);
+  std::vector<int32_t> positions(n), slots(n), table(pages + 1);
+  std::iota(positions.begin(), positions.end(), before);
+  std::iota(slots.begin(), slots.end(), 0);
   std::iota(table.begin(), table.end(), 0);
   const DeviceBuffer positions_device = upload_integers(positions),
-                     slots_device = upload_integers(std::vector<int32_t>(n, -1)),
-                     table_device = upload_integers(table), starts = upload_integers({0, n}),
-                     length = upload_integers({n}), zero = upload_integers({0});
+                     slots_device = upload_integers(slots), table_device = upload_integers(table),
+                     starts = upload_integers({0, n}), lengths = upload_integers({length}),
+                     zero = upload_integers({0});
   const auto integers = [](const DeviceBuffer& x) { return static_cast<const int32_t*>(x.data()); };
   sagelm::kernels::AppendToQuantizedKv args;
   args.cache.num_heads = kHeads;
@@ -226,21 +240,32 @@ void bench_append(int kv_heads, int n) {
   args.cache.scales = static_cast<float*>(scales.data());
   args.cache.means = static_cast<float*>(means.data());
   args.cache.tails = tail.data();
-  args.step.rows = args.step.max_q_len = args.step.max_kv_len = n;
+  args.step.rows = args.step.max_q_len = n;
+  args.step.max_kv_len = length;
   args.step.num_sequences = 1;
-  args.step.max_closed_pages = pages;
-  args.step.closes_first_page = true;
+  args.step.max_closed_pages = pages - before / kPage;
+  args.step.begins_in_first_page = before < kPage;
+  args.step.closes_first_page = before < kPage && length >= kPage;
   args.step.positions = integers(positions_device);
-  args.step.slots = integers(slots_device);
   args.step.cu_q_lens = integers(starts);
-  args.step.kv_lens = integers(length);
+  args.step.kv_lens = integers(lengths);
   args.step.page_table = integers(table_device);
-  args.step.page_table_stride = pages;
+  args.step.page_table_stride = pages + 1;
   args.step.tails = args.step.means = integers(zero);
   args.qkv = qkv.data();
   args.rotations = static_cast<const float*>(rotations.data());
-  const double quantized_ms = median_ms([&] {
+  args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(kDim));
+  DeviceBuffer workspace(
+      sagelm::kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step));
+  args.prefill = workspace.data();
+  const double append_ms = median_ms([&] {
     check_cuda(sagelm::kernels::append_to_quantized_kv(args, nullptr), "append_to_quantized_kv");
+  });
+  const sagelm::kernels::PrefillFromQuantizedKv prefill = {
+      .cache = args.cache, .step = args.step, .out = out.data(), .out_stride = kHeads * kDim};
+  const double attention_ms = median_ms([&] {
+    check_cuda(sagelm::kernels::prefill_from_quantized_kv(prefill, workspace.data(), nullptr),
+               "prefill_from_quantized_kv");
   });
   sagelm::kernels::RopeAppend half;
   half.type = sagelm::kernels::Element::kF16;
@@ -249,23 +274,30 @@ void bench_append(int kv_heads, int n) {
   half.num_heads = kHeads;
   half.num_kv_heads = kv_heads;
   half.head_dim = kDim;
-  half.positions = half.slots = integers(positions_device);
+  half.positions = integers(positions_device);
+  half.slots = integers(slots_device);
   half.rotations = args.rotations;
-  half.keys = keys.data();
-  half.values = values.data();
+  DeviceBuffer half_keys(2 * int64_t{n} * kv_heads * kDim),
+      half_values(2 * int64_t{n} * kv_heads * kDim);
+  half.keys = half_keys.data();
+  half.values = half_values.data();
   const double half_ms =
       median_ms([&] { check_cuda(sagelm::kernels::rope_append(half, nullptr), "rope_append"); });
-  // Queries are read and written, keys and values read and written as bytes.
-  const double moved = double(n) * kDim * (4.0 * kHeads + 6.0 * kv_heads);
-  std::printf("append %6d tokens, %2d KV heads: quantized %8.1fus (%5.0f GB/s), fp16 %8.1fus\n", n,
-              kv_heads, 1e3 * quantized_ms, moved / quantized_ms * 1e-6, 1e3 * half_ms);
+  // All is read as 16 bits and written as 8.
+  const double moved = 3.0 * static_cast<double>(qkv_count);
+  const double flop = 4.0 * kHeads * kDim * n * (before + 0.5 * n);
+  std::printf(
+      "%6d tokens behind %6d, %2d KV heads: append %8.1fus (%5.0f GB/s; fp16 %8.1fus), attention "
+      "%9.1fus (%5.0f TFLOPS)\n",
+      n, before, kv_heads, 1e3 * append_ms, moved / append_ms * 1e-6, 1e3 * half_ms,
+      1e3 * attention_ms, flop / attention_ms * 1e-9);
   std::fflush(stdout);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  bool quick = false, fp16 = false, decode = false;
+  bool quick = false, fp16 = false, decode = false, prefill = false;
   const char* json = nullptr;
   for (int i = 1; i < argc; ++i) {
     if (!std::strcmp(argv[i], "--quick"))
@@ -274,6 +306,8 @@ int main(int argc, char** argv) {
       fp16 = true;
     else if (!std::strcmp(argv[i], "--decode"))
       decode = true;
+    else if (!std::strcmp(argv[i], "--prefill"))
+      prefill = true;
     else if (!std::strcmp(argv[i], "--json") && i + 1 < argc)
       json = argv[++i];
     else {
@@ -293,16 +327,28 @@ int main(int argc, char** argv) {
   std::printf("copy %.0f GB/s (read + written)\n", copy_rate);
   a = DeviceBuffer();
   b = DeviceBuffer();
+  if (prefill) {
+    for (const auto& [before, n] : {std::pair{0, 1024},
+                                    {0, 2048},
+                                    {0, 4096},
+                                    {0, 8192},
+                                    {6144, 2048},
+                                    {14336, 2048},
+                                    {30720, 2048},
+                                    {16384, 200}}) {
+      bench_prefill(32, before, n);
+    }
+    for (const auto& [before, n] : {std::pair{0, 4096}, {16384, 200}}) bench_prefill(8, before, n);
+    return 0;
+  }
   if (decode) {
-    std::printf("%5s %5s %3s %6s | %10s %6s %5s | %10s %6s %5s | %5s\n", "batch", "heads", "kv",
-                "tokens", "quantized", "GB/s", "%copy", "fp16", "GB/s", "%copy", "ratio");
+    std::printf("%5s %5s %3s %6s | %10s %6s %5s | %10s %6s %5s | %10s %6s %5s | %5s\n", "batch",
+                "heads", "kv", "tokens", "int8", "GB/s", "%copy", "int4", "GB/s", "%copy", "fp16",
+                "GB/s", "%copy", "fp16:8");
     for (const int kv_heads : {32, 8}) {
       for (const int batch : {1, 8, 32}) {
         for (const int n : {1024, 8192, 32768}) bench_decode(batch, kv_heads, n, copy_rate);
       }
-    }
-    for (const int kv_heads : {32, 8}) {
-      for (const int n : {1024, 4096, 32768}) bench_append(kv_heads, n);
     }
     return 0;
   }

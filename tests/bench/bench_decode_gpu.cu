@@ -18,11 +18,10 @@
 
 #include "gpu/gpu_attention.h"
 #include "gpu/gpu_ops.h"
+#include "kernels/attention/mma_decode.h"
 #include "kernels/cache/quantized_kv.h"
 #include "kernels/ops/gemv.h"
 #include "kernels/ops/rmsnorm.h"
-#include "kernels/ops/rope_append.h"
-#include "sagelm/attention.h"
 
 namespace {
 
@@ -60,12 +59,6 @@ DeviceBuffer floats(int64_t count, float value) {
   return buffer;
 }
 const int32_t* integers(const DeviceBuffer& x) { return static_cast<const int32_t*>(x.data()); }
-
-void must(sagelm_attention_status status) {
-  if (status == SAGELM_ATTENTION_OK) return;
-  std::fprintf(stderr, "bench_decode_gpu: %s\n", sagelm_attention_last_error());
-  std::exit(1);
-}
 
 struct Layer {
   DeviceBuffer input_norm, post_norm, qkv, o, gate_up, down;
@@ -116,40 +109,28 @@ class Step {
         rotations_(floats(int64_t{context} * kDim, 0.7f)) {
     cudaStreamCreate(&stream_);
     const int pages = table_stride();
-    std::vector<int32_t> table(static_cast<size_t>(batch) * pages), starts(batch + 1), slots(batch),
-        ids(batch);
+    std::vector<int32_t> table(static_cast<size_t>(batch) * pages), starts(batch + 1), ids(batch);
     std::iota(table.begin(), table.end(), 0);
     std::iota(starts.begin(), starts.end(), 0);
     std::iota(ids.begin(), ids.end(), 0);
-    for (int i = 0; i < batch; ++i) {
-      const int page = quantized ? i : table[i * pages + (context - 1) / kPage];
-      slots[i] = page * kPage + (context - 1) % kPage;
-    }
     table_ = upload_integers(table);
     starts_ = upload_integers(starts);
-    slots_ = upload_integers(slots);
     ids_ = upload_integers(ids);
     lens_ = upload_integers(std::vector<int32_t>(batch, context));
-    positions_ = upload_integers(std::vector<int32_t>(batch, context - 1));
     const int64_t tokens = int64_t{batch} * pages * kPage;
     for (int i = 0; i < kLayers; ++i) layers_.emplace_back(tokens, quantized);
-    size_t bytes = 0;
-    if (quantized) {
-      bytes = quantized_kv_decode_workspace_bytes(decode_args(layers_[0]));
-    } else {
-      const sagelm_attention_args args = attention_args(layers_[0]);
-      must(sagelm_attention_workspace_bytes(&args, &bytes));
-    }
-    workspace_ = DeviceBuffer(std::max<size_t>(bytes, 256));
-    workspace_.fill(0);
+    arrivals_ = DeviceBuffer(batch * kHeads * sizeof(uint32_t));
+    arrivals_.fill(0);
+    workspace_ =
+        DeviceBuffer(quantized ? quantized_kv_decode_workspace_bytes(decode_args(layers_[0]))
+                               : mma_decode_workspace_bytes(half_problem(layers_[0])));
     const int64_t cached = batch * int64_t{context} * kHidden * (quantized ? 2 : 4);
     ops_ = {
         {"norm + QKV", 6.0 * kHidden * kHidden,
          [this](const Layer& l) {
            normed_product(hidden_, l.input_norm, l.qkv, qkv_, 3 * kHidden, GemvOutput::kHalf);
          }},
-        {"RoPE + append", 0, [this](const Layer& l) { append(l); }},
-        {"attention", static_cast<double>(cached), [this](const Layer& l) { attend(l); }},
+        {"append, attention", static_cast<double>(cached), [this](const Layer& l) { attend(l); }},
         {"O + residual", 2.0 * kHidden * kHidden,
          [this](const Layer& l) {
            product(attended_, l.o, hidden_, kHidden, kHidden, GemvOutput::kAdd);
@@ -187,9 +168,9 @@ class Step {
     line("a layer", layer, bytes);
     std::vector<Op> rest;
     for (const Op& op : ops_) {
-      if (op.run && std::string(op.name) != "attention") rest.push_back(op);
+      if (&op != &ops_[1]) rest.push_back(op);
     }
-    line("without attention", microseconds(rest), bytes - ops_[2].bytes);
+    line("without attention", microseconds(rest), bytes - ops_[1].bytes);
     const Op logits = {"logits", 2.0 * kVocabulary * kHidden, [this](const Layer& l) {
                          normed_product(hidden_, l.input_norm, head_, logits_, kVocabulary,
                                         GemvOutput::kFloat);
@@ -285,8 +266,6 @@ class Step {
     step.rows = step.num_sequences = batch_;
     step.max_q_len = 1;
     step.max_kv_len = max_length();
-    step.positions = integers(positions_);
-    step.slots = integers(slots_);
     step.cu_q_lens = integers(starts_);
     step.kv_lens = integers(lens_);
     step.page_table = integers(table_);
@@ -303,72 +282,45 @@ class Step {
     args.out = attended_.data();
     args.out_stride = kHidden;
     args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(kDim));
+    args.rotations = static_cast<const float*>(rotations_.data());
+    args.arrivals = static_cast<uint32_t*>(arrivals_.data());
     return args;
   }
-  sagelm_attention_args attention_args(const Layer& layer) const {
-    sagelm_attention_args args{};
-    args.struct_size = sizeof args;
-    args.variant = SAGELM_ATTENTION_FP16;
-    args.batch = batch_;
-    args.num_heads = args.num_kv_heads = kHeads;
-    args.head_dim = kDim;
-    args.max_q_len = 1;
-    args.max_kv_len = max_length();
-    args.causal = 1;
-    args.q = {qkv_.data(), 0, 3 * kHidden, kDim};
-    args.out = {attended_.data(), 0, kHidden, kDim};
-    args.k = {layer.keys.data(), kPage * kHidden, kHidden, kDim};
-    args.v = {layer.values.data(), kPage * kHidden, kHidden, kDim};
-    args.cu_q_lens = integers(starts_);
-    args.kv_lens = integers(lens_);
-    args.page_table = integers(table_);
-    args.page_table_stride = table_stride();
-    args.page_tokens = kPage;
-    args.workspace = workspace_.data();
-    args.workspace_bytes = workspace_.bytes();
-    args.stream = stream_;
-    return args;
-  }
-
-  void append(const Layer& layer) const {
-    const auto* rotations = static_cast<const float*>(rotations_.data());
-    if (quantized_) {
-      AppendToQuantizedKv args;
-      args.cache = cache(layer);
-      args.step = quantized_step();
-      args.qkv = qkv_.data();
-      args.rotations = rotations;
-      args.rotate_keys = true;
-      check_cuda(append_to_quantized_kv(args, stream_), "append_to_quantized_kv");
-      return;
-    }
-    RopeAppend args;
-    args.qkv = qkv_.data();
-    args.rows = batch_;
-    args.num_heads = args.num_kv_heads = kHeads;
-    args.head_dim = kDim;
-    args.positions = integers(positions_);
-    args.slots = integers(slots_);
-    args.rotations = rotations;
-    args.keys = layer.keys.data();
-    args.values = layer.values.data();
-    check_cuda(rope_append(args, stream_), "rope_append");
+  Problem half_problem(const Layer& layer) const {
+    Problem p{};
+    p.q = {qkv_.data(), 3 * kHidden, 3 * kHidden, kDim};
+    p.out = {attended_.data(), kHidden, kHidden, kDim};
+    p.k = {layer.keys.data(), kPage * kHidden, kHidden, kDim};
+    p.v = {layer.values.data(), kPage * kHidden, kHidden, kDim};
+    p.kv_lens = integers(lens_);
+    p.page_table = integers(table_);
+    p.page_table_stride = table_stride();
+    p.page_tokens = kPage;
+    p.batch = batch_;
+    p.num_heads = p.num_kv_heads = kHeads;
+    p.head_dim = kDim;
+    p.max_q_len = 1;
+    p.max_kv_len = max_length();
+    p.softmax_scale = 1.0f / std::sqrt(static_cast<float>(kDim));
+    p.causal = true;
+    p.rotations = static_cast<const float*>(rotations_.data());
+    p.arrivals = static_cast<uint32_t*>(arrivals_.data());
+    return p;
   }
   void attend(const Layer& layer) const {
     if (quantized_) {
       check_cuda(decode_from_quantized_kv(decode_args(layer), workspace_.data(), stream_),
                  "decode_from_quantized_kv");
-      return;
+    } else {
+      check_cuda(mma_decode(half_problem(layer), workspace_.data(), stream_), "mma_decode");
     }
-    const sagelm_attention_args args = attention_args(layer);
-    must(sagelm_attention(&args));
   }
 
   int batch_, context_;
   bool quantized_;
   DeviceBuffer hidden_, normed_, qkv_, attended_, activated_, logits_, head_, rotations_,
       workspace_;
-  DeviceBuffer table_, starts_, slots_, ids_, lens_, positions_;
+  DeviceBuffer table_, starts_, ids_, lens_, arrivals_;
   cudaStream_t stream_ = nullptr;
   std::vector<Layer> layers_;
   std::vector<Op> ops_;
@@ -415,7 +367,7 @@ int main(int argc, char** argv) {
   const int batch = argc > 1 ? std::atoi(argv[1]) : 1;
   std::vector<int> contexts;
   for (int i = 2; i < argc; ++i) contexts.push_back(std::atoi(argv[i]));
-  if (contexts.empty()) contexts = {512, 8192, 32768};
+  if (contexts.empty()) contexts = {500, 8100, 32700};
   if (batch < 1 || batch > kGemvRows || *std::min_element(contexts.begin(), contexts.end()) < 1) {
     std::fprintf(stderr, "bench_decode_gpu: batches are 1 to 8, contexts at least 1\n");
     return 2;

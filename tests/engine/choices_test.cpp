@@ -2,9 +2,11 @@
 // steps do not change an answer, and that it is what score() says.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -143,6 +145,51 @@ TEST(Choices, NeighboursAndStepsDoNotChangeScores) {
     Model small = load(attention, 64);
     expect_near(score(small, prompts.prefix, inputs).logprobs, together.logprobs, 0.02);
   }
+}
+
+// Whole distributions after a shared beginning: the rows of unshared ones, up to rounding.
+TEST(Choices, SharedDistributionsAreThoseOfTheWhole) {
+  Model model = load();
+  const Prompts prompts(model);
+  std::vector<std::vector<int32_t>> ids;
+  std::vector<Model::ScoreInput> inputs;
+  for (const auto& context : prompts.contexts) {
+    ids.push_back(prompts.prefix);
+    ids.back().insert(ids.back().end(), context.begin(), context.end());
+    ids.back().insert(ids.back().end(), {500, 600});
+  }
+  for (const auto& whole : ids) {
+    inputs.push_back({.ids = whole, .first_scored = static_cast<int64_t>(whole.size()) - 2});
+  }
+  struct Rows {
+    std::vector<std::pair<size_t, int64_t>> places;
+    std::vector<float> logits;
+  };
+  const auto rows_with = [&](int64_t shared) {
+    Rows rows;
+    model.score_distributions(
+        inputs,
+        [&rows](const Model::LogitsBlock& block) {
+          for (const auto& token : block.tokens) {
+            rows.places.emplace_back(token.input, token.position);
+          }
+          rows.logits.insert(rows.logits.end(), block.logits.begin(), block.logits.end());
+        },
+        shared);
+    return rows;
+  };
+  const auto shared_tokens = static_cast<int64_t>(prompts.prefix.size());
+  const Rows shared = rows_with(shared_tokens);
+  const Rows whole = rows_with(0);
+  EXPECT_EQ(shared.places, whole.places);
+  ASSERT_EQ(shared.logits.size(), whole.logits.size());
+  float worst = 0;
+  for (size_t i = 0; i < whole.logits.size(); ++i) {
+    worst = std::max(worst, std::abs(shared.logits[i] - whole.logits[i]));
+  }
+  EXPECT_LT(worst, 0.01F);
+  ids[1][0] += 1;  // no longer the same beginning
+  EXPECT_THROW(rows_with(shared_tokens), Error);
 }
 
 TEST(Choices, StopsWhereItIsTold) {

@@ -1,4 +1,4 @@
-// The 8-bit KV cache as the public API shows it, on the demo model.
+// The quantized KV caches as the public API shows it, on the demo model.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -70,25 +70,27 @@ TEST(QuantizedSession, ChunksAgreeWithOnePrefill) {
 }
 
 TEST(QuantizedSession, GoesBackToAnyLength) {
-  Model model = load("sage2", "int8");
-  const std::vector<int32_t> ids = story(model, 300);
-  const std::span<const int32_t> all(ids);
-  Session session = model.start_session();
-  session.generate(all, greedy(3));
-  // In the tail, at pages' ends, inside pages: the rest of a page runs again.
-  const std::pair<int64_t, int64_t> steps[] = {{290, 10},  {256, 44},  {255, 172}, {130, 172},
-                                               {128, 172}, {100, 300}, {0, 300}};
-  for (const auto& [length, run] : steps) {
-    session.truncate(length);
-    EXPECT_EQ(static_cast<int64_t>(session.ids().size()), length);
-    const Generation again = session.generate(all.subspan(session.ids().size()), greedy(2));
-    EXPECT_EQ(again.prefill_tokens, run) << length;
-    EXPECT_EQ(session.ids().size(), 302u);
+  for (const char* kv_cache : {"int8", "int4"}) {
+    Model model = load("sage2", kv_cache);
+    const std::vector<int32_t> ids = story(model, 300);
+    const std::span<const int32_t> all(ids);
+    Session session = model.start_session();
+    session.generate(all, greedy(3));
+    // In the tail, at pages' ends, inside pages: the rest of a page runs again.
+    const std::pair<int64_t, int64_t> steps[] = {{290, 10},  {256, 44},  {255, 172}, {130, 172},
+                                                 {128, 172}, {100, 300}, {0, 300}};
+    for (const auto& [length, run] : steps) {
+      session.truncate(length);
+      EXPECT_EQ(static_cast<int64_t>(session.ids().size()), length);
+      const Generation again = session.generate(all.subspan(session.ids().size()), greedy(2));
+      EXPECT_EQ(again.prefill_tokens, run) << length;
+      EXPECT_EQ(session.ids().size(), 302u);
+    }
   }
 }
 
 TEST(QuantizedSession, ForksDoNotDisturbEachOther) {
-  for (const char* kv_cache : {"int8", "fp16"}) {
+  for (const char* kv_cache : {"int4", "int8", "fp16"}) {
     Model model = load("sage2", kv_cache);
     const std::vector<int32_t> ids = story(model, 150);
     const std::span<const int32_t> all(ids);
@@ -125,11 +127,13 @@ TEST(QuantizedSession, OnlySage2HasIt) {
   EXPECT_EQ(load("sage1", "auto").info().kv_cache, "fp16");
   EXPECT_THROW(load("sage1", "int8"), UsageError);
   EXPECT_THROW(load("fp16", "int8"), UsageError);
+  EXPECT_THROW(load("sage1", "int4"), UsageError);
+  EXPECT_THROW(load("fp16", "int4"), UsageError);
   EXPECT_THROW(load("sage2", "int9"), UsageError);
   Model model = load("sage2", "int8");
   EXPECT_THROW(model.set_attention("sage2-4b", true, "int8"), UsageError);
   model.set_attention("sage2-4b", true);
-  EXPECT_EQ(model.info().kv_cache, "fp16");
+  EXPECT_EQ(model.info().kv_cache, "int4");
 }
 
 }  // namespace

@@ -48,10 +48,10 @@ struct Toy {
   }
 
   CompareSetting setting(std::string name) {
-    return {
-        .name = std::move(name),
-        .scorer = [this](std::span<const Model::ScoreInput> inputs,
-                         const Model::DistributionCallback& on_block) { score(inputs, on_block); }};
+    return {.name = std::move(name),
+            .scorer = [this](std::span<const Model::ScoreInput> inputs,
+                             const Model::DistributionCallback& on_block,
+                             int64_t) { score(inputs, on_block); }};
   }
 };
 
@@ -171,6 +171,39 @@ TEST(Compare, PercentileAndAgreement) {
   EXPECT_TRUE(std::isnan(distance({}, {}).kl_mean));
 }
 
+// Groups bound batches and say what their inputs share; with choices, the most probable token is
+// looked for among those.
+TEST(Compare, GroupsAndChoices) {
+  const std::vector<int32_t> ids = {2, 1, 0};
+  const std::vector<Model::ScoreInput> inputs(7, {.ids = ids, .first_scored = 2});
+  Toy toy{.probabilities = {0.3, 0.2, 0.5}};
+  Toy other{.probabilities = {0.2, 0.3, 0.5}};
+  std::vector<int64_t> shared;
+  CompareSetting first = toy.setting("a");
+  first.scorer = [&](std::span<const Model::ScoreInput> batch,
+                     const Model::DistributionCallback& on_block, int64_t tokens) {
+    shared.push_back(tokens);
+    toy.score(batch, on_block);
+  };
+  CompareOptions options = options_of(3);
+  options.groups = {{.end = 5, .shared = 1}, {.end = 7, .shared = 0}};
+  options.choices.assign(7, {1, 0});
+  const std::vector<CompareSetting> settings = {first, other.setting("b")};
+  const Comparison result = run_comparison(inputs, settings, options, where);
+  // The group that shares is one batch (2 tokens of each input are its own, 24 may be); the other
+  // one has batches of 3 tokens.
+  EXPECT_EQ(toy.batches, (std::vector<size_t>{5, 1, 1}));
+  EXPECT_EQ(shared, (std::vector<int64_t>{1, 0, 0}));
+  EXPECT_EQ(result.tokens_run, 1 + 5 * 2 + 2 * 3);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    EXPECT_TRUE(result.settings[0].tokens[i].is_top);  // 0 of {1, 0}, though 2 is the most probable
+    EXPECT_FALSE(result.settings[1].tokens[i].is_top);
+    EXPECT_FALSE(result.settings[1].tokens[i].same_top);
+  }
+  options.choices[6] = {0, 3};
+  EXPECT_THROW(run_comparison(inputs, settings, options, where), Error);
+}
+
 // A tiny change must not drown in rounding: KL = sum p ln(p / q) is about d^2 / 2.
 TEST(Compare, SmallDivergencesAreExact) {
   const float shift = 0x1p-12F;
@@ -178,7 +211,7 @@ TEST(Compare, SmallDivergencesAreExact) {
   const std::vector<float> q = {shift, -shift};
   int calls = 0;
   const auto scorer = [&](std::span<const Model::ScoreInput>,
-                          const Model::DistributionCallback& on_block) {
+                          const Model::DistributionCallback& on_block, int64_t) {
     const Model::ScoredToken token{.input = 0, .position = 1};
     on_block({.tokens = {&token, 1}, .logits = calls++ == 0 ? p : q});
   };
@@ -208,9 +241,8 @@ TEST(Compare, RandomDistributionsAgainstDirectSums) {
   for (size_t t = 0; t < kTokens; ++t) rows.push_back({0, static_cast<int64_t>(t) + 1});
   const auto hand_over = [&rows](const std::vector<float>& logits) {
     return [&rows, &logits](std::span<const Model::ScoreInput>,
-                            const Model::DistributionCallback& on_block) {
-      on_block({.tokens = rows, .logits = logits});
-    };
+                            const Model::DistributionCallback& on_block,
+                            int64_t) { on_block({.tokens = rows, .logits = logits}); };
   };
   const Model::ScoreInput input{.ids = ids};
   const std::vector<CompareSetting> settings = {{"p", hand_over(p)}, {"q", hand_over(q)}};
@@ -436,9 +468,8 @@ TEST(Compare, WhatTheModelDoesWrongIsAnError) {
   const std::vector<Model::ScoredToken> tokens = {{0, 1}, {0, 2}, {1, 1}, {1, 2}};
   const auto hand_over = [](std::vector<Model::ScoredToken> rows, std::vector<float> logits) {
     return [rows = std::move(rows), logits = std::move(logits)](
-               std::span<const Model::ScoreInput>, const Model::DistributionCallback& on_block) {
-      on_block({.tokens = rows, .logits = logits});
-    };
+               std::span<const Model::ScoreInput>, const Model::DistributionCallback& on_block,
+               int64_t) { on_block({.tokens = rows, .logits = logits}); };
   };
   const std::vector<float> good(12, 0.5F);
   EXPECT_EQ(message(hand_over(tokens, good)), "no error");

@@ -62,5 +62,9 @@ TEST(Protocol, RefusesWhatItCannotMean) {
   EXPECT_THROW(make_protocol("strided", {.ctx = 4, .stride = 0}), UsageError);
 }
 
+TEST(Protocol, LmEvalWithoutAVersionIsTheNewest) {
+  EXPECT_EQ(make_protocol("lm-eval", {.ctx = 64}).name, "lm-eval-0.4.9.2");
+}
+
 }  // namespace
 }  // namespace sagelm

@@ -1,6 +1,7 @@
 // The C interface of the attention kernels against float64. Needs a device; skips without one.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <sstream>
 #include <stdexcept>
@@ -25,6 +26,7 @@ constexpr Kernel kKernels[] = {
     {"sage1_mma", SAGELM_ATTENTION_SAGE1, SAGELM_ATTENTION_KERNEL_MMA, {.02, .03, .08, .004}},
     {"sage2_mma", SAGELM_ATTENTION_SAGE2, SAGELM_ATTENTION_KERNEL_MMA, {.045, .05, .08, .012}},
     {"sage2_wgmma", SAGELM_ATTENTION_SAGE2, SAGELM_ATTENTION_KERNEL_WGMMA, {.045, .05, .08, .012}},
+    {"sage2_4b_mma", SAGELM_ATTENTION_SAGE2_4B, SAGELM_ATTENTION_KERNEL_MMA, {.3, .25, .6, .06}},
 };
 
 class AttentionGpu : public ::testing::TestWithParam<Kernel> {
@@ -54,7 +56,9 @@ class AttentionGpu : public ::testing::TestWithParam<Kernel> {
         (shape.bf16 ? 4e-3 : 0.0);
     EXPECT_LE(error.relative_l1, bound) << describe(shape);
     EXPECT_FALSE(std::isnan(error.max_abs)) << describe(shape);
-    EXPECT_LE(error.max_lse, shape.inputs == GpuInputs::kHeavyTailed ? 1.0 : 0.2)
+    // Of INT4 products some are off by more.
+    const double wide = GetParam().variant == SAGELM_ATTENTION_SAGE2_4B ? 3.0 : 1.0;
+    EXPECT_LE(error.max_lse, wide * (shape.inputs == GpuInputs::kHeavyTailed ? 1.0 : 0.2))
         << describe(shape);
     if (shape.inputs == GpuInputs::kBiasedV) {
       EXPECT_NEAR(error.gain, 1.0, 0.006) << describe(shape);
@@ -112,6 +116,20 @@ TEST_P(AttentionGpu, HeadSizes) {
                   .num_kv_heads = 2,
                   .head_dim = dim},
                  20, 1.5);
+  }
+}
+
+// Of the rows of one warp some see keys of the second tile of 128 and some do not.
+TEST_P(AttentionGpu, ChunksThatBeginInTheFirstTile) {
+  for (const int before : {1, 60, 100, 127}) {
+    for (const int dim : {64, 128}) {
+      expect_close({.q_lens = {200},
+                    .kv_lens = {before + 200},
+                    .num_heads = 2,
+                    .num_kv_heads = 1,
+                    .head_dim = dim},
+                   20, 1.5);
+    }
   }
 }
 
@@ -180,7 +198,7 @@ TEST_P(AttentionGpu, SequenceWithoutKeys) {
     for (const double x : call.out(0, row, 1)) EXPECT_EQ(x, 0.0);
     EXPECT_EQ(call.lse(0, row, 1), -INFINITY);
   }
-  EXPECT_LE(measure_error(call, 3).relative_l1, 0.1);
+  EXPECT_LE(measure_error(call, 3).relative_l1, std::max(0.1, GetParam().relative_l1[0]));
 }
 
 TEST_P(AttentionGpu, NeighboursAndRepeatsChangeNothing) {

@@ -10,6 +10,7 @@
 #include "base/fp8.h"
 #include "kernels/attention/recipe.h"
 #include "kernels/ops/rope_append.h"
+#include "sagelm/attention.h"
 
 namespace sagelm::testing {
 namespace {
@@ -61,9 +62,51 @@ GpuQuantizedKv::Row attend(std::vector<double> logits, int dim, const Value& val
   return row;
 }
 
+std::vector<float> rotated(std::vector<float> x, std::vector<size_t> strides, float factor) {
+  for (const size_t stride : strides) {
+    if (stride >= x.size()) continue;
+    for (size_t i = 0; i < x.size(); ++i) {
+      if ((i & stride) != 0) continue;
+      const float a = x[i], b = x[i + stride];
+      x[i] = a + b;
+      x[i + stride] = a - b;
+    }
+  }
+  for (float& value : x) value *= factor;
+  return x;
+}
+
+void plant_fact(const KvShape& shape, int last, int fact, std::vector<float>& rows) {
+  const auto dim = static_cast<size_t>(shape.dim), half = dim / 2;
+  const float* query = rows.data() + static_cast<size_t>(last) * shape.width();
+  float* key = rows.data() + static_cast<size_t>(fact) * shape.width() +
+               static_cast<size_t>(shape.heads) * dim;
+  float* value = key + static_cast<size_t>(shape.kv_heads) * dim;
+  double square = 0;
+  for (size_t c = 0; c < dim; ++c) square += double(query[c]) * double(query[c]);
+  const double gain = 13.0 * std::sqrt(double(dim)) / square;
+  for (size_t i = 0; i < half; ++i) {
+    // Rotated as far as its position, this is the query as far as its own.
+    const double angle = (last - fact) * std::pow(10000.0, -double(i) / double(half));
+    const double a = query[i], b = query[i + half];
+    key[i] = static_cast<float>(gain * (a * std::cos(angle) - b * std::sin(angle)));
+    key[i + half] = static_cast<float>(gain * (b * std::cos(angle) + a * std::sin(angle)));
+  }
+  for (size_t c = 0; c < dim; ++c) value[c] = c % 2 == 0 ? 2.0f : -2.0f;
+}
+
 }  // namespace
 
-GpuQuantizedKv::GpuQuantizedKv(const KvShape& shape, const std::vector<int>& lengths, bool smooth_k)
+std::vector<float> rotated_key(std::vector<float> x) {
+  return rotated(std::move(x), {1, 2, 4, 8, 16, 32, 64}, 0.125f);
+}
+std::vector<float> rotated_query(std::vector<float> x) {
+  const float factor = x.size() == 64 ? 0.125f : 0.0625f;
+  return rotated(std::move(x), {1, 2, 4, 32, 64, 8, 16}, factor);
+}
+
+GpuQuantizedKv::GpuQuantizedKv(const KvShape& shape, const std::vector<int>& lengths, bool smooth_k,
+                               int fact)
     : shape_(shape),
       smooth_k_(smooth_k),
       sequences_(static_cast<int>(lengths.size())),
@@ -84,6 +127,7 @@ GpuQuantizedKv::GpuQuantizedKv(const KvShape& shape, const std::vector<int>& len
                           head < static_cast<size_t>(shape.heads + shape.kv_heads);
       if (is_key && column % dim % 8 == 7) rows[at] += column % 16 == 7 ? 4.0f : -3.0f;
     }
+    if (i == 0 && fact >= 0) plant_fact(shape, lengths[0] - 1, fact, rows);
     // The keys as an FP16 cache has them.
     const GpuArray qkv(shape.type, rows);
     std::vector<int32_t> positions(static_cast<size_t>(lengths[i]));
@@ -133,11 +177,10 @@ GpuQuantizedKv::GpuQuantizedKv(const KvShape& shape, const std::vector<int>& len
   }
   const auto heads = static_cast<size_t>(shape.kv_heads);
   const size_t tiles = static_cast<size_t>(pages_) * heads;
-  const size_t tile_bytes = static_cast<size_t>(kPage * shape.padded());
   const size_t room = lengths.size() + 1;
-  keys_ = DeviceBuffer(tiles * tile_bytes);
-  values_ = DeviceBuffer(tiles * tile_bytes);
-  scales_ = DeviceBuffer(tiles * kernels::kTileScales * sizeof(float));
+  keys_ = DeviceBuffer(tiles * static_cast<size_t>(shape.key_bytes()));
+  values_ = DeviceBuffer(tiles * static_cast<size_t>(shape.value_bytes()));
+  scales_ = DeviceBuffer(tiles * static_cast<size_t>(shape.scales()) * sizeof(float));
   mean_memory_ = DeviceBuffer(room * heads * static_cast<size_t>(shape.dim) * sizeof(float));
   tail_memory_ = DeviceBuffer(room * 2 * heads * static_cast<size_t>(kPage * shape.dim) * 2);
   for (DeviceBuffer* buffer : {&keys_, &values_, &scales_, &mean_memory_, &tail_memory_}) {
@@ -145,7 +188,7 @@ GpuQuantizedKv::GpuQuantizedKv(const KvShape& shape, const std::vector<int>& len
   }
 }
 
-void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
+void GpuQuantizedKv::prepare(const std::vector<int>& counts) {
   const auto width = static_cast<int64_t>(shape_.width());
   std::vector<float> rows;
   std::vector<int32_t> positions, slots, lens;
@@ -165,6 +208,7 @@ void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
     step_.max_kv_len = std::max(step_.max_kv_len, end);
     step_.max_closed_pages = std::max(step_.max_closed_pages, closed);
     step_.closes_first_page |= closed > 0 && start < kPage;
+    step_.begins_in_first_page |= start < kPage;
   }
   const auto send = [](DeviceBuffer& buffer, const std::vector<int32_t>& values) {
     buffer = upload_integers(values);
@@ -181,7 +225,10 @@ void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
   step_.tails = send(tails_device_, tails_);
   step_.means = send(means_device_, means_);
   qkv_ = GpuArray(shape_.type, std::move(rows));
+}
 
+void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
+  prepare(counts);
   kernels::AppendToQuantizedKv args;
   args.cache = decode_args().cache;
   args.step = step_;
@@ -191,6 +238,35 @@ void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
   args.rotate_keys = rotate_keys;
   expect_done(kernels::append_to_quantized_kv(args, nullptr), "append_to_quantized_kv");
   download();
+}
+
+void GpuQuantizedKv::append_for_prefill(const std::vector<int>& counts) {
+  prepare(counts);
+  kernels::AppendToQuantizedKv args;
+  args.cache = decode_args().cache;
+  args.step = step_;
+  args.qkv = qkv_.data();
+  args.rotations = static_cast<const float*>(rotations_.data());
+  args.smooth_k = smooth_k_;
+  args.softmax_scale = decode_args().softmax_scale;
+  prefill_workspace_ =
+      DeviceBuffer(kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step));
+  prefill_workspace_.fill(0xFF);
+  args.prefill = prefill_workspace_.data();
+  expect_done(kernels::append_to_quantized_kv(args, nullptr), "append_to_quantized_kv");
+  download();
+}
+
+GpuQuantizedKv::Output GpuQuantizedKv::prefill() const {
+  const auto columns = static_cast<size_t>(shape_.heads * shape_.dim);
+  const GpuArray out(shape_.type, static_cast<size_t>(step_.rows) * columns);
+  const kernels::PrefillFromQuantizedKv args = {.cache = decode_args().cache,
+                                                .step = step_,
+                                                .out = out.data(),
+                                                .out_stride = static_cast<int64_t>(columns)};
+  expect_done(kernels::prefill_from_quantized_kv(args, prefill_workspace_.data(), nullptr),
+              "prefill_from_quantized_kv");
+  return {out.download(), out.raw(), {}};
 }
 
 void GpuQuantizedKv::download() {
@@ -208,6 +284,7 @@ kernels::DecodeFromQuantizedKv GpuQuantizedKv::decode_args() const {
                 .num_heads = shape_.heads,
                 .num_kv_heads = shape_.kv_heads,
                 .head_dim = shape_.dim,
+                .int4_keys = shape_.int4_keys,
                 .keys = static_cast<int8_t*>(keys_.data()),
                 .values = static_cast<uint8_t*>(values_.data()),
                 .scales = static_cast<float*>(scales_.data()),
@@ -237,20 +314,42 @@ GpuQuantizedKv::Output GpuQuantizedKv::decode() const {
   return {out.download(), out.raw(), read<float>(lse)};
 }
 
+GpuQuantizedKv::Output GpuQuantizedKv::append_and_decode(const std::vector<int>& counts) {
+  prepare(counts);
+  kernels::DecodeFromQuantizedKv args = decode_args();
+  const auto columns = static_cast<size_t>(shape_.heads * shape_.dim);
+  const GpuArray out(shape_.type, static_cast<size_t>(step_.rows) * columns);
+  args.out = out.data();
+  args.out_stride = static_cast<int64_t>(columns);
+  args.rotations = static_cast<const float*>(rotations_.data());
+  DeviceBuffer arrivals(static_cast<size_t>(sequences_ * shape_.kv_heads) * sizeof(uint32_t));
+  arrivals.fill(0);
+  args.arrivals = static_cast<uint32_t*>(arrivals.data());
+  DeviceBuffer workspace(kernels::quantized_kv_decode_workspace_bytes(args));
+  if (workspace.bytes() > 0) workspace.fill(0xFF);
+  expect_done(kernels::decode_from_quantized_kv(args, workspace.data(), nullptr),
+              "decode_from_quantized_kv");
+  for (const uint32_t count : read<uint32_t>(arrivals)) {
+    if (count != 0) throw std::runtime_error("the kernel left its counters behind");
+  }
+  download();
+  return {out.download(), out.raw(), {}};
+}
+
 size_t GpuQuantizedKv::place(int sequence, int index, int kv_head) const {
   const int32_t id = page_table_[static_cast<size_t>(sequence * stride_ + index)];
   return static_cast<size_t>(id * shape_.kv_heads + kv_head);
 }
 
 std::vector<uint8_t> GpuQuantizedKv::raw_keys(int sequence, int index, int kv_head) const {
-  const int64_t bytes = kPage * shape_.padded();
+  const int64_t bytes = shape_.key_bytes();
   const auto from =
       host_keys_.begin() + static_cast<int64_t>(place(sequence, index, kv_head)) * bytes;
   return {from, from + bytes};
 }
 
 std::vector<uint8_t> GpuQuantizedKv::raw_values(int sequence, int index, int kv_head) const {
-  const int64_t bytes = kPage * shape_.padded();
+  const int64_t bytes = shape_.value_bytes();
   const auto from =
       host_values_.begin() + static_cast<int64_t>(place(sequence, index, kv_head)) * bytes;
   return {from, from + bytes};
@@ -264,17 +363,33 @@ GpuQuantizedKv::Page GpuQuantizedKv::page(int sequence, int index, int kv_head) 
   for (int token = 0; token < kPage; ++token) {
     const int row = kernels::row_of_key(token);
     for (int c = 0; c < dim; ++c) {
-      const int chunk = dim == 64 ? kernels::swizzled_chunk<64>(row, c / 16)
-                                  : kernels::swizzled_chunk<128>(row, c / 16);
-      page.keys.push_back(
-          static_cast<int8_t>(keys[static_cast<size_t>(row * dim + chunk * 16 + c % 16)]));
+      if (shape_.int4_keys) {
+        // 16 bytes are 32 channels; 64 or 32 bytes a row.
+        const int chunk = dim == 128 ? c / 32 ^ (row >> 1 & 3) : c / 32 ^ (row >> 2 & 1);
+        const uint8_t byte =
+            keys[static_cast<size_t>(row * dim / 2 + chunk * 16 + c / 8 % 4 * 4 + c % 4)];
+        page.keys.push_back(
+            static_cast<int8_t>((c % 8 < 4 ? byte << 4 : byte) & 0xF0));  // 16 times
+        page.keys.back() /= 16;
+      } else {
+        const int chunk = dim == 64 ? kernels::swizzled_chunk<64>(row, c / 16)
+                                    : kernels::swizzled_chunk<128>(row, c / 16);
+        page.keys.push_back(
+            static_cast<int8_t>(keys[static_cast<size_t>(row * dim + chunk * 16 + c % 16)]));
+      }
       const int token_chunk = kernels::swizzled_chunk<128>(c, token / 16);
       page.values.push_back(values[static_cast<size_t>(c * kPage + token_chunk * 16 + token % 16)]);
     }
   }
   const float* scales =
-      host_scales_.data() + place(sequence, index, kv_head) * kernels::kTileScales;
+      host_scales_.data() + place(sequence, index, kv_head) * static_cast<size_t>(shape_.scales());
   page.scales.assign(scales, scales + kernels::kTileScales - 1);
+  for (int key = 0; shape_.int4_keys && key < kPage; ++key) {
+    uint32_t word;
+    std::memcpy(&word, scales + kernels::kTileScales + key, sizeof word);
+    page.steps.push_back(bfloat16_to_float(static_cast<uint16_t>(word)));
+    page.middles.push_back(bfloat16_to_float(static_cast<uint16_t>(word >> 16)));
+  }
   return page;
 }
 
@@ -314,14 +429,17 @@ GpuQuantizedKv::Row GpuQuantizedKv::oracle(int sequence, int query_index, int he
   const int dim = shape_.dim, kv_head = head / (shape_.heads / shape_.kv_heads);
   const double scale = 1.0 / std::sqrt(static_cast<double>(dim));
   std::vector<double> q;
-  float amax = recipe::kAmaxFloor;
-  for (int c = 0; c < dim; ++c) {
-    q.push_back(query(sequence, query_index, head, c));
-    amax = std::max(amax, static_cast<float>(std::abs(q.back())));
+  for (int c = 0; c < dim; ++c) q.push_back(query(sequence, query_index, head, c));
+  std::vector<float> quantized(q.begin(), q.end());
+  if (shape_.int4_keys) {
+    quantized.resize(static_cast<size_t>(shape_.padded()));
+    quantized = rotated_query(std::move(quantized));
   }
+  float amax = recipe::kAmaxFloor;
+  for (const float x : quantized) amax = std::max(amax, std::abs(x));
   std::vector<double> integers;
   const float inverse = recipe::kInt8Max / amax;
-  for (const double x : q) integers.push_back(std::nearbyint(x * double(inverse)));
+  for (const float x : quantized) integers.push_back(std::nearbyint(double(x) * double(inverse)));
   const int length = lengths_[static_cast<size_t>(sequence)];
   const int full = length / kPage;
   double mean_product = 0;
@@ -340,9 +458,19 @@ GpuQuantizedKv::Row GpuQuantizedKv::oracle(int sequence, int query_index, int he
     if (key < full * kPage) {
       const Page& page = pages[static_cast<size_t>(key / kPage)];
       const auto from = static_cast<size_t>(key % kPage * shape_.padded());
-      for (size_t c = 0; c < q.size(); ++c) product += integers[c] * page.keys[from + c];
-      product *= static_cast<double>(amax) / 127.0 *
-                 static_cast<double>(page.scales[static_cast<size_t>(key / 4 % 4)]);
+      double sum = 0;
+      for (size_t c = 0; c < integers.size(); ++c) {
+        product += integers[c] * page.keys[from + c];
+        sum += integers[c];
+      }
+      if (shape_.int4_keys) {
+        const auto at = static_cast<size_t>(key % kPage);
+        product = product * static_cast<double>(page.steps[at]) +
+                  sum * static_cast<double>(page.middles[at]);
+      } else {
+        product *= static_cast<double>(page.scales[static_cast<size_t>(key / 4 % 4)]);
+      }
+      product *= static_cast<double>(amax) / 127.0;
     } else {
       for (int c = 0; c < dim; ++c) {
         product += q[static_cast<size_t>(c)] * tail(sequence, key - full * kPage, 0, kv_head, c);
@@ -376,6 +504,43 @@ GpuQuantizedKv::Row GpuQuantizedKv::exact(int sequence, int query_index, int hea
                 [&](int key, int c) { return token(sequence, key, 1, kv_head, c); });
 }
 
+std::vector<double> GpuQuantizedKv::with_fp16_cache() const {
+  const int tokens = length(0), dim = shape_.dim;
+  std::vector<float> query, keys, values;
+  for (int c = 0; c < dim; ++c) {
+    query.push_back(static_cast<float>(this->query(0, last_count(0) - 1, 0, c)));
+  }
+  for (int t = 0; t < tokens; ++t) {
+    for (int c = 0; c < dim; ++c) {
+      keys.push_back(static_cast<float>(token(0, t, 0, 0, c)));
+      values.push_back(static_cast<float>(token(0, t, 1, 0, c)));
+    }
+  }
+  const GpuArray q(kernels::Element::kF16, query), k(kernels::Element::kF16, keys),
+      v(kernels::Element::kF16, values), out(kernels::Element::kF16, query.size());
+  sagelm_attention_args args = {};
+  args.struct_size = sizeof args;
+  args.batch = args.num_heads = args.num_kv_heads = args.max_q_len = 1;
+  args.head_dim = dim;
+  args.max_kv_len = tokens;
+  args.causal = 1;
+  args.q = {q.data(), dim, dim, dim};
+  args.out = {out.data(), dim, dim, dim};
+  args.k = {k.data(), int64_t{tokens} * dim, dim, dim};
+  args.v = {v.data(), int64_t{tokens} * dim, dim, dim};
+  size_t bytes = 0;
+  if (sagelm_attention_workspace_bytes(&args, &bytes) != SAGELM_ATTENTION_OK) {
+    throw std::runtime_error(sagelm_attention_last_error());
+  }
+  const DeviceBuffer workspace(bytes);
+  args.workspace = workspace.data();
+  args.workspace_bytes = bytes;
+  if (sagelm_attention(&args) != SAGELM_ATTENTION_OK) {
+    throw std::runtime_error(sagelm_attention_last_error());
+  }
+  return out.download();
+}
+
 void GpuQuantizedKv::check_untouched() const {
   std::vector<bool> written(static_cast<size_t>(pages_), false);
   for (int i = 0; i < sequences_; ++i) {
@@ -387,12 +552,13 @@ void GpuQuantizedKv::check_untouched() const {
     const auto* begin = static_cast<const uint8_t*>(from);
     return std::all_of(begin, begin + bytes, [](uint8_t byte) { return byte == kPoison; });
   };
-  const auto tile_bytes = static_cast<size_t>(shape_.kv_heads * kPage * shape_.padded());
-  const auto page_scales = static_cast<size_t>(shape_.kv_heads * kernels::kTileScales);
+  const auto key_bytes = static_cast<size_t>(shape_.kv_heads * shape_.key_bytes());
+  const auto value_bytes = static_cast<size_t>(shape_.kv_heads * shape_.value_bytes());
+  const auto page_scales = static_cast<size_t>(shape_.kv_heads * shape_.scales());
   for (size_t page = 0; page < written.size(); ++page) {
     if (written[page]) continue;
-    if (!poisoned(host_keys_.data() + page * tile_bytes, tile_bytes) ||
-        !poisoned(host_values_.data() + page * tile_bytes, tile_bytes) ||
+    if (!poisoned(host_keys_.data() + page * key_bytes, key_bytes) ||
+        !poisoned(host_values_.data() + page * value_bytes, value_bytes) ||
         !poisoned(host_scales_.data() + page * page_scales, page_scales * sizeof(float))) {
       throw std::runtime_error("a page that nobody filled was written");
     }

@@ -17,18 +17,33 @@ namespace sagelm::testing {
 struct KvShape {
   kernels::Element type = kernels::Element::kF16;
   int32_t heads = 1, kv_heads = 1, dim = 64;
+  bool int4_keys = false;
 
   size_t width() const { return static_cast<size_t>((heads + 2 * kv_heads) * dim); }
   int32_t padded() const { return kernels::quantized_kv_dim(dim); }
+  // Of a page and KV head.
+  int64_t value_bytes() const { return int64_t{kernels::kTileTokens} * padded(); }
+  int64_t key_bytes() const { return int4_keys ? value_bytes() / 2 : value_bytes(); }
+  int64_t scales() const { return kernels::quantized_kv_scales(int4_keys); }
 };
+
+// x, of 64 or 128 channels, times the Hadamard matrix, its additions in the order in which the
+// kernels have them, times their factor.
+std::vector<float> rotated_key(std::vector<float> x);
+std::vector<float> rotated_query(std::vector<float> x);
 
 class GpuQuantizedKv {
  public:
   // Room for sequences of so many tokens, whose QKV rows depend on the seed and the sequence alone.
-  GpuQuantizedKv(const KvShape& shape, const std::vector<int>& lengths, bool smooth_k = true);
+  // fact, if not negative: the position of a token of sequence 0 whose key answers the query of the
+  // last one, head 0, with a logit of 13, and whose values are 2 and -2 in turn.
+  GpuQuantizedKv(const KvShape& shape, const std::vector<int>& lengths, bool smooth_k = true,
+                 int fact = -1);
 
   // One step: counts[i] more tokens of sequence i.
   void append(const std::vector<int>& counts, bool rotate_keys = false);
+  // The same, for prefill().
+  void append_for_prefill(const std::vector<int>& counts);
   // Of the last step's QKV as the append left it.
   double qkv(int sequence, int query, int column) const;
   // Of the rows as they were.
@@ -41,6 +56,10 @@ class GpuQuantizedKv {
   };
   // Of the last step's queries.
   Output decode() const;
+  // Likewise after append_for_prefill, without lse.
+  Output prefill() const;
+  // A step and its output (without lse), by the one kernel that does both.
+  Output append_and_decode(const std::vector<int>& counts);
 
   struct Row {
     std::vector<double> out, magnitudes;  // magnitudes: sum of P |V|
@@ -49,6 +68,8 @@ class GpuQuantizedKv {
   // In float64 from what the device holds, with INT8 queries for pages, as the kernel has them;
   // query: of the last step.
   Row oracle(int sequence, int query, int head) const;
+  // Of head 0 of sequence 0's last query, by the FP16 kernel over plain FP16 tokens.
+  std::vector<double> with_fp16_cache() const;
   // In float64 from the rows as appended.
   Row exact(int sequence, int query, int head) const;
 
@@ -56,7 +77,8 @@ class GpuQuantizedKv {
   struct Page {
     std::vector<int8_t> keys;     // [128][padded]
     std::vector<uint8_t> values;  // [128][padded], e4m3
-    std::vector<float> scales;    // 4 of keys, the values', its log2, its inverse
+    std::vector<float> scales;  // 4 of keys (INT4: not written), the values', its log2, its inverse
+    std::vector<float> steps, middles;  // INT4: of each key
     bool operator==(const Page&) const = default;
   };
   Page page(int sequence, int index, int kv_head) const;
@@ -75,11 +97,16 @@ class GpuQuantizedKv {
   kernels::DecodeFromQuantizedKv decode_args() const;
 
  private:
+  // Uploads a step that is not appended yet.
+  void prepare(const std::vector<int>& counts);
   // Copies the device's memory to the host.
   void download();
   size_t place(int sequence, int index, int kv_head) const;
   double query(int sequence, int query, int head, int channel) const {
-    return qkv(sequence, query, head * shape_.dim + channel);
+    const int position = length(sequence) - last_count(sequence) + query;
+    return rotated_[static_cast<size_t>(sequence)]
+                   [static_cast<size_t>(position) * shape_.width() +
+                    static_cast<size_t>(head * shape_.dim + channel)];
   }
   int last_count(int sequence) const {
     return cu_q_lens_[static_cast<size_t>(sequence) + 1] -
@@ -102,6 +129,7 @@ class GpuQuantizedKv {
 
   // Of the last step.
   kernels::QuantizedKvStep step_;
+  DeviceBuffer prefill_workspace_;
   GpuArray qkv_;
   DeviceBuffer positions_device_, slots_device_, cu_device_, lens_device_, table_device_,
       tails_device_, means_device_;

@@ -9,8 +9,7 @@
 #include <vector>
 
 #include "gpu/gpu_ops.h"
-#include "kernels/ops/gemv.h"
-#include "kernels/ops/probe.h"
+#include "gpu/ops_fixture.h"
 #include "kernels/ops/rmsnorm.h"
 #include "kernels/ops/rope_append.h"
 #include "kernels/ops/rows.h"
@@ -21,189 +20,12 @@ namespace sagelm::testing {
 namespace {
 
 using kernels::Element;
-using kernels::Gemv;
-using kernels::GemvOutput;
-
-constexpr double kSmallestHalf = 0x1p-24;
-
-class OpsGpu : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (const std::string reason = no_device_reason(); !reason.empty()) GTEST_SKIP() << reason;
-    ASSERT_EQ(kernels::probe_kernels(), cudaSuccess) << "built for another device";
-  }
-};
-
-class HalfOpsGpu : public OpsGpu, public ::testing::WithParamInterface<Element> {};
-class AllOpsGpu : public OpsGpu, public ::testing::WithParamInterface<Element> {};
-
-std::string element_name(const ::testing::TestParamInfo<Element>& info) {
-  return info.param == Element::kF32 ? "f32" : info.param == Element::kF16 ? "f16" : "bf16";
-}
 
 INSTANTIATE_TEST_SUITE_P(Types, HalfOpsGpu, ::testing::Values(Element::kF16, Element::kBF16),
                          element_name);
 INSTANTIATE_TEST_SUITE_P(Types, AllOpsGpu,
                          ::testing::Values(Element::kF32, Element::kF16, Element::kBF16),
                          element_name);
-
-double silu(double x) { return x / (1.0 + std::exp(-x)); }
-
-// Fails for NaN too.
-void expect_near(double actual, double expected, double bound, const std::string& where) {
-  EXPECT_TRUE(std::abs(actual - expected) <= bound)
-      << where << ": " << actual << ", not " << expected << " +- " << bound;
-}
-
-// --- Products with few rows ---
-
-struct GemvSize {
-  int64_t n, k;
-};
-
-// The tile is 16 outputs (8 gated ones), a turn of the block 1,024 columns; k that is no multiple
-// of 8 takes the other kernel.
-constexpr GemvSize kGemvSizes[] = {{1, 8},     {7, 24},    {8, 32},    {15, 64},    {16, 1024},
-                                   {17, 1032}, {33, 2048}, {40, 2056}, {129, 4096}, {64, 11008},
-                                   {5, 1},     {9, 7},     {20, 100},  {33, 1027}};
-
-struct GemvCase {
-  Element type;
-  GemvOutput output;
-  int64_t n, k;
-  GpuArray x, weight;
-  std::vector<float> before;  // kAdd
-
-  GemvCase(Element element, GemvOutput out, GemvSize size, int64_t rows)
-      : type(element),
-        output(out),
-        n(size.n),
-        k(size.k),
-        x(element, normal_values(static_cast<size_t>(rows * size.k), 1.0f, 1)),
-        weight(element, normal_values(static_cast<size_t>(weight_rows() * size.k),
-                                      1.0f / std::sqrt(static_cast<float>(size.k)), 2)),
-        before(normal_values(static_cast<size_t>(rows * size.n), 3.0f, 3)) {}
-
-  int64_t weight_rows() const { return output == GemvOutput::kSwiglu ? 2 * n : n; }
-  Element out_type() const {
-    const bool is_float = output == GemvOutput::kFloat || output == GemvOutput::kAdd;
-    return is_float ? Element::kF32 : type;
-  }
-
-  // Rows first .. first + rows - 1.
-  GpuArray run(int64_t first, int64_t rows) const {
-    const auto count = static_cast<size_t>(rows * n);
-    const auto from = before.begin() + first * n;
-    GpuArray out = output == GemvOutput::kAdd
-                       ? GpuArray(Element::kF32, std::vector<float>(from, from + rows * n))
-                       : GpuArray(out_type(), count);
-    Gemv args;
-    args.type = type;
-    args.x = static_cast<const std::byte*>(x.data()) + 2 * first * k;
-    args.weight = weight.data();
-    args.out = out.data();
-    args.rows = rows;
-    args.n = n;
-    args.k = k;
-    args.output = output;
-    expect_done(kernels::gemv(args, nullptr), "gemv");
-    return out;
-  }
-
-  struct Sum {
-    double value = 0, magnitude = 0;
-  };
-  Sum product(int64_t row, int64_t weight_row) const {
-    Sum sum;
-    for (int64_t i = 0; i < k; ++i) {
-      const double term =
-          x[static_cast<size_t>(row * k + i)] * weight[static_cast<size_t>(weight_row * k + i)];
-      sum.value += term;
-      sum.magnitude += std::abs(term);
-    }
-    return sum;
-  }
-
-  void check(int64_t rows) const {
-    constexpr double kSumError = 1e-5;  // of the terms' magnitude: float32 sums of the tensor cores
-    const std::vector<double> out = run(0, rows).download();
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t o = 0; o < n; ++o) {
-        const Sum sum = product(row, o);
-        double expected = sum.value, bound = kSumError * sum.magnitude;
-        if (output == GemvOutput::kSwiglu) {
-          const Sum up = product(row, n + o);
-          expected = silu(sum.value) * up.value;
-          bound = 1.1 * bound * std::abs(up.value) +
-                  kSumError * (up.magnitude * std::abs(silu(sum.value)) + std::abs(expected));
-        }
-        const auto at = static_cast<size_t>(row * n + o);
-        if (output == GemvOutput::kAdd) {
-          expected += static_cast<double>(before[at]);
-          bound += 0x1p-23 * std::abs(expected);
-        }
-        bound += rounding(out_type()) * std::abs(expected) + kSmallestHalf;
-        expect_near(out[at], expected, bound,
-                    "output " + std::to_string(static_cast<int>(output)) + ", n " +
-                        std::to_string(n) + ", k " + std::to_string(k) + ", rows " +
-                        std::to_string(rows) + ", at " + std::to_string(row) + "," +
-                        std::to_string(o));
-        if (::testing::Test::HasFailure()) return;
-      }
-    }
-  }
-};
-
-constexpr GemvOutput kOutputs[] = {GemvOutput::kHalf, GemvOutput::kFloat, GemvOutput::kAdd,
-                                   GemvOutput::kSwiglu};
-
-TEST_P(HalfOpsGpu, GemvSizes) {
-  for (const GemvOutput output : kOutputs) {
-    for (const GemvSize& size : kGemvSizes) {
-      const GemvCase test(GetParam(), output, size, kernels::kGemvRows);
-      for (const int64_t rows : {1, 3, 8}) test.check(rows);
-    }
-  }
-}
-
-TEST_P(HalfOpsGpu, GemvEveryNumberOfRows) {
-  for (const GemvOutput output : kOutputs) {
-    for (const GemvSize size : {GemvSize{19, 520}, GemvSize{19, 37}}) {
-      const GemvCase test(GetParam(), output, size, kernels::kGemvRows);
-      for (int64_t rows = 1; rows <= kernels::kGemvRows; ++rows) test.check(rows);
-    }
-  }
-}
-
-TEST_P(HalfOpsGpu, GemvRowDoesNotDependOnItsNeighbours) {
-  for (const GemvOutput output : kOutputs) {
-    for (const GemvSize size : {GemvSize{50, 2056}, GemvSize{50, 1000}, GemvSize{50, 1001}}) {
-      const GemvCase test(GetParam(), output, size, kernels::kGemvRows);
-      const std::vector<std::byte> together = test.run(0, kernels::kGemvRows).raw();
-      const size_t row_bytes = together.size() / static_cast<size_t>(kernels::kGemvRows);
-      for (int64_t row = 0; row < kernels::kGemvRows; ++row) {
-        // A row of x that starts off a 16-byte boundary is not to be had alone.
-        if (2 * row * size.k % 16 != 0) continue;
-        const std::vector<std::byte> alone = test.run(row, 1).raw();
-        const auto begin = together.begin() + static_cast<int64_t>(row_bytes) * row;
-        EXPECT_TRUE(std::equal(alone.begin(), alone.end(), begin))
-            << "row " << row << ", k " << size.k << ", output " << static_cast<int>(output);
-      }
-    }
-  }
-}
-
-TEST_F(OpsGpu, GemvRefusesWhatItCannotDo) {
-  Gemv args;
-  args.n = args.k = 8;
-  args.rows = 0;
-  EXPECT_EQ(kernels::gemv(args, nullptr), cudaSuccess);
-  args.rows = kernels::kGemvRows + 1;
-  EXPECT_EQ(kernels::gemv(args, nullptr), cudaErrorInvalidValue);
-  args.rows = 1;
-  args.type = Element::kF32;
-  EXPECT_EQ(kernels::gemv(args, nullptr), cudaErrorInvalidValue);
-}
 
 // --- Norms and activations ---
 

@@ -109,7 +109,7 @@ class KvCaches : public testing::TestWithParam<KvType> {};
 // Sequences that grow, fork, go back and end in any order always hold what plain arrays hold, and a
 // full cache changes nothing.
 TEST_P(KvCaches, RandomUseAgreesWithPlainArrays) {
-  Mirror mirror(GetParam(), {.pages = 24, .tails = GetParam() == KvType::kInt8 ? 7 : 0}, 7);
+  Mirror mirror(GetParam(), {.pages = 24, .tails = is_quantized(GetParam()) ? 7 : 0}, 7);
   std::vector<Mirrored> live;
   int full = 0, forks = 0, cuts = 0;
   for (int step = 0; step < 4000; ++step) {
@@ -140,7 +140,7 @@ TEST_P(KvCaches, RandomUseAgreesWithPlainArrays) {
       const int64_t length = mirror.draw(before + 1);
       one.sequence.truncate(length);
       const bool whole_pages =
-          GetParam() == KvType::kInt8 && length / kPageTokens < before / kPageTokens;
+          is_quantized(GetParam()) && length / kPageTokens < before / kPageTokens;
       ASSERT_EQ(one.sequence.length(), whole_pages ? length / kPageTokens * kPageTokens : length);
       one.numbers.resize(static_cast<size_t>(one.sequence.length()));
       ++cuts;
@@ -229,11 +229,15 @@ TEST(KvCache, MovedSequenceOwnsItsPages) {
 }
 
 TEST(KvLayout, QuantizedPagesTakeHalfTheBytes) {
-  KvLayout llama{.num_layers = 32, .num_kv_heads = 32, .head_dim = 128, .num_pages = 1};
-  EXPECT_EQ(llama.page_bytes(), kPageTokens * 512 * 1024);
-  llama.type = KvType::kInt8;
-  EXPECT_EQ(llama.page_bytes() / kPageTokens, 256 * 1024 + 160);  // the scales: 20 bytes a page
-  EXPECT_LE(llama.page_bytes(), kPageTokens * 260 * 1024);
+  const std::unique_ptr<Backend> backend = make_cpu_backend(1);
+  const auto bytes_per_token = [&](KvType type) {
+    const KvLayout llama{
+        .type = type, .num_layers = 32, .num_kv_heads = 32, .head_dim = 128, .num_pages = 1};
+    return backend->kv_bytes(llama) / kPageTokens;
+  };
+  EXPECT_EQ(bytes_per_token(KvType::kFp16), 512 * 1024);
+  EXPECT_EQ(bytes_per_token(KvType::kInt8), 256 * 1024 + 160);  // the scales: 20 bytes a page
+  EXPECT_EQ(bytes_per_token(KvType::kInt4), 196 * 1024 + 160);  // and a word per key
 }
 
 }  // namespace

@@ -83,31 +83,39 @@ Workspace carve_workspace(Carver& carver, int64_t dim) {
   work.tile_k = carver.take(kMaxKeyTile * dim);
   work.tile_v = carver.take(kMaxKeyTile * dim);
   work.tile_scale = carver.take(kMaxKeyTile);
+  work.tile_shift = carver.take(kMaxKeyTile);
   work.out = carver.take(kMaxQueryBlock * dim);
   work.scores = carver.take(kRowBlock * kMaxKeyTile);
   work.bias = carver.take(kMaxKeyTile);
   work.channel = carver.take(2 * dim);
   work.q_scale = carver.take(kMaxQueryBlock);
+  work.q_sum = carver.take(kMaxQueryBlock);
   work.row_max = carver.take(kMaxQueryBlock);
   work.row_sum = carver.take(kMaxQueryBlock);
   work.q_offset = reinterpret_cast<int32_t*>(carver.take(kMaxQueryBlock));
   return work;
 }
 
-int64_t padded_dim(int64_t head_dim) { return (head_dim + kDimAlign - 1) / kDimAlign * kDimAlign; }
+int64_t padded_dim(const Plan& plan, int64_t head_dim) {
+  return page_shape(plan.int4_keys ? KvType::kInt4 : KvType::kInt8, head_dim).dim;
+}
 
 KvHead carve_kv(Carver& carver, const KernelTable& kernels, const Plan& plan,
                 const AttentionArgs& args, int64_t head) {
   KvHead kv = {};
   kv.head = head;
   kv.head_dim = args.head_dim;
-  kv.dim = padded_dim(args.head_dim);
+  kv.dim = padded_dim(plan, args.head_dim);
   kv.kv_len = args.kv_len;
   if (plan.paged) {
     kv.k_pages = &args.quantized.tail_k;
     kv.v_pages = &args.quantized.tail_v;
     kv.page_size = kPageTokens;
     kv.first_prepared = args.kv_len / kPageTokens * kPageTokens;
+    const PageShape shape =
+        page_shape(plan.int4_keys ? KvType::kInt4 : KvType::kInt8, args.head_dim);
+    kv.page_bytes = shape.operand_bytes();
+    kv.page_scales = shape.scales;
     kv.operands = args.quantized.operands;
     kv.scales = args.quantized.scales;
     kv.page_ids = args.quantized.pages.data();
@@ -154,7 +162,7 @@ void check(const AttentionArgs& args, size_t index, KvType cache) {
                        args.q_row_stride, args.out_row_stride, width));
   }
   if (args.kv_len == 0) return;
-  if (cache == KvType::kInt8) {
+  if (is_quantized(cache)) {
     const QuantizedKv& kv = args.quantized;
     const int64_t full = args.kv_len / kPageTokens;
     if (full > static_cast<int64_t>(kv.pages.size())) {
@@ -374,10 +382,10 @@ void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> s
     for (int64_t head = 0; head < args.num_kv_heads; ++head) {
       scratch.units.push_back({&args, head, measure.used(), 0, 0});
     }
-    dim = std::max(dim, padded_dim(args.head_dim));
+    dim = std::max(dim, padded_dim(plan, args.head_dim));
     longest = std::max(longest, args.q_len);
     work += static_cast<double>(args.num_kv_heads * measure.used()) +
-            static_cast<double>(args.num_heads * padded_dim(args.head_dim)) / 16 *
+            static_cast<double>(args.num_heads * padded_dim(plan, args.head_dim)) / 16 *
                 static_cast<double>(args.q_len) * static_cast<double>(args.kv_len);
   }
   if (scratch.units.empty()) return;
@@ -402,9 +410,9 @@ void attention(std::span<const AttentionArgs> sequences, const AttentionSpec& sp
   attention_with(selected_kernels(), sequences, spec, cache);
 }
 
-void quantize_page(const uint16_t* k, const uint16_t* v, const float* mean, int64_t head_dim,
-                   uint8_t* operands, float* scales) {
-  selected_kernels().quantize_page(k, v, mean, head_dim, operands, scales);
+void quantize_page(KvType type, const uint16_t* k, const uint16_t* v, const float* mean,
+                   int64_t head_dim, uint8_t* operands, float* scales) {
+  selected_kernels().quantize_page(type, k, v, mean, head_dim, operands, scales);
 }
 
 const char* attention_isa() { return selected_kernels().name; }

@@ -19,12 +19,28 @@ struct PagedKv {
   int64_t page_size = 0;
 };
 
-// One sequence in a KvType::kInt8 cache, of one layer. A head of a quantized page is K as unsigned
-// bytes, each plus 128, [dim / 4][kPageTokens][4], then V as e4m3 [kPageTokens][dim], where dim is
-// head_dim rounded up as KvLayout::padded_dim does.
+// What a quantized page holds of one layer and KV head.
+struct PageShape {
+  int64_t dim = 0;  // channels of a row, those past head_dim zeros
+  int64_t key_bytes = 0;
+  int64_t value_bytes = 0;
+  int64_t scales = 0;  // 32-bit words
+
+  int64_t operand_bytes() const { return key_bytes + value_bytes; }
+};
+PageShape page_shape(KvType type, int64_t head_dim);
+
+// One sequence in a quantized cache, of one layer. A head of a page is K, then V as e4m3
+// [kPageTokens][dim].
+//   kInt8  dim: head_dim rounded up to 16. K as unsigned bytes, each plus 128,
+//          [dim / 4][kPageTokens][4]; scales: kPageScales.
+//   kInt4  dim: head_dim rounded up to 64, 128 or 256. K, rotated, as nibbles, each plus 8,
+//          [dim / 4][kPageTokens / 2][4]: byte (i, key, j) holds channel 4 i + j of key in its low
+//          nibble, of key + kPageTokens / 2 in its high one; scales: the values' where it is with
+//          kInt8, those before it 0, then a word per key: BF16 step (low half) and middle.
 struct QuantizedKv {
-  const uint8_t* operands = nullptr;  // [page][num_kv_heads][2][kPageTokens * dim]
-  const float* scales = nullptr;      // [page][num_kv_heads][kPageScales]
+  const uint8_t* operands = nullptr;  // [page][num_kv_heads][PageShape::operand_bytes()]
+  const float* scales = nullptr;      // [page][num_kv_heads][PageShape::scales]
   std::span<const int32_t> pages;     // the first kv_len / kPageTokens are the sequence's
   // The keys past those pages, FP16 [num_kv_heads][kPageTokens][head_dim].
   const uint16_t* tail_k = nullptr;
@@ -60,7 +76,7 @@ struct AttentionArgs {
 // scale group that holds one makes NaN of everything computed with it (with smoothed K, of all rows
 // of the head; for quantized V, of its channel), which may include rows that do not see the value.
 //
-// cache says which cache all sequences are in; kInt8 is for sage2-8b only.
+// cache says which cache all sequences are in; kInt8 is for sage2-8b only, kInt4 for sage2-*.
 //
 // Numbers, all variants: Q is rounded to FP16 first; softmax, its sum (of unrounded P) and O are
 // FP32; each tile of 64 keys is summed in a fresh accumulator that is then added to O.
@@ -75,26 +91,27 @@ struct AttentionArgs {
 //             V (one scale per channel). sage2-4b also subtracts the mean of every 64 queries and
 //             adds its exact product with the smoothed keys.
 // When causal, query groups and blocks are counted from the start of the sequence.
-// sage2-8b with a kInt8 cache: Q has a scale per row; the keys and values of quantized pages are
-// used as they are stored, a page being one tile with e4m3 P; those of the tail are FP16 (K minus
-// the same mean), with unquantized Q and FP16 P. A row's result does not depend on the rows beside
-// it.
+// With a quantized cache: Q is INT8 and has a scale per row; the keys and values of quantized pages
+// are used as they are stored, a page being one tile with e4m3 P; those of the tail are FP16 (K
+// minus the same mean), with unquantized Q and FP16 P. A row's result does not depend on the rows
+// beside it. INT4 keys are rotated (recipe.h), and so is Q before it is quantized.
 void attention(std::span<const AttentionArgs> sequences, const AttentionSpec& spec,
                KvType cache = KvType::kFp16);
 
 // Quantizes a full page of one head, FP16 k and v [kPageTokens][head_dim], into operands and scales
 // as QuantizedKv has them. mean [head_dim] is subtracted from K. Bit for bit the same on every
-// instruction set: K to the nearest integer of (k - mean) * (127 / amax), ties to even, rounded
-// once; V to the nearest e4m3 of v * (448 / amax).
-void quantize_page(const uint16_t* k, const uint16_t* v, const float* mean, int64_t head_dim,
-                   uint8_t* operands, float* scales);
+// instruction set: INT8 K to the nearest integer of (k - mean) * (127 / amax), ties to even,
+// rounded once; V to the nearest e4m3 of v * (448 / amax). INT4 K, of the 16 steps from the least
+// to the largest element of a rotated key, to the nearest.
+void quantize_page(KvType type, const uint16_t* k, const uint16_t* v, const float* mean,
+                   int64_t head_dim, uint8_t* operands, float* scales);
 
 // Splitting a sequence into chunks or single tokens gives the same result as one pass within this
 // relative L1 distance of the outputs (sum |a - b| / sum |b|). 0: bit for bit. Query scale groups
 // sit at absolute positions, so what remains is: the K mean and the per-channel V scales follow the
 // keys seen so far, a scale group cut by a chunk's end has fewer members, and for sage2-4b so does
-// the mean of a query block. With a kInt8 cache: rows whose page is not yet full see its keys in
-// FP16, later the quantized ones.
+// the mean of a query block. With a quantized cache: rows whose page is not yet full see its keys
+// in FP16, later the quantized ones.
 double attention_split_bound(const AttentionSpec& spec, KvType cache = KvType::kFp16);
 
 // The instruction set the kernels use on this machine: "avx512-vnni", "avx2" or "generic".

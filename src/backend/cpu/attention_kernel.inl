@@ -91,6 +91,7 @@ struct TileView {
   bool integers;         // Q and K are; else both are FP16
   const void* k;         // packed bytes where the kernels pack integers, else float [dim][key_tile]
   const float* k_scale;  // [key_tile]
+  const float* k_shift;  // [key_tile] to add to all integers of a key, or null
   const float* v;        // [key_tile][dim], or null:
   const uint8_t* v_codes;  // the same as codes of e4m3, in units of kE4m3Unit
   float v_scale;           // of all values of the tile
@@ -129,7 +130,8 @@ void scores_of(const Plan& plan, const QueryBlock& block, const Workspace& work,
     const float* b = static_cast<const float*>(tile.k) + j;
     const float* a = tile.integers && !kPacksBytes ? work.integers : work.rows;
     VecF acc[kRows][kMaxVecs] = {};
-    multiply(a + row0 * kv.dim, kv.dim, b, plan.key_tile, kv.head_dim, acc);
+    const int64_t depth = tile.k_shift != nullptr ? kv.dim : kv.head_dim;  // rotated: all of dim
+    multiply(a + row0 * kv.dim, kv.dim, b, plan.key_tile, depth, acc);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -157,7 +159,9 @@ float softmax_row(const Plan& plan, const QueryBlock& block, const Workspace& wo
   const float q_scale = tile.integers ? work.q_scale[row] : block.softmax_scale * recipe::kLog2E;
   VecF row_max = VecF{} + kNoMax;
   for (int64_t j = 0; j < tile.columns; j += kLanes) {
-    VecF t = load<VecF>(scores + j) * (load<VecF>(k_scale + j) * q_scale);
+    VecF t = load<VecF>(scores + j);
+    if (tile.k_shift != nullptr) t += load<VecF>(tile.k_shift + j) * work.q_sum[row];
+    t *= load<VecF>(k_scale + j) * q_scale;
     if (tile.has_bias) t += load<VecF>(work.bias + j);
     if (j + kLanes > visible_keys) {  // after scaling: a NaN or zero scale must not unmask
       const VecI masked =
@@ -323,7 +327,7 @@ void attend(const Plan& plan, const QueryBlock& block, const Workspace& work) {
   for (int64_t first_key = 0; first_key < last_key; first_key += plan.key_tile) {
     if (plan.smooth_q) smoothing_bias(plan, block, work, first_key);
     const bool page = first_key < kv.first_prepared;
-    TileView tile = page ? view_page(kv, work, first_key, block.rows <= kRowBlock)
+    TileView tile = page ? view_page(plan, kv, work, first_key, block.rows <= kRowBlock)
                          : view_prepared(plan, kv, first_key);
     const PvKind pv = plan.paged && !page ? PvKind::kHalf : plan.pv;
     for (int64_t r = 0; r < block.rows; r += kRowBlock) {

@@ -30,7 +30,8 @@ struct Plan {
   int32_t qk_levels;  // largest integer of Q and K: 127 or 7; 0 = FP16 operands
   bool smooth_k;
   bool smooth_q;
-  bool paged;  // a kInt8 cache: tiles are quantized pages, and the tail's, in FP16
+  bool paged;      // a quantized cache: tiles are its pages, and the tail's, in FP16
+  bool int4_keys;  // of those pages
   PvKind pv;
   int32_t query_block;  // rows that are scaled (and for smooth_q, averaged) together
   int32_t key_tile;     // keys of one softmax step and one first-level PV accumulator
@@ -58,6 +59,8 @@ struct KvHead {
   const float* scales;
   const int32_t* page_ids;
   int64_t num_kv_heads;
+  int64_t page_bytes;   // of a head's operands
+  int64_t page_scales;  // words
   const float* mean;
   // Outputs of prepare_kv.
   void* k;         // the QK operand, see KernelTable::packs_bytes
@@ -87,15 +90,18 @@ struct QueryBlock {
 struct Workspace {
   float* rows;        // [max(kMaxQueryBlock, kMaxKeyTile)][dim] rows before quantization
   int8_t* bytes;      // the same rows as integers, where the kernels pack bytes
-  float* integers;    // [kMaxQueryBlock][dim] the same where they do not
-  float* tile_k;      // paged: [dim][kMaxKeyTile] the integers of a page, where they do not
+  float* integers;    // [kMaxQueryBlock][dim] the same where they do not; rotated rows
+  float* tile_k;      // paged: [dim][kMaxKeyTile] the integers of a page, where they do not or
+                      // where the page holds nibbles
   float* tile_v;      // paged: [kMaxKeyTile][dim] the values of a page
   float* tile_scale;  // paged: [kMaxKeyTile] the scales of its keys
+  float* tile_shift;  // INT4 keys: [kMaxKeyTile] what is to be added to every integer of a key
   float* out;         // [kMaxQueryBlock][dim] unnormalised output
   float* scores;      // [kRowBlock][kMaxKeyTile]
   float* bias;        // [kMaxKeyTile] smoothed-Q correction
   float* channel;     // [2][dim]
   float* q_scale;     // [kMaxQueryBlock]
+  float* q_sum;       // INT4 keys: [kMaxQueryBlock] sums of the rows' integers
   float* row_max;     // [kMaxQueryBlock], in units of log2
   float* row_sum;     // [kMaxQueryBlock]
   int32_t* q_offset;  // [kMaxQueryBlock]
@@ -109,8 +115,8 @@ struct KernelTable {
   void (*prepare_kv)(const Plan& plan, const KvHead& kv, const Workspace& work);
   void (*attend)(const Plan& plan, const QueryBlock& block, const Workspace& work);
   // See quantize_page() in attention.h.
-  void (*quantize_page)(const uint16_t* k, const uint16_t* v, const float* mean, int64_t head_dim,
-                        uint8_t* operands, float* scales);
+  void (*quantize_page)(KvType type, const uint16_t* k, const uint16_t* v, const float* mean,
+                        int64_t head_dim, uint8_t* operands, float* scales);
 };
 
 // Null when this build does not contain the instruction set.

@@ -1,5 +1,8 @@
 #include "backend/cpu/attention_plan.h"
 
+#include <algorithm>
+#include <bit>
+
 #include "base/error.h"
 #include "kernels/attention/recipe.h"
 
@@ -71,20 +74,41 @@ Plan make_plan(const AttentionSpec& spec, KvType cache) {
   if (spec.variant == AttentionVariant::kSage1VT || spec.variant == AttentionVariant::kSage1VB) {
     plan.pv = PvKind::kInt8;
   }
-  if (cache == KvType::kInt8) {
-    if (spec.variant != AttentionVariant::kSage2_8b) {
-      fail("attention {} cannot read an 8-bit KV cache: it holds what sage2-8b multiplies",
-           attention_variant_name(spec.variant));
+  if (is_quantized(cache)) {
+    if (!reads_quantized_kv(spec.variant, cache)) {
+      fail("attention {} cannot read {} KV cache: it holds what {} multiplies",
+           attention_variant_name(spec.variant), cache == KvType::kInt8 ? "an 8-bit" : "a 4-bit",
+           cache == KvType::kInt8 ? "sage2-8b" : "sage2");
     }
     plan.paged = true;
+    plan.int4_keys = cache == KvType::kInt4;
+    plan.qk_levels = static_cast<int32_t>(recipe::kInt8Max);  // of Q
+    plan.smooth_q = false;
     set_groups(plan, Granularity::kToken);
     plan.key_tile = static_cast<int32_t>(kPageTokens);
   }
   return plan;
 }
 
+PageShape page_shape(KvType type, int64_t head_dim) {
+  PageShape shape;
+  if (type == KvType::kInt8) {
+    shape.dim = (head_dim + kDimAlign - 1) / kDimAlign * kDimAlign;
+    shape.key_bytes = kPageTokens * shape.dim;
+    shape.scales = kPageScales;
+  } else {
+    shape.dim = static_cast<int64_t>(
+        std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(head_dim, recipe::kRotatedDim))));
+    shape.key_bytes = kPageTokens * shape.dim / 2;
+    shape.scales = kPageScales + kPageTokens;
+  }
+  shape.value_bytes = kPageTokens * shape.dim;
+  return shape;
+}
+
 double attention_split_bound(const AttentionSpec& spec, KvType cache) {
   if (cache == KvType::kInt8) return 0.08;
+  if (cache == KvType::kInt4) return 0.3;
   switch (spec.variant) {
     case AttentionVariant::kFp16:
       return 0.0;

@@ -34,6 +34,29 @@ inline VecF load_channels(const uint16_t* row, int64_t c, int64_t head_dim) {
   return load_half(tail);
 }
 
+// x [dim] times the Hadamard matrix of its size, a power of two, times factor. Only additions and,
+// for a factor that is one too, exact products: the same on every instruction set.
+inline void rotate(float* x, int64_t dim, float factor) {
+  for (int64_t half = 1; half < dim; half *= 2) {
+    for (int64_t begin = 0; begin < dim; begin += 2 * half) {
+      for (int64_t i = begin; i < begin + half; ++i) {
+        const float a = x[i];
+        const float b = x[i + half];
+        x[i] = a + b;
+        x[i + half] = a - b;
+      }
+    }
+  }
+  for (int64_t i = 0; i < dim; ++i) x[i] *= factor;
+}
+
+inline void rotate_key(float* x, int64_t dim) {
+  rotate(x, dim, dim == 256 ? recipe::kRotatedKeyFactor<256> : recipe::kRotatedKeyFactor<128>);
+}
+inline void rotate_query(float* x, int64_t dim) {
+  rotate(x, dim, dim == 64 ? recipe::kRotatedQueryFactor<64> : recipe::kRotatedQueryFactor<128>);
+}
+
 inline void zero_row(float* row, int64_t dim) {
   for (int64_t c = 0; c < dim; c += kLanes) store(row + c, VecF{});
 }
@@ -314,29 +337,40 @@ void prepare_queries(const Plan& plan, const QueryBlock& block, const Workspace&
       }
     }
   }
+  float* rows = work.rows;
+  if (plan.int4_keys) {
+    rows = work.integers;
+    for (int64_t r = 0; r < block.rows; ++r) {
+      for (int64_t c = 0; c < dim; c += kLanes) {
+        store(rows + r * dim + c, load<VecF>(work.rows + r * dim + c));
+      }
+      rotate_query(rows + r * dim, dim);
+    }
+  }
   const uint8_t* group_of = plan.q_group + block.first_in_block;
   VecI amax[kMaxQueryBlock];
   for (int32_t g = 0; g < plan.num_q_groups; ++g) amax[g] = VecI{};
   for (int64_t r = 0; r < block.rows; ++r) {
     VecI& group = amax[group_of[r]];
     for (int64_t c = 0; c < dim; c += kLanes) {
-      group = max(group, magnitude_bits(load<VecF>(work.rows + r * dim + c)));
+      group = max(group, magnitude_bits(load<VecF>(rows + r * dim + c)));
     }
   }
   Quantizer quantizers[kMaxQueryBlock];
   make_quantizers(plan, amax, plan.num_q_groups, quantizers);
   for (int64_t r = 0; r < block.rows; ++r) {
     const Quantizer& quantizer = quantizers[group_of[r]];
-    const float* row = work.rows + r * dim;
+    const float* row = rows + r * dim;
     work.q_scale[r] = quantizer.scale * log2_scale;
+    VecF sum = {};
+    for (int64_t c = 0; c < dim; c += kLanes) sum += quantize(row + c, quantizer);
+    work.q_sum[r] = reduce_sum(sum);
     if (!kPacksBytes) {
       quantize_row(row, dim, quantizer, work.integers + r * dim);
       continue;
     }
     quantize_row(row, dim, quantizer, 0, work.bytes + r * dim);
     // K bytes carry +128: their products with this row are too large by 128 times the row's sum.
-    VecF sum = {};
-    for (int64_t c = 0; c < dim; c += kLanes) sum += quantize(row + c, quantizer);
-    work.q_offset[r] = -kByteOffset * static_cast<int32_t>(reduce_sum(sum));
+    work.q_offset[r] = -kByteOffset * static_cast<int32_t>(work.q_sum[r]);
   }
 }

@@ -75,6 +75,13 @@ class CpuBackend : public Backend {
     return {static_cast<int32_t>(linears_.size()) - 1};
   }
 
+  // Two matrices, of handles next to each other: half of one is what a core's cache holds.
+  WeightHandle add_gate_up(const TensorView& gate, const TensorView& up) override {
+    const WeightHandle handle = add_linear({&gate, 1});
+    add_linear({&up, 1});
+    return handle;
+  }
+
   WeightHandle add_vector(const TensorView& tensor) override {
     vectors_.push_back(to_floats(tensor));
     weight_bytes_ += static_cast<int64_t>(vectors_.back().size() * sizeof(float));
@@ -91,6 +98,7 @@ class CpuBackend : public Backend {
   std::unique_ptr<KvStorage> make_kv(const KvLayout& layout) override {
     return std::make_unique<cpu::CpuKv>(layout);
   }
+  int64_t kv_bytes(const KvLayout& layout) const override { return cpu::CpuKv::bytes(layout); }
 
   // Buffers grow as steps need them: what no step touches takes no memory.
   void reserve(const StepLimits& /*limits*/) override {}
@@ -107,8 +115,8 @@ class CpuBackend : public Backend {
   std::vector<AttentionVariant> adaptive_variants() const override {
     return {AttentionVariant::kSage2_8b, AttentionVariant::kSage1B, AttentionVariant::kFp16};
   }
-  bool reads_int8_kv(const AttentionShape& shape) const override {
-    return shape.spec.variant == AttentionVariant::kSage2_8b;
+  bool reads_kv(const AttentionShape& shape, KvType type) const override {
+    return type == KvType::kFp16 || reads_quantized_kv(shape.spec.variant, type);
   }
   void begin(const Batch& /*batch*/) override {}
 
@@ -146,10 +154,13 @@ class CpuBackend : public Backend {
   }
 
   void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) override {
-    linear(x, weight, gate_up);
+    const auto index = static_cast<size_t>(weight.index);
+    float* gate = floats(gate_up);
+    float* up = gate + (out.rows + cpu::kRowPadding) * out.cols;
+    linear_.run_two(floats(x), x.rows, linears_[index], gate, linears_[index + 1], up);
     for_rows(out.rows, [&](int64_t row) {
-      const float* gate = floats(gate_up) + row * gate_up.cols;
-      cpu::ops().swiglu(gate, gate + out.cols, out.cols, floats(out) + row * out.cols);
+      cpu::ops().swiglu(gate + row * out.cols, up + row * out.cols, out.cols,
+                        floats(out) + row * out.cols);
     });
   }
 

@@ -23,16 +23,26 @@ void mean_key(const uint16_t* keys, int64_t head_dim, float* mean) {
 
 CpuKv::CpuKv(const KvLayout& layout)
     : layout_(layout),
-      num_open_(layout.type == KvType::kInt8 ? layout.num_tails : layout.num_pages),
+      page_(page_shape(layout.type, layout.head_dim)),
+      num_open_(is_quantized(layout.type) ? layout.num_tails : layout.num_pages),
       open_elements_(layout.num_kv_heads * kPageTokens * layout.head_dim) {
   const int64_t open = layout.num_layers * num_open_ * open_elements_;
   allocate(open, keys_);
   allocate(open, values_);
   if (layout.type == KvType::kFp16) return;
   const int64_t heads = layout.heads() * layout.num_pages;
-  allocate(heads * 2 * kPageTokens * layout.padded_dim(), operands_);
-  allocate(heads * kPageScales, scales_);
+  allocate(heads * page_.operand_bytes(), operands_);
+  allocate(heads * page_.scales, scales_);
   allocate(layout.heads() * layout.num_tails * layout.head_dim, means_);
+}
+
+int64_t CpuKv::bytes(const KvLayout& layout) {
+  constexpr int64_t kFloat = sizeof(float);
+  const int64_t open = kPageTokens * layout.head_dim * 2 * static_cast<int64_t>(sizeof(uint16_t));
+  if (!is_quantized(layout.type)) return layout.heads() * layout.num_pages * open;
+  const PageShape page = page_shape(layout.type, layout.head_dim);
+  return layout.heads() * (layout.num_pages * (page.operand_bytes() + page.scales * kFloat) +
+                           layout.num_tails * (open + layout.head_dim * kFloat));
 }
 
 template <typename T>
@@ -41,7 +51,7 @@ void CpuKv::allocate(int64_t count, Buffer<T>& buffer) {
   buffer.reset(static_cast<T*>(std::calloc(static_cast<size_t>(count), sizeof(T))));
   if (buffer == nullptr) {
     fail("no memory for a KV cache of {:.1f} GiB ({} pages of {} tokens); use a smaller --ctx",
-         static_cast<double>(layout_.bytes()) / (1 << 30), layout_.num_pages, kPageTokens);
+         static_cast<double>(bytes(layout_)) / (1 << 30), layout_.num_pages, kPageTokens);
   }
 }
 
@@ -59,7 +69,7 @@ void CpuKv::copy_open_page(int32_t from, int32_t to) {
 
 void CpuKv::append(int64_t layer, const SequenceChunk& chunk, int64_t head, const float* keys,
                    const float* values, int64_t row_stride, bool smooth_k) {
-  const bool quantized = layout_.type == KvType::kInt8;
+  const bool quantized = is_quantized(layout_.type);
   const int64_t dim = layout_.head_dim;
   for (int64_t i = 0; i < chunk.q_len; ++i) {
     const int64_t position = chunk.q_start() + i;
@@ -89,18 +99,17 @@ void CpuKv::close_page(int64_t layer, const SequenceChunk& chunk, int64_t index,
   }
   const int64_t page = chunk.pages[static_cast<size_t>(index)];
   const int64_t to = (layer * layout_.num_pages + page) * layout_.num_kv_heads + head;
-  quantize_page(keys_.get() + from, values_.get() + from, mean, dim,
-                operands_.get() + to * 2 * kPageTokens * layout_.padded_dim(),
-                scales_.get() + to * kPageScales);
+  quantize_page(layout_.type, keys_.get() + from, values_.get() + from, mean, dim,
+                operands_.get() + to * page_.operand_bytes(), scales_.get() + to * page_.scales);
 }
 
 void CpuKv::locate(int64_t layer, const SequenceChunk& chunk, std::vector<const uint16_t*>& k_pages,
                    std::vector<const uint16_t*>& v_pages, AttentionArgs& args) const {
-  if (layout_.type == KvType::kInt8) {
+  if (is_quantized(layout_.type)) {
     const int64_t page = layer * layout_.num_pages * layout_.num_kv_heads;
     const int64_t tail = open_page_at(layer, chunk.tail);
-    args.quantized = {.operands = operands_.get() + page * 2 * kPageTokens * layout_.padded_dim(),
-                      .scales = scales_.get() + page * kPageScales,
+    args.quantized = {.operands = operands_.get() + page * page_.operand_bytes(),
+                      .scales = scales_.get() + page * page_.scales,
                       .pages = chunk.pages,
                       .tail_k = keys_.get() + tail,
                       .tail_v = values_.get() + tail,

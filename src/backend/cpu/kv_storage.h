@@ -12,12 +12,15 @@
 
 namespace sagelm::cpu {
 
-// FP16 pages (kFp16) or tails (kInt8) are [layer][page][kv_head][kPageTokens][head_dim], keys and
+// FP16 pages (kFp16) or tails are [layer][page][kv_head][kPageTokens][head_dim], keys and
 // values apart; quantized pages as QuantizedKv has them, layer after layer. Memory is committed by
 // the system when it is first written.
 class CpuKv : public KvStorage {
  public:
   explicit CpuKv(const KvLayout& layout);
+
+  // What such a cache takes.
+  static int64_t bytes(const KvLayout& layout);
 
   KvType type() const { return layout_.type; }
   void copy_open_page(int32_t from, int32_t to) override;
@@ -52,6 +55,7 @@ class CpuKv : public KvStorage {
                   bool smooth_k);
 
   KvLayout layout_;
+  PageShape page_;         // of quantized pages
   int64_t num_open_;       // FP16 pages or tails
   int64_t open_elements_;  // of one, in one layer
   Buffer<uint16_t> keys_, values_;

@@ -126,22 +126,14 @@ void LinearEngine::execute(const LinearWeight& weight, int64_t rows, const void*
   stream_.wait();
 }
 
-void LinearEngine::run(const float* x, int64_t rows, const LinearWeight& weight, float* out,
-                       bool accumulate) {
+const void* LinearEngine::prepare(const float* x, int64_t rows, int64_t padded,
+                                  const LinearWeight& weight) {
   const int64_t in = weight.in_features;
-  const int64_t padded = rounded_rows(rows);
-  const int64_t block = block_rows();
   if (!weight.bf16) {
-    if (padded != rows) {
-      padded_.resize(static_cast<size_t>(padded * in));
-      std::copy_n(x, rows * in, padded_.begin());
-      x = padded_.data();
-    }
-    for (int64_t row = 0; row < padded; row += block) {
-      execute(weight, std::min(block, padded - row), x + row * in, out + row * weight.out_features,
-              accumulate);
-    }
-    return;
+    if (padded == rows) return x;
+    padded_.resize(static_cast<size_t>(padded * in));
+    std::copy_n(x, rows * in, padded_.begin());
+    return padded_.data();
   }
   split_.resize(static_cast<size_t>(2 * padded * in));
   uint16_t* high = split_.data();
@@ -151,19 +143,51 @@ void LinearEngine::run(const float* x, int64_t rows, const LinearWeight& weight,
   for (int64_t row = 0; row < rows; ++row) {
     op.split_bf16(x + row * in, in, high + row * in, low + row * in);
   }
-  if (rows > kStackedRows) {
-    for (int64_t row = 0; row < padded; row += block) {
-      const int64_t count = std::min(block, padded - row);
-      float* to = out + row * weight.out_features;
-      execute(weight, count, high + row * in, to, accumulate);
-      execute(weight, count, low + row * in, to, true);
-    }
+  return high;
+}
+
+void LinearEngine::multiply(const void* x, int64_t rows, int64_t padded, const LinearWeight& weight,
+                            float* out, bool accumulate) {
+  const int64_t in = weight.in_features;
+  const int64_t block = block_rows();
+  if (weight.bf16 && rows <= kStackedRows) {
+    const Ops& op = ops();
+    const int64_t count = rows * weight.out_features;
+    stacked_.resize(static_cast<size_t>(2 * count));
+    execute(weight, 2 * rows, x, stacked_.data(), false);
+    (accumulate ? op.accumulate : op.add)(stacked_.data(), stacked_.data() + count, count, out);
     return;
   }
-  const int64_t count = rows * weight.out_features;
-  stacked_.resize(static_cast<size_t>(2 * count));
-  execute(weight, 2 * rows, high, stacked_.data(), false);
-  (accumulate ? op.accumulate : op.add)(stacked_.data(), stacked_.data() + count, count, out);
+  for (int64_t row = 0; row < padded; row += block) {
+    const int64_t count = std::min(block, padded - row);
+    float* to = out + row * weight.out_features;
+    if (weight.bf16) {
+      const uint16_t* high = static_cast<const uint16_t*>(x) + row * in;
+      execute(weight, count, high, to, accumulate);
+      execute(weight, count, high + padded * in, to, true);
+    } else {
+      execute(weight, count, static_cast<const float*>(x) + row * in, to, accumulate);
+    }
+  }
+}
+
+void LinearEngine::run(const float* x, int64_t rows, const LinearWeight& weight, float* out,
+                       bool accumulate) {
+  const int64_t padded = rounded_rows(rows);
+  multiply(prepare(x, rows, padded, weight), rows, padded, weight, out, accumulate);
+}
+
+void LinearEngine::run_two(const float* x, int64_t rows, const LinearWeight& first,
+                           float* first_out, const LinearWeight& second, float* second_out) {
+  if (first.bf16 != second.bf16) {
+    run(x, rows, first, first_out, false);
+    run(x, rows, second, second_out, false);
+    return;
+  }
+  const int64_t padded = rounded_rows(rows);
+  const void* prepared = prepare(x, rows, padded, first);
+  multiply(prepared, rows, padded, first, first_out, false);
+  multiply(prepared, rows, padded, second, second_out, false);
 }
 
 }  // namespace sagelm::cpu

@@ -37,6 +37,9 @@ class LinearEngine {
   LinearWeight pack(std::span<const TensorView> stacked);
   // out [rows, out_features] = (accumulate ? out : 0) + x [rows, in_features] * W^T.
   void run(const float* x, int64_t rows, const LinearWeight& weight, float* out, bool accumulate);
+  // The same, without accumulating, for two weights of the same in_features one after the other.
+  void run_two(const float* x, int64_t rows, const LinearWeight& first, float* first_out,
+               const LinearWeight& second, float* second_out);
 
   bool uses_bf16() const { return uses_bf16_; }
 
@@ -48,6 +51,10 @@ class LinearEngine {
   using PlanKey = std::tuple<int64_t, int64_t, int64_t, bool, bool>;
 
   const Plan& plan(const LinearWeight& weight, int64_t rows, bool accumulate);
+  // x as the products of weight read it, rounded up to `padded` rows: as it is, copied, or split.
+  const void* prepare(const float* x, int64_t rows, int64_t padded, const LinearWeight& weight);
+  void multiply(const void* x, int64_t rows, int64_t padded, const LinearWeight& weight, float* out,
+                bool accumulate);
   void execute(const LinearWeight& weight, int64_t rows, const void* x, float* y, bool accumulate);
 
   dnnl::engine engine_;

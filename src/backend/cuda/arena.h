@@ -18,8 +18,9 @@ struct Part {
 // What a step's attention takes beyond its matrices.
 struct AttentionRoom {
   size_t workspace = 0;
-  int64_t rotations = 0;  // positions
-  size_t rotation_bytes = 0;
+  int64_t rotations = 0;      // positions
+  int64_t arrivals = 0;       // counters of sequences and KV heads behind them
+  size_t rotation_bytes = 0;  // of both
 };
 
 struct ArenaLayout {

@@ -154,8 +154,8 @@ class CudaBackend : public Backend {
     return {AttentionVariant::kSage2_8b, AttentionVariant::kSage1B, AttentionVariant::kFp16};
   }
 
-  bool reads_int8_kv(const AttentionShape& shape) const override {
-    return ModelAttention::reads_quantized_kv(shape, properties_.capability);
+  bool reads_kv(const AttentionShape& shape, KvType type) const override {
+    return type == KvType::kFp16 || ModelAttention::reads_kv(shape, type, properties_.capability);
   }
 
   void begin(const Batch& batch) override {
@@ -212,16 +212,26 @@ class CudaBackend : public Backend {
 
   void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) override {
     if (x.rows <= kernels::kGemvRows) {
-      Product fused = product(x, weight, out);
-      fused.swiglu = true;
-      fused.out_features = out.cols;
-      linear_.run(fused);
+      linear_.run(gated_product(x, weight, out));
       return;
     }
     linear(x, weight, gate_up);
     check(kernels::swiglu(gate_up.data, element(out.type), out.rows, out.cols, out.data,
                           stream_.get()),
           "the gated activation", layer_);
+  }
+
+  void norm_linear(Matrix x, WeightHandle norm, double eps, WeightHandle weight, Matrix normed,
+                   Matrix out) override {
+    if (!run_normed(product(x, weight, out), norm, eps, normed.type)) {
+      Backend::norm_linear(x, norm, eps, weight, normed, out);
+    }
+  }
+  void norm_linear_swiglu(Matrix x, WeightHandle norm, double eps, WeightHandle weight,
+                          Matrix normed, Matrix gate_up, Matrix out) override {
+    if (!run_normed(gated_product(x, weight, out), norm, eps, normed.type)) {
+      Backend::norm_linear_swiglu(x, norm, eps, weight, normed, gate_up, out);
+    }
   }
 
   void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) override {
@@ -243,6 +253,13 @@ class CudaBackend : public Backend {
   void attention(Matrix qkv, const Batch& /*batch*/, const AttentionShape& shape, int64_t layer,
                  KvStorage& kv, Matrix out) override {
     attention_.attention(step_, qkv, shape, layer, static_cast<const CudaKv&>(kv), out);
+  }
+
+  void append_and_attend(Matrix qkv, const Batch& /*batch*/, const AttentionShape& shape,
+                         std::span<const float> inverse_frequencies, int64_t layer, KvStorage& kv,
+                         Matrix out) override {
+    attention_.append_and_attend(step_, qkv, shape, inverse_frequencies, layer,
+                                 static_cast<const CudaKv&>(kv), out);
   }
 
   void read_logits(Matrix logits, std::span<float> out) override {
@@ -330,6 +347,23 @@ class CudaBackend : public Backend {
             .type = x.type,
             .out_type = out.type,
             .layer = layer_};
+  }
+  // For up to kernels::kGemvRows rows.
+  Product gated_product(Matrix x, WeightHandle handle, Matrix out) const {
+    Product gated = product(x, handle, out);
+    gated.swiglu = true;
+    gated.out_features = out.cols;
+    return gated;
+  }
+  // Runs a product of the residual x, normalised and rounded to `type`; false if there is no kernel
+  // that does both.
+  bool run_normed(Product normed, WeightHandle norm, double eps, DType type) {
+    normed.type = type;
+    if (!LinearEngine::normalises(normed)) return false;
+    normed.norm = static_cast<const float*>(weight_of(norm).data());
+    normed.eps = static_cast<float>(eps);
+    linear_.run(normed);
+    return true;
   }
 
   DType activation_type() const { return type_.value_or(DType::kF16); }

@@ -22,13 +22,15 @@ struct Sizes {
 Sizes sizes_of(const KvLayout& layout, DType type) {
   const auto element = static_cast<int64_t>(dtype_size(type));
   constexpr int64_t kFloat = sizeof(float);
-  const bool quantized = layout.type == KvType::kInt8;
+  const bool quantized = is_quantized(layout.type), int4_keys = layout.type == KvType::kInt4;
   const int64_t dim = quantized ? kernels::quantized_kv_dim(static_cast<int32_t>(layout.head_dim))
                                 : layout.head_dim * element;
   Sizes sizes;
-  sizes.keys = sizes.values = layout.heads() * layout.num_pages * kPageTokens * dim;
+  sizes.values = layout.heads() * layout.num_pages * kPageTokens * dim;
+  sizes.keys = int4_keys ? sizes.values / 2 : sizes.values;
   if (quantized) {
-    sizes.scales = layout.heads() * layout.num_pages * kernels::kQuantizedKvScales * kFloat;
+    sizes.scales =
+        layout.heads() * layout.num_pages * kernels::quantized_kv_scales(int4_keys) * kFloat;
     sizes.means = layout.heads() * layout.num_tails * layout.head_dim * kFloat;
     sizes.tails = layout.heads() * layout.num_tails * 2 * kPageTokens * layout.head_dim * element;
   }
@@ -49,7 +51,8 @@ CudaKv::CudaKv(const KvLayout& layout, DType type, cudaStream_t stream)
          layout.num_pages * kPageTokens);
   }
   const Sizes sizes = sizes_of(layout, type);
-  layer_bytes_ = sizes.keys / layout.num_layers;
+  key_bytes_ = sizes.keys / layout.num_layers;
+  value_bytes_ = sizes.values / layout.num_layers;
   const std::string what =
       fmt::format("a KV cache of {} pages of {} tokens ({:.2f} GiB)", layout.num_pages, kPageTokens,
                   static_cast<double>(bytes(layout, type)) / (1 << 30));
@@ -66,11 +69,12 @@ kernels::QuantizedKv CudaKv::quantized(int64_t layer, int64_t num_heads) const {
   view.num_heads = static_cast<int32_t>(num_heads);
   view.num_kv_heads = static_cast<int32_t>(layout_.num_kv_heads);
   view.head_dim = static_cast<int32_t>(layout_.head_dim);
-  view.keys = keys_.get<int8_t>() + layer * layer_bytes_;
-  view.values = values_.get<uint8_t>() + layer * layer_bytes_;
+  view.int4_keys = layout_.type == KvType::kInt4;
+  view.keys = keys_.get<int8_t>() + layer * key_bytes_;
+  view.values = values_.get<uint8_t>() + layer * value_bytes_;
   const int64_t kv_heads = layout_.num_kv_heads;
-  view.scales =
-      scales_.get<float>() + layer * layout_.num_pages * kv_heads * kernels::kQuantizedKvScales;
+  view.scales = scales_.get<float>() +
+                layer * layout_.num_pages * kv_heads * kernels::quantized_kv_scales(view.int4_keys);
   view.means = means_.get<float>() + layer * layout_.num_tails * kv_heads * layout_.head_dim;
   view.tails =
       tails_.get<std::byte>() + layer * static_cast<int64_t>(tails_.bytes()) / layout_.num_layers;

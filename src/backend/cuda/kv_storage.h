@@ -1,4 +1,4 @@
-// The bytes of a KV cache on the GPU, of either type.
+// The bytes of a KV cache on the GPU, of any type.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -27,9 +27,9 @@ class CudaKv : public KvStorage {
   void copy_open_page(int32_t from, int32_t to) override;
 
   // kFp16.
-  std::byte* keys(int64_t layer) const { return keys_.get<std::byte>() + layer * layer_bytes_; }
-  std::byte* values(int64_t layer) const { return values_.get<std::byte>() + layer * layer_bytes_; }
-  // kInt8.
+  std::byte* keys(int64_t layer) const { return keys_.get<std::byte>() + layer * key_bytes_; }
+  std::byte* values(int64_t layer) const { return values_.get<std::byte>() + layer * value_bytes_; }
+  // The others.
   kernels::QuantizedKv quantized(int64_t layer, int64_t num_heads) const;
   // Where the cache lies: tells it from others.
   const void* address() const { return keys_.get(); }
@@ -41,9 +41,9 @@ class CudaKv : public KvStorage {
   KvLayout layout_;
   DType type_;
   cudaStream_t stream_;
-  int64_t layer_bytes_;  // of keys, and of values
+  int64_t key_bytes_, value_bytes_;  // of a layer
   DeviceBuffer keys_, values_;
-  DeviceBuffer scales_, means_, tails_;  // kInt8
+  DeviceBuffer scales_, means_, tails_;  // of a quantized cache
 };
 
 }  // namespace sagelm::cuda

@@ -35,6 +35,25 @@ int64_t rounded_rows(int64_t rows) {
   return (rows + step - 1) / step * step;
 }
 
+// For all of its rows.
+kernels::Gemv gemv_args(const Product& product) {
+  kernels::Gemv args;
+  args.type = element(product.type);
+  args.x = product.x;
+  args.weight = product.weight;
+  args.out = product.out;
+  args.rows = product.rows;
+  args.n = product.out_features;
+  args.k = product.in_features;
+  args.output = product.swiglu                    ? kernels::GemvOutput::kSwiglu
+                : product.accumulate              ? kernels::GemvOutput::kAdd
+                : product.out_type == DType::kF32 ? kernels::GemvOutput::kFloat
+                                                  : kernels::GemvOutput::kHalf;
+  args.norm = product.norm;
+  args.eps = product.eps;
+  return args;
+}
+
 }  // namespace
 
 LinearEngine::LinearEngine(cudaStream_t stream)
@@ -73,17 +92,13 @@ void LinearEngine::run(const Product& product) {
         product.layer);
 }
 
+bool LinearEngine::normalises(const Product& product) {
+  return product.rows <= kernels::kGemvRows && kernels::gemv_normalises(gemv_args(product));
+}
+
 // Passes over the weights, each for as many rows as the kernel takes.
 void LinearEngine::run_few_rows(const Product& product) {
-  kernels::Gemv args;
-  args.type = element(product.type);
-  args.weight = product.weight;
-  args.n = product.out_features;
-  args.k = product.in_features;
-  args.output = product.swiglu                    ? kernels::GemvOutput::kSwiglu
-                : product.accumulate              ? kernels::GemvOutput::kAdd
-                : product.out_type == DType::kF32 ? kernels::GemvOutput::kFloat
-                                                  : kernels::GemvOutput::kHalf;
+  kernels::Gemv args = gemv_args(product);
   const auto x_bytes = static_cast<int64_t>(dtype_size(product.type)) * product.in_features;
   const auto out_bytes = static_cast<int64_t>(dtype_size(product.out_type)) * product.out_features;
   for (int64_t row = 0; row < product.rows; row += kernels::kGemvRows) {

@@ -14,7 +14,7 @@
 namespace sagelm::cuda {
 
 struct Product {
-  const void* x = nullptr;       // [rows, in_features] of `type`
+  const void* x = nullptr;       // [rows, in_features] of `type`; with a norm F32
   const void* weight = nullptr;  // [out_features, in_features] of `type`
   void* out = nullptr;           // [rows, out_features] of out_type
   int64_t rows = 0;
@@ -27,6 +27,9 @@ struct Product {
   // kernels::kGemvRows rows
   bool swiglu = false;
   int64_t layer = -1;  // that errors name, if it is of one
+  // The weights [in_features] of a norm that x is to go through first, where normalises() is true
+  const float* norm = nullptr;
+  float eps = 0;
 };
 
 class LinearEngine {
@@ -37,6 +40,8 @@ class LinearEngine {
   // fastest among those whose result equals, bit by bit, that of the one it recommends, so that
   // results don't depend on timing.
   void run(const Product& product);
+  // Whether run() takes such a product with a norm.
+  static bool normalises(const Product& product);
 
   // Where results that nobody reads may go, at least as large as any result that is added to what
   // is there; until then the recommended algorithm is taken for those.

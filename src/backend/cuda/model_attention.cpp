@@ -7,6 +7,7 @@
 #include "backend/cuda/attention_runner.h"
 #include "backend/cuda/check.h"
 #include "backend/cuda/element.h"
+#include "kernels/attention/mma_decode.h"
 #include "kernels/ops/rope_append.h"
 
 namespace sagelm::cuda {
@@ -34,6 +35,7 @@ kernels::QuantizedKvStep quantized_step(const StepInputs& inputs) {
   step.max_kv_len = inputs.max_kv_len;
   step.max_closed_pages = inputs.max_closed_pages;
   step.closes_first_page = inputs.closes_first_page;
+  step.begins_in_first_page = inputs.begins_in_first_page;
   step.positions = inputs.positions;
   step.slots = inputs.slots;
   step.cu_q_lens = inputs.cu_q_lens;
@@ -45,14 +47,24 @@ kernels::QuantizedKvStep quantized_step(const StepInputs& inputs) {
   return step;
 }
 
+float softmax_scale(const AttentionShape& shape) {
+  return 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
+}
+
 kernels::DecodeFromQuantizedKv decode_args(const AttentionShape& shape, const StepInputs& step) {
   kernels::DecodeFromQuantizedKv args;
   args.cache.num_heads = static_cast<int32_t>(shape.num_heads);
   args.cache.num_kv_heads = static_cast<int32_t>(shape.num_kv_heads);
   args.cache.head_dim = static_cast<int32_t>(shape.head_dim);
   args.step = quantized_step(step);
-  args.softmax_scale = 1.0F / std::sqrt(static_cast<float>(shape.head_dim));
+  args.softmax_scale = softmax_scale(shape);
   return args;
+}
+
+// Whether the prefill kernel reads the pages of a step's sequences itself.
+bool prefills_from_pages(const StepInputs& step, const AttentionShape& shape, const CudaKv& cache) {
+  return cache.type() == KvType::kInt8 &&
+         !kernels::quantized_kv_decode_takes(decode_args(shape, step));
 }
 
 // Of sequences of at most so many query rows and keys.
@@ -79,6 +91,27 @@ size_t workspace_for(const AttentionShape& shape, DType type, int64_t sequences,
   return bytes;
 }
 
+// Of a token of every sequence, by the FP16 kernel over a cache of the activations' type; without
+// what differs between groups of sequences.
+kernels::Problem half_decode(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
+                             int64_t layer, const CudaKv& cache) {
+  const int64_t dim = shape.head_dim, token = shape.num_kv_heads * dim;
+  kernels::Problem p = {};
+  p.k = {cache.keys(layer), kPageTokens * token, token, dim};
+  p.v = {cache.values(layer), kPageTokens * token, token, dim};
+  p.page_table_stride = step.page_table_stride;
+  p.page_tokens = static_cast<int32_t>(kPageTokens);
+  p.num_heads = static_cast<int32_t>(shape.num_heads);
+  p.num_kv_heads = static_cast<int32_t>(shape.num_kv_heads);
+  p.head_dim = static_cast<int32_t>(dim);
+  p.max_q_len = step.max_q_len;
+  p.max_kv_len = step.max_kv_len;
+  p.softmax_scale = softmax_scale(shape);
+  p.causal = true;
+  p.bf16 = qkv.type == DType::kBF16;
+  return p;
+}
+
 }  // namespace
 
 AttentionRoom ModelAttention::room(const StepLimits& limits, DType type) {
@@ -98,9 +131,17 @@ AttentionRoom ModelAttention::room(const StepLimits& limits, DType type) {
     }
     allow(1, limits.tokens, context);
     allow(limits.sequences, kPageTokens, kPageTokens);
+    StepInputs prefill;
+    prefill.rows = static_cast<int32_t>(limits.tokens);
+    prefill.num_sequences = static_cast<int32_t>(limits.sequences);
+    const kernels::DecodeFromQuantizedKv args = decode_args(shape, prefill);
+    room.workspace = std::max(room.workspace,
+                              kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step));
     room.rotations = context;
+    room.arrivals = std::max(room.arrivals, limits.sequences * shape.num_kv_heads);
     room.rotation_bytes =
-        static_cast<size_t>((2 * context + 1) * (shape.head_dim / 2)) * sizeof(float);
+        static_cast<size_t>((2 * context + 1) * (shape.head_dim / 2)) * sizeof(float) +
+        static_cast<size_t>(room.arrivals) * sizeof(uint32_t);
   }
   return room;
 }
@@ -109,9 +150,13 @@ void ModelAttention::set_memory(const AttentionRoom& room, void* rotations, void
                                 size_t workspace_bytes) {
   workspace_ = workspace;
   workspace_bytes_ = workspace_bytes;
-  if (rotations_ == rotations && num_rotations_ == room.rotations) return;
+  if (rotations_ == rotations && num_rotations_ == room.rotations &&
+      num_arrivals_ == room.arrivals) {
+    return;
+  }
   rotations_ = static_cast<float*>(rotations);
   num_rotations_ = room.rotations;
+  num_arrivals_ = room.arrivals;
   rotated_by_.clear();
 }
 
@@ -122,8 +167,8 @@ std::string ModelAttention::problem(const AttentionShape& shape, DType type) {
   return sagelm_attention_kernel_name(&args) == nullptr ? sagelm_attention_last_error() : "";
 }
 
-bool ModelAttention::reads_quantized_kv(const AttentionShape& shape, int capability) {
-  return shape.spec.variant == AttentionVariant::kSage2_8b && capability == 90 &&
+bool ModelAttention::reads_kv(const AttentionShape& shape, KvType type, int capability) {
+  return reads_quantized_kv(shape.spec.variant, type) && capability == 90 &&
          kernels::quantized_kv_refusal(static_cast<int32_t>(shape.num_heads),
                                        static_cast<int32_t>(shape.num_kv_heads),
                                        static_cast<int32_t>(shape.head_dim)) == nullptr;
@@ -133,14 +178,22 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
                                  std::span<const float> inverse_frequencies, int64_t layer,
                                  const CudaKv& cache) {
   prepare_rotations(step.max_kv_len, inverse_frequencies);
-  if (cache.type() == KvType::kInt8) {
+  if (is_quantized(cache.type())) {
     kernels::AppendToQuantizedKv args;
     args.cache = cache.quantized(layer, shape.num_heads);
     args.step = quantized_step(step);
     args.qkv = qkv.data;
     args.rotations = rotations_;
     args.smooth_k = shape.spec.smooth_k;
-    args.rotate_keys = true;  // attention reads them where sequences begin
+    if (prefills_from_pages(step, shape, cache)) {
+      if (kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step) > workspace_bytes_) {
+        fail("the attention of layer {} takes more workspace than was set aside", layer);
+      }
+      args.prefill = workspace_;
+      args.softmax_scale = softmax_scale(shape);
+    } else {
+      args.rotate_keys = true;  // attention reads them where sequences begin
+    }
     check(kernels::append_to_quantized_kv(args, stream_), "appending to the KV cache", layer);
     return;
   }
@@ -162,7 +215,17 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
 void ModelAttention::attention(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                                int64_t layer, const CudaKv& cache, Matrix out) {
   const int64_t dim = shape.head_dim;
-  if (cache.type() == KvType::kInt8 && decode_quantized(step, qkv, shape, layer, cache, out)) {
+  if (prefills_from_pages(step, shape, cache)) {
+    // The queries are where rope_append has left them.
+    check(kernels::prefill_from_quantized_kv({.cache = cache.quantized(layer, shape.num_heads),
+                                              .step = quantized_step(step),
+                                              .out = out.data,
+                                              .out_stride = out.cols},
+                                             workspace_, stream_),
+          "the attention from the quantized cache", layer);
+    return;
+  }
+  if (is_quantized(cache.type()) && decode_quantized(step, qkv, shape, layer, cache, out)) {
     return;
   }
   sagelm_attention_args args = attention_args(shape, qkv.type);
@@ -229,9 +292,79 @@ template <typename Bytes, typename Run>
 void ModelAttention::in_groups(const StepInputs& step, const Bytes& bytes, const Run& run) const {
   int32_t count = step.num_sequences;
   while (count > 1 && bytes(count) > workspace_bytes_) count = (count + 1) / 2;
+  if (bytes(count) > workspace_bytes_) fail("attention takes more workspace than was set aside");
   for (int32_t first = 0; first < step.num_sequences; first += count) {
     run(sequences_of(step, first, std::min(count, step.num_sequences - first)));
   }
+}
+
+void ModelAttention::append_and_attend(const StepInputs& step, Matrix qkv,
+                                       const AttentionShape& shape,
+                                       std::span<const float> inverse_frequencies, int64_t layer,
+                                       const CudaKv& cache, Matrix out) {
+  prepare_rotations(step.max_kv_len, inverse_frequencies);
+  if (append_in_decode(step, qkv, shape, layer, cache, out)) return;
+  rope_append(step, qkv, shape, inverse_frequencies, layer, cache);
+  attention(step, qkv, shape, layer, cache, out);
+}
+
+// One token of every sequence, by one kernel that appends it too; false if there is none for it.
+bool ModelAttention::append_in_decode(const StepInputs& step, Matrix qkv,
+                                      const AttentionShape& shape, int64_t layer,
+                                      const CudaKv& cache, Matrix out) {
+  if (step.max_q_len != 1 || step.rows != step.num_sequences ||
+      step.num_sequences * shape.num_kv_heads > num_arrivals_) {
+    return false;
+  }
+  const auto row_of = [&](const StepInputs& part, Matrix x) {
+    const int64_t first = part.kv_lens - step.kv_lens;
+    return static_cast<std::byte*>(x.data) +
+           first * x.cols * static_cast<int64_t>(dtype_size(x.type));
+  };
+  if (cache.type() == KvType::kInt8) {
+    kernels::DecodeFromQuantizedKv args = decode_args(shape, step);
+    args.cache = cache.quantized(layer, shape.num_heads);
+    if (!kernels::quantized_kv_decode_takes(args) ||
+        !kernels::quantized_kv_decode_appends(args.cache, args.step)) {
+      return false;
+    }
+    args.query_stride = qkv.cols;
+    args.out_stride = out.cols;
+    args.rotations = rotations_;
+    args.arrivals = arrivals_;
+    const auto bytes = [&](int32_t count) {
+      args.step.num_sequences = count;
+      return kernels::quantized_kv_decode_workspace_bytes(args);
+    };
+    in_groups(step, bytes, [&](const StepInputs& part) {
+      args.step = quantized_step(part);
+      args.step.rows = part.num_sequences;
+      args.queries = row_of(part, qkv);
+      args.out = row_of(part, out);
+      check(kernels::decode_from_quantized_kv(args, workspace_, stream_),
+            fmt::format("attention from the quantized cache in layer {}", layer));
+    });
+    return true;
+  }
+  kernels::Problem p = half_decode(step, qkv, shape, layer, cache);
+  if (shape.spec.variant != AttentionVariant::kFp16 || !kernels::mma_decode_appends(p)) {
+    return false;
+  }
+  p.rotations = rotations_;
+  p.arrivals = arrivals_;
+  const auto bytes = [&](int32_t count) {
+    p.batch = count;
+    return kernels::mma_decode_workspace_bytes(p);
+  };
+  in_groups(step, bytes, [&](const StepInputs& part) {
+    p.batch = part.num_sequences;
+    p.kv_lens = part.kv_lens;
+    p.page_table = part.page_table;
+    p.q = {row_of(part, qkv), qkv.cols, qkv.cols, shape.head_dim};
+    p.out = {row_of(part, out), out.cols, out.cols, shape.head_dim};
+    check(kernels::mma_decode(p, workspace_, stream_), fmt::format("attention in layer {}", layer));
+  });
+  return true;
 }
 
 // The attention of few rows, from the quantized pages themselves; false if there are too many.
@@ -251,9 +384,6 @@ bool ModelAttention::decode_quantized(const StepInputs& step, Matrix qkv,
   };
   in_groups(step, bytes, [&](const StepInputs& part) {
     args.step = quantized_step(part);
-    if (kernels::quantized_kv_decode_workspace_bytes(args) > workspace_bytes_) {
-      fail("the attention of layer {} takes more workspace than was set aside", layer);
-    }
     check(kernels::decode_from_quantized_kv(args, workspace_, stream_),
           "the attention from the quantized cache", layer);
   });
@@ -306,6 +436,10 @@ void ModelAttention::prepare_rotations(int64_t positions,
   check(kernels::fill_rotations(frequencies, static_cast<int32_t>(half), num_rotations_, rotations_,
                                 stream_),
         "the rotary embedding");
+  arrivals_ = reinterpret_cast<uint32_t*>(frequencies + half);
+  check(
+      cudaMemsetAsync(arrivals_, 0, static_cast<size_t>(num_arrivals_) * sizeof(uint32_t), stream_),
+      "clearing counters");
 }
 
 }  // namespace sagelm::cuda

@@ -31,8 +31,8 @@ class ModelAttention {
 
   // Why there is no kernel for the shape, with activations of that type; empty if there is one.
   static std::string problem(const AttentionShape& shape, DType type);
-  // Whether such a device has kernels that read the quantized cache for the shape.
-  static bool reads_quantized_kv(const AttentionShape& shape, int capability);
+  // Whether such a device has kernels that read such a quantized cache for the shape.
+  static bool reads_kv(const AttentionShape& shape, KvType type, int capability);
 
   // What steps take, on the current device.
   static AttentionRoom room(const StepLimits& limits, DType type);
@@ -44,8 +44,13 @@ class ModelAttention {
                    std::span<const float> inverse_frequencies, int64_t layer, const CudaKv& cache);
   void attention(const StepInputs& step, Matrix qkv, const AttentionShape& shape, int64_t layer,
                  const CudaKv& cache, Matrix out);
+  void append_and_attend(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
+                         std::span<const float> inverse_frequencies, int64_t layer,
+                         const CudaKv& cache, Matrix out);
 
  private:
+  bool append_in_decode(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
+                        int64_t layer, const CudaKv& cache, Matrix out);
   bool decode_quantized(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                         int64_t layer, const CudaKv& cache, Matrix out);
   std::pair<void*, void*> expand(const StepInputs& step, const CudaKv& cache, Matrix qkv,
@@ -61,8 +66,10 @@ class ModelAttention {
   GraphCache* graphs_;
   void* workspace_ = nullptr;
   size_t workspace_bytes_ = 0;
-  float* rotations_ = nullptr;  // [num_rotations_][2][half], then the inverse frequencies
-  int64_t num_rotations_ = 0;
+  float* rotations_ = nullptr;  // [num_rotations_][2][half], then the inverse frequencies and
+                                // arrivals_
+  int64_t num_rotations_ = 0, num_arrivals_ = 0;
+  uint32_t* arrivals_ = nullptr;   // zeros between kernels
   std::vector<float> rotated_by_;  // the inverse frequencies in rotations_
   DeviceBuffer expanded_keys_, expanded_values_;
 };

@@ -28,6 +28,7 @@ StepInputs send_step_inputs(const Batch& batch, DeviceIntegers& buffer, cudaStre
     }
     rows += sequence.q_len;
     inputs.begins_all &= sequence.q_start() == 0;
+    inputs.begins_in_first_page |= sequence.q_start() < kPageTokens;
     inputs.kv_tokens += sequence.kv_len;
     if (sequence.tail >= 0) {
       const int64_t before = sequence.q_start() / kPageTokens;
@@ -44,6 +45,7 @@ StepInputs send_step_inputs(const Batch& batch, DeviceIntegers& buffer, cudaStre
     stride = std::max(stride, max_kv_len / kPageTokens);
     inputs.kv_tokens = count * max_kv_len;
     inputs.begins_all = false;
+    inputs.begins_in_first_page = true;
   }
   if (rows != batch.rows() || rows > kMost || count * stride > kMost || inputs.kv_tokens > kMost) {
     fail("the batch's sequences do not fit its rows");

@@ -21,6 +21,7 @@ struct StepInputs {
   // sequences, or likewise a number above that.
   int32_t max_closed_pages = 0;
   bool closes_first_page = false;
+  bool begins_in_first_page = false;  // whether a sequence may be without a full page before it
   bool begins_all = true;
   int64_t kv_tokens = 0;
   // Device arrays.

@@ -1,0 +1,133 @@
+// INT4 keys of the quantized cache: rotated (kernels/attention/recipe.h), cut into 16 steps between
+// a key's least and largest channel, two to a byte.
+//
+// A key's row of kDim / 2 bytes lies where its INT8 row would (row_of_key), in chunks of 16 bytes,
+// 32 channels each: word w of a row holds channels 8w .. 8w + 3 in the low nibbles of its bytes and
+// 8w + 4 .. 8w + 7 in the high ones, in two's complement. Read by ldmatrix, a chunk is then the B
+// operand of one INT8 product for queries in the same order: a thread takes its word's low nibbles
+// for the first half of the operand's channels, the high ones for the second. A word per key says
+// what the integers mean: BF16 step in its low half, BF16 middle in its high one.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/attention/quantize_tile.cuh"
+#include "kernels/attention/recipe.h"
+#include "kernels/attention/sage_tiles.cuh"
+#include "kernels/common/ptx.cuh"
+
+namespace sagelm::kernels {
+
+// Before the words in a page's scales: those of INT8 keys, not used, and the values'.
+inline constexpr int kInt4Words = kTileScales;
+inline constexpr int kInt4Scales = kInt4Words + kTileTokens;
+
+__device__ inline float int4_step(uint32_t word) { return __uint_as_float(word << 16); }
+__device__ inline float int4_middle(uint32_t word) { return __uint_as_float(word & 0xFFFF0000u); }
+
+// The nearest BF16.
+__device__ inline float to_bf16(float x) {
+  return __uint_as_float(ptx::to_halves<true>(0.0f, x) & 0xFFFF0000u);
+}
+
+// Byte offset of a chunk of a tile row.
+template <int kDim>
+__host__ __device__ constexpr int int4_chunk_offset(int row, int chunk) {
+  if constexpr (kDim == 128) return ptx::chunk_offset<64>(row, chunk);
+  return row * 32 + (chunk ^ (row >> 2 & 1)) * 16;
+}
+
+// Bytes 16 times the integers of the low and the high nibbles.
+__device__ __forceinline__ uint32_t low_nibbles(uint32_t word) { return word << 4 & 0xF0F0F0F0u; }
+__device__ __forceinline__ uint32_t high_nibbles(uint32_t word) { return word & 0xF0F0F0F0u; }
+
+// Butterflies of the Hadamard product among kCount elements of a thread...
+template <int kCount>
+__device__ __forceinline__ void rotate_registers(float (&x)[kCount]) {
+#pragma unroll
+  for (int half = 1; half < kCount; half *= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if ((i & half) != 0) continue;
+      const float a = x[i], b = x[i + half];
+      x[i] = a + b;
+      x[i + half] = a - b;
+    }
+  }
+}
+// ... and among kLanes neighbouring lanes.
+template <int kLanes, int kCount>
+__device__ __forceinline__ void rotate_lanes(float (&x)[kCount]) {
+#pragma unroll
+  for (int half = 1; half < kLanes; half *= 2) {
+    const bool upper = (threadIdx.x & half) != 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float other = __shfl_xor_sync(0xFFFFFFFFu, x[i], half);
+      x[i] = upper ? other - x[i] : x[i] + other;
+    }
+  }
+}
+
+// As quantize_key_tile of a full tile.
+template <int kDim, bool kBf16, typename Load>
+__device__ inline void quantize_int4_key_tile(const Load& load, const float (&mean)[8], uint8_t* to,
+                                              uint32_t* words) {
+  constexpr int kLanes = kDim / 8;
+  constexpr int kRows = kQuantizeThreads / kLanes;
+  constexpr int kSteps = kTileTokens / kRows;
+  const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
+  uint4 raw[kSteps];
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) raw[i] = load(i * kRows + first);
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    const int key = i * kRows + first;
+    load.finish(key, raw[i]);
+    float x[8];
+    unpack<kBf16>(raw[i], x);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] -= mean[e];
+    rotate_registers(x);
+    rotate_lanes<kLanes>(x);
+    float low = INFINITY, top = -INFINITY;
+    uint32_t largest = 0;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      x[e] *= recipe::kRotatedKeyFactor<kDim>;
+      low = fminf(low, x[e]);
+      top = fmaxf(top, x[e]);
+      largest = max(largest, magnitude(x[e]));
+    }
+    low = over_lanes<kLanes>(low, [](float a, float b) { return fminf(a, b); });
+    top = over_lanes<kLanes>(top, [](float a, float b) { return fmaxf(a, b); });
+    const bool finite = max_over_lanes<kLanes>(largest) < 0x7F800000u;
+    const float range = fmaxf(top - low, recipe::kAmaxFloor);
+    const float step = to_bf16(finite ? range / recipe::kInt4Steps : NAN);
+    const float middle = to_bf16(fmaf(step, recipe::kInt4Middle, low));
+    const float inverse = 1.0f / step;
+    uint32_t bytes = 0;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const float integer = rintf((x[e] - middle) * inverse);
+      const int nibble = static_cast<int>(fminf(fmaxf(integer, -8.0f), 7.0f)) & 0xF;
+      bytes |= static_cast<uint32_t>(nibble) << (e % 4 * 8 + e / 4 * 4);
+    }
+    const int row = row_of_key(key);
+    *reinterpret_cast<uint32_t*>(to + int4_chunk_offset<kDim>(row, lane / 4) + lane % 4 * 4) =
+        bytes;
+    if (lane == 0) words[key] = __float_as_uint(step) >> 16 | __float_as_uint(middle);
+  }
+}
+
+// An integer of a page's keys.
+template <int kDim>
+__device__ inline int int4_key(const uint8_t* tile, int key, int channel) {
+  const int word = channel / 8;
+  const uint8_t byte =
+      tile[int4_chunk_offset<kDim>(row_of_key(key), word / 4) + word % 4 * 4 + channel % 4];
+  const int nibble = channel % 8 < 4 ? byte & 0xF : byte >> 4;
+  return nibble < 8 ? nibble : nibble - 16;
+}
+
+}  // namespace sagelm::kernels
