@@ -41,7 +41,7 @@ refused 2 "2048" info --ctx 4096
 refused 2 "sage9" info --attention sage9
 refused 2 "tpu" info --device tpu
 refused 1 "cannot be used" info --device cuda:99
-refused 2 "8-bit KV cache" info --kv-cache int8 --attention fp16
+refused 2 "cannot read an int8 KV cache" info --kv-cache int8 --attention fp16
 run 0 info --json --kv-cache int8
 holds "$work/out" '"kv_bytes_per_token": 4614'
 holds "$work/out" '"kv_cache": "int8"'
