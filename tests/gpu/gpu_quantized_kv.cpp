@@ -228,31 +228,33 @@ void GpuQuantizedKv::prepare(const std::vector<int>& counts) {
 }
 
 void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
-  prepare(counts);
-  kernels::AppendToQuantizedKv args;
-  args.cache = decode_args().cache;
-  args.step = step_;
-  args.qkv = qkv_.data();
-  args.rotations = static_cast<const float*>(rotations_.data());
-  args.smooth_k = smooth_k_;
+  kernels::AppendToQuantizedKv args = append_args(counts);
   args.rotate_keys = rotate_keys;
-  expect_done(kernels::append_to_quantized_kv(args, nullptr), "append_to_quantized_kv");
-  download();
+  run(args);
 }
 
 void GpuQuantizedKv::append_for_prefill(const std::vector<int>& counts) {
-  prepare(counts);
-  kernels::AppendToQuantizedKv args;
-  args.cache = decode_args().cache;
-  args.step = step_;
-  args.qkv = qkv_.data();
-  args.rotations = static_cast<const float*>(rotations_.data());
-  args.smooth_k = smooth_k_;
+  kernels::AppendToQuantizedKv args = append_args(counts);
   args.softmax_scale = decode_args().softmax_scale;
   prefill_workspace_ =
       DeviceBuffer(kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step));
   prefill_workspace_.fill(0xFF);
   args.prefill = prefill_workspace_.data();
+  run(args);
+}
+
+kernels::AppendToQuantizedKv GpuQuantizedKv::append_args(const std::vector<int>& counts) {
+  prepare(counts);
+  kernels::AppendToQuantizedKv args;
+  args.cache = decode_args().cache;
+  args.step = step_;
+  args.qkv = qkv_.data();
+  args.rotations = static_cast<const float*>(rotations_.data());
+  args.smooth_k = smooth_k_;
+  return args;
+}
+
+void GpuQuantizedKv::run(const kernels::AppendToQuantizedKv& args) {
   expect_done(kernels::append_to_quantized_kv(args, nullptr), "append_to_quantized_kv");
   download();
 }

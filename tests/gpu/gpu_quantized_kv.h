@@ -99,6 +99,9 @@ class GpuQuantizedKv {
  private:
   // Uploads a step that is not appended yet.
   void prepare(const std::vector<int>& counts);
+  // Of the step that it prepares.
+  kernels::AppendToQuantizedKv append_args(const std::vector<int>& counts);
+  void run(const kernels::AppendToQuantizedKv& args);
   // Copies the device's memory to the host.
   void download();
   size_t place(int sequence, int index, int kv_head) const;
