@@ -178,13 +178,9 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
     prefetch_angles(p, kv_len);
     wait_for_previous_kernel();
   }
-  if constexpr (Ring::kInt4) {
-    quantize_rotated_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale, queries,
-                                       query_scales, query_sums);
-  } else {
-    quantize_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale,
-                               appends ? last_angles(p, kv_len) : nullptr, queries, query_scales);
-  }
+  quantize_rows<kBf16, kDim, Ring::kInt4>(p, b, kv_head, q_len * group, group, call.scale,
+                                          appends ? last_angles(p, kv_len) : nullptr, queries,
+                                          query_scales, query_sums);
   int seen[2];
   const int seen_by_all = visible_keys(p, q_len, kv_len, group, seen);
   result.clear();
@@ -510,8 +506,8 @@ bool quantized_kv_decode_takes(const DecodeFromQuantizedKv& args) {
 }
 
 bool quantized_kv_decode_appends(const QuantizedKv& cache, const QuantizedKvStep& step) {
-  return !cache.int4_keys && step.max_q_len == 1 && step.rows == step.num_sequences &&
-         step.max_closed_pages == 0 && cache.head_dim == quantized_kv_dim(cache.head_dim);
+  return step.max_q_len == 1 && step.rows == step.num_sequences && step.max_closed_pages == 0 &&
+         cache.head_dim == quantized_kv_dim(cache.head_dim);
 }
 
 size_t quantized_kv_decode_workspace_bytes(const DecodeFromQuantizedKv& args) {
