@@ -13,7 +13,8 @@ namespace sagelm::kernels::mma {
 // what makes base-2 logits of their products with the integers of a key of scale 1. For pages of
 // INT4 keys (kInt4) they are rotated by the Hadamard matrix as those are, in the order of their
 // nibbles, and sums are those of a row's integers.
-template <bool kBf16, int kDim, bool kInt4>
+// kTiles: of 8 rows each.
+template <int kTiles, bool kBf16, int kDim, bool kInt4>
 __device__ __forceinline__ void quantize_rows(const Problem& p, int b, int kv_head, int rows,
                                               int group, float scale, const float* angles,
                                               uint32_t (&queries)[kDim / 32][4], float (&scales)[2],
@@ -22,7 +23,7 @@ __device__ __forceinline__ void quantize_rows(const Problem& p, int b, int kv_he
   constexpr int kChunks = kDim / 4 / kMine;
   const int first_channel = threadIdx.x % 4 * kMine;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
+  for (int r = 0; r < kTiles; ++r) {
     float x[kDim / 4] = {};
     const int row = threadIdx.x % 32 / 4 + 8 * r;
     if (row < rows) {
