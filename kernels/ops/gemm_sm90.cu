@@ -149,8 +149,8 @@ class Writer {
 #pragma unroll
       for (int i = 0; i < kN / 4; ++i) {
         halves[i] = ptx::to_halves<kIsBf16<T>>(sums[2 * i], sums[2 * i + 1]);
-        asm volatile("" : "+r"(halves[i]));
       }
+      pin(halves);
     }
 #pragma unroll
     for (int piece = 0; piece < Tile::kCols / Tile::kPiece; ++piece) {
@@ -214,10 +214,6 @@ class Writer {
       return __half22float2(*reinterpret_cast<const __half2*>(&pair));
     }
   }
-  __device__ static void store_pair(uint32_t to, float x, float y) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
-  }
-
   const CUtensorMap& map_;
   uint32_t slots_;
   int lane_, slot_ = 0;
