@@ -331,7 +331,7 @@ bool ModelAttention::append_in_decode(const StepInputs& step, Matrix qkv,
     return static_cast<std::byte*>(x.data) +
            first * x.cols * static_cast<int64_t>(dtype_size(x.type));
   };
-  if (cache.type() == KvType::kInt8) {
+  if (is_quantized(cache.type())) {
     kernels::DecodeFromQuantizedKv args = decode_args(shape, step);
     args.cache = cache.quantized(layer, shape.num_heads);
     if (!kernels::quantized_kv_decode_takes(args) ||
