@@ -13,6 +13,7 @@ namespace sagelm::kernels {
 struct RopeAppend {
   Element type = Element::kF16;  // 16 bits; of qkv, keys and values
   void* qkv = nullptr;           // [rows, (num_heads + 2 * num_kv_heads) * head_dim]
+  int64_t row_stride = 0;        // elements; 0: that many
   int64_t rows = 0;
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;
@@ -25,7 +26,8 @@ struct RopeAppend {
 };
 
 // Rotates the query and key columns in place, pairs (x[i], x[i + head_dim / 2]) in float32, and
-// stores the rotated keys and the values at each row's slot. All starts on 16-byte boundaries.
+// stores the rotated keys and the values at each row's slot. All starts on 16-byte boundaries. With
+// no KV heads it only rotates.
 cudaError_t rope_append(const RopeAppend& args, cudaStream_t stream);
 
 // Cosine, then sine of the float32 product position * inverse_frequencies[i] (rounded before the

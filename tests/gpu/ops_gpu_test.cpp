@@ -392,6 +392,16 @@ TEST_P(HalfOpsGpu, RopeAppendThroughPages) {
         }
       }
     }
+    // Rotated alone, the same columns change.
+    const GpuArray plain(GetParam(), normal_values(rows * width, 1.0f, 1));
+    kernels::RopeAppend rotation = args;
+    rotation.qkv = plain.data();
+    rotation.row_stride = static_cast<int64_t>(width);
+    rotation.num_heads += rotation.num_kv_heads;
+    rotation.num_kv_heads = 0;
+    rotation.keys = rotation.values = nullptr;
+    expect_done(kernels::rope_append(rotation, nullptr), "rope_append");
+    EXPECT_EQ(plain.raw(), qkv.raw()) << name;
     // Nothing else of the cache was touched.
     const std::vector<std::byte> raw_keys = keys.raw(), raw_values = values.raw();
     const size_t slot_bytes = kv_heads * dim * 2;

@@ -40,7 +40,7 @@ class CudaBackend : public Backend {
         stream_(make_stream()),
         linear_(stream_.get()),
         graphs_(stream_.get()),
-        attention_(stream_.get(), graphs_),
+        attention_(stream_.get()),
         readback_(stream_.get()),
         drawing_(stream_.get()) {
     restart_most();

@@ -65,9 +65,7 @@ StepInputs send_step_inputs(const Batch& batch, std::span<const TokenDraw> draws
       fail("the batch's sequences do not fit its rows");
     }
     rows += sequence.q_len;
-    inputs.begins_all &= sequence.q_start() == 0;
     inputs.begins_in_first_page |= sequence.q_start() < kPageTokens;
-    inputs.kv_tokens += sequence.kv_len;
     if (sequence.tail >= 0) {
       const int64_t before = sequence.q_start() / kPageTokens;
       const auto closed = static_cast<int32_t>(sequence.kv_len / kPageTokens - before);
@@ -81,11 +79,9 @@ StepInputs send_step_inputs(const Batch& batch, std::span<const TokenDraw> draws
   if (max_q_len == 1) {
     max_kv_len = decode_length(max_kv_len);
     stride = std::max(stride, max_kv_len / kPageTokens);
-    inputs.kv_tokens = count * max_kv_len;
-    inputs.begins_all = false;
     inputs.begins_in_first_page = true;
   }
-  if (rows != batch.rows() || rows > kMost || count * stride > kMost || inputs.kv_tokens > kMost) {
+  if (rows != batch.rows() || rows > kMost || count * stride > kMost) {
     fail("the batch's sequences do not fit its rows");
   }
   inputs.rows = static_cast<int32_t>(rows);
@@ -108,18 +104,15 @@ StepInputs send_step_inputs(const Batch& batch, std::span<const TokenDraw> draws
   };
   const std::span<int32_t> draw_rows = take(num_draws * int64_t{kDrawIntegers});
   const std::span<int32_t> tokens = take(rows), positions = take(rows), slots = take(rows),
-                           cu_q_lens = take(count + 1), kv_lens = take(count),
-                           cu_kv_lens = take(count + 1), tails = take(count),
+                           cu_q_lens = take(count + 1), kv_lens = take(count), tails = take(count),
                            page_table = take(count * stride);
   std::copy(batch.tokens.begin(), batch.tokens.end(), tokens.begin());
-  cu_kv_lens[0] = 0;
   std::fill(page_table.begin(), page_table.end(), 0);
   for (size_t i = 0; i < batch.sequences.size(); ++i) {
     const SequenceChunk& sequence = batch.sequences[i];
     const auto pages = static_cast<size_t>(num_pages(sequence));
     const bool quantized = sequence.tail >= 0;
     const bool fills_page = sequence.kv_len / kPageTokens > sequence.q_start() / kPageTokens;
-    cu_kv_lens[i + 1] = cu_kv_lens[i] + static_cast<int32_t>(sequence.kv_len);
     tails[i] = sequence.tail;
     cu_q_lens[i] = static_cast<int32_t>(sequence.first_row);
     kv_lens[i] = static_cast<int32_t>(sequence.kv_len);
@@ -148,7 +141,6 @@ StepInputs send_step_inputs(const Batch& batch, std::span<const TokenDraw> draws
   inputs.slots = on_device(slots);
   inputs.cu_q_lens = on_device(cu_q_lens);
   inputs.kv_lens = on_device(kv_lens);
-  inputs.cu_kv_lens = on_device(cu_kv_lens);
   inputs.tails = on_device(tails);
   inputs.page_table = on_device(page_table);
   inputs.num_draws = static_cast<int32_t>(num_draws);
@@ -162,14 +154,13 @@ StepInputs sequences_of(const StepInputs& step, int32_t first, int32_t count) {
   part.num_sequences = count;
   part.cu_q_lens += first;
   part.kv_lens += first;
-  part.cu_kv_lens += first;
   part.tails += first;
   part.page_table += int64_t{first} * step.page_table_stride;
   return part;
 }
 
 size_t step_integers(int64_t rows, int64_t sequences, int64_t page_table_stride) {
-  return static_cast<size_t>(3 * rows + 4 * sequences + 2 + sequences * page_table_stride);
+  return static_cast<size_t>(3 * rows + 3 * sequences + 1 + sequences * page_table_stride);
 }
 
 size_t usual_draw_integers() {

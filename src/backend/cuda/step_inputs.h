@@ -20,13 +20,10 @@ struct StepInputs {
   int32_t max_kv_len = 0;  // or, where every sequence has one row, some multiple above it
   int32_t page_table_stride = 0;
   // Of a quantized cache: the most pages that a sequence fills in this step, and whether one of
-  // them is its sequence's first; whether every sequence is known to begin here; the tokens of all
-  // sequences, or likewise a number above that.
+  // them is its sequence's first.
   int32_t max_closed_pages = 0;
   bool closes_first_page = false;
   bool begins_in_first_page = false;  // whether a sequence may be without a full page before it
-  bool begins_all = true;
-  int64_t kv_tokens = 0;
   // Device arrays.
   const int32_t* tokens = nullptr;      // [rows]
   const int32_t* positions = nullptr;   // [rows], in the row's sequence
@@ -34,7 +31,6 @@ struct StepInputs {
                                         // quantized cache as kernels::QuantizedKvStep has them
   const int32_t* cu_q_lens = nullptr;   // [num_sequences + 1], first row of each sequence
   const int32_t* kv_lens = nullptr;     // [num_sequences]
-  const int32_t* cu_kv_lens = nullptr;  // [num_sequences + 1], sums of kv_lens
   const int32_t* tails = nullptr;       // [num_sequences], of a quantized cache
   const int32_t* page_table = nullptr;  // [num_sequences, page_table_stride]
   // What is drawn in it, and the integers that this refers to.
