@@ -373,7 +373,8 @@ TEST_F(CacheGpu, OneKeyFarBackDominates) {
 TEST_F(CacheGpu, DecodeThatAppendsIsTheSame) {
   for (const KvShape& shape :
        {KvShape{Element::kF16, 4, 4, 128}, KvShape{Element::kBF16, 8, 2, 128},
-        KvShape{Element::kF16, 3, 1, 64}}) {
+        KvShape{Element::kF16, 3, 1, 64}, KvShape{Element::kF16, 4, 2, 128, true},
+        KvShape{Element::kBF16, 3, 1, 64, true}}) {
     const std::vector<int> lengths = {2, 18, 1100, 130, 3000};
     GpuQuantizedKv apart(shape, lengths), at_once(shape, lengths);
     for (GpuQuantizedKv* cache : {&apart, &at_once}) cache->append({0, 15, 1097, 128, 2997});
