@@ -32,8 +32,10 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppend args) 
     load(angle + i, cosine);
     load(angle + half + i, sine);
     rotate_pairs(a, b, cosine, sine);
-    store(at, a);
-    store(at + half, b);
+    if (head < args.num_heads || args.rotate_keys) {
+      store(at, a);
+      store(at + half, b);
+    }
   }
   if (head < args.num_heads) return;
   const bool is_key = head < args.num_heads + args.num_kv_heads;

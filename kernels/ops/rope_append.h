@@ -23,11 +23,12 @@ struct RopeAppend {
   const float* rotations = nullptr;    // [positions][2][head_dim / 2], as fill_rotations makes them
   void* keys = nullptr;                // of one layer: [slots, num_kv_heads, head_dim]
   void* values = nullptr;
+  bool rotate_keys = true;  // in place too; else their columns stay as they are
 };
 
-// Rotates the query and key columns in place, pairs (x[i], x[i + head_dim / 2]) in float32, and
-// stores the rotated keys and the values at each row's slot. All starts on 16-byte boundaries. With
-// no KV heads it only rotates.
+// Rotates the query columns in place, pairs (x[i], x[i + head_dim / 2]) in float32, and stores
+// rotated keys and values at each row's slot. All starts on 16-byte boundaries. With no KV heads it
+// only rotates.
 cudaError_t rope_append(const RopeAppend& args, cudaStream_t stream);
 
 // Cosine, then sine of the float32 product position * inverse_frequencies[i] (rounded before the

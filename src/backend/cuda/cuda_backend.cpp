@@ -23,10 +23,8 @@
 #include "backend/cuda/token_drawing.h"
 #include "backend/cuda/upload.h"
 #include "base/error.h"
-#include "kernels/ops/gemv.h"
 #include "kernels/ops/rmsnorm.h"
 #include "kernels/ops/rows.h"
-#include "kernels/ops/swiglu.h"
 
 namespace sagelm {
 namespace cuda {
@@ -214,14 +212,9 @@ class CudaBackend : public Backend {
   }
 
   void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) override {
-    if (x.rows <= kernels::kGemvRows) {
-      linear_.run(gated_product(x, weight, out));
-      return;
-    }
-    linear(x, weight, gate_up);
-    check(kernels::swiglu(gate_up.data, element(out.type), out.rows, out.cols, out.data,
-                          stream_.get()),
-          "the gated activation", layer_);
+    Product gated = gated_product(x, weight, out);
+    gated.gate_up = gate_up.data;
+    linear_.run(gated);
   }
 
   void norm_linear(Matrix x, WeightHandle norm, double eps, WeightHandle weight, Matrix normed,
@@ -358,7 +351,6 @@ class CudaBackend : public Backend {
             .out_type = out.type,
             .layer = layer_};
   }
-  // For up to kernels::kGemvRows rows.
   Product gated_product(Matrix x, WeightHandle handle, Matrix out) const {
     Product gated = product(x, handle, out);
     gated.swiglu = true;

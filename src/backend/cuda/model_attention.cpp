@@ -202,8 +202,7 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
                                  std::span<const float> inverse_frequencies, int64_t layer,
                                  const CudaKv& cache) {
   append(step, qkv, shape, inverse_frequencies, layer, cache);
-  if (!is_quantized(cache.type())) return;
-  // What a quantized cache's append leaves as it was.
+  // What the append leaves as it was.
   const int64_t done = prefills_from_pages(step, shape, cache) ? 0 : shape.num_heads;
   rotate(step, qkv, shape, done * shape.head_dim, shape.num_heads + shape.num_kv_heads - done,
          rotations_, stream_, layer);
@@ -242,6 +241,7 @@ void ModelAttention::append(const StepInputs& step, Matrix qkv, const AttentionS
   args.rotations = rotations_;
   args.keys = cache.keys(layer);
   args.values = cache.values(layer);
+  args.rotate_keys = false;
   check(kernels::rope_append(args, stream_), "the rotary embedding", layer);
 }
 
