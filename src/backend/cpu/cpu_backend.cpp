@@ -17,6 +17,7 @@
 #include "backend/cpu/kv_storage.h"
 #include "backend/cpu/linear.h"
 #include "backend/cpu/ops.h"
+#include "backend/cpu/token_draw.h"
 #include "base/dtype.h"
 #include "base/error.h"
 
@@ -118,7 +119,8 @@ class CpuBackend : public Backend {
   bool reads_kv(const AttentionShape& shape, KvType type) const override {
     return type == KvType::kFp16 || reads_quantized_kv(shape.spec.variant, type);
   }
-  void begin(const Batch& batch) override {
+  void begin(const Batch& batch, std::span<const TokenDraw> draws) override {
+    draws_ = draws;
     positions_.resize(static_cast<size_t>(batch.rows()));
     for (const SequenceChunk& sequence : batch.sequences) {
       std::iota(positions_.begin() + sequence.first_row,
@@ -130,7 +132,7 @@ class CpuBackend : public Backend {
     const Embedding& embedding = embeddings_[static_cast<size_t>(table.index)];
     const size_t row_bytes = dtype_size(embedding.dtype) * static_cast<size_t>(out.cols);
     for (int64_t row = 0; row < out.rows; ++row) {
-      const int32_t token = batch.tokens[static_cast<size_t>(row)];
+      const int32_t token = known_token(batch.tokens[static_cast<size_t>(row)]);
       if (token < 0 || token >= embedding.rows) {
         fail("token id {} is outside the model's vocabulary of {}", token, embedding.rows);
       }
@@ -249,6 +251,25 @@ class CpuBackend : public Backend {
     std::copy_n(floats(logits), logits.rows * logits.cols, out.begin());
   }
 
+  void draw(Matrix logits) override {
+    ++draw_step_;
+    for (size_t i = 0; i < draws_.size(); ++i) {
+      TokenDraw draw = draws_[i];
+      std::vector<int32_t> penalized;
+      for (const int32_t token : draw.penalized) penalized.push_back(known_token(token));
+      draw.penalized = penalized;
+      const std::span<const float> row(floats(logits) + draw.row * logits.cols,
+                                       static_cast<size_t>(logits.cols));
+      const int32_t name = token_name(draw_step_, static_cast<int64_t>(i));
+      drawn_[static_cast<size_t>(name_place(name))] =
+          cpu::ops().all_finite(row.data(), logits.cols) ? drawer_.draw(row, draw) : -1;
+    }
+  }
+  int32_t drawn_name() override { return token_name(draw_step_, 0); }
+  void read_drawn(int32_t name, std::span<int32_t> tokens) override {
+    std::copy_n(drawn_.begin() + name_place(name), tokens.size(), tokens.begin());
+  }
+
   void score(Matrix logits, std::span<const int32_t> targets, std::span<TokenScore> out) override {
     std::atomic<int64_t> bad_row = -1;
     for_rows(logits.rows, [&](int64_t row) {
@@ -308,6 +329,11 @@ class CpuBackend : public Backend {
     for (int64_t row = 0; row < rows; ++row) function(row);
   }
 
+  int32_t known_token(int32_t token) const {
+    if (!is_token_name(token)) return token;
+    return std::max(0, drawn_[static_cast<size_t>(name_place(token))]);  // any, if none was drawn
+  }
+
   // cos and sin of every position below `positions`, [position][2][head_dim / 2]. The angle is
   // rounded to float32 first, as transformers computes it.
   void grow_rotations(int64_t positions, std::span<const float> inverse_frequencies) {
@@ -332,6 +358,10 @@ class CpuBackend : public Backend {
   std::vector<std::vector<float>> scratch_;
   std::vector<int64_t> positions_;  // of the step's rows
   std::vector<float> rotations_;
+  cpu::TokenDrawer drawer_;
+  std::span<const TokenDraw> draws_;  // of the step
+  int64_t draw_step_ = 0;
+  std::vector<int32_t> drawn_ = std::vector<int32_t>(kNamePlaces);
   int64_t weight_bytes_ = 0;
 };
 
