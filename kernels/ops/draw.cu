@@ -127,21 +127,22 @@ struct Slice {
   const uint32_t* banned;
   float penalty;
 
-  // The logit that is drawn by.
-  __device__ float adjusted(float x, int id) const {
-    const int at = (id - begin) / 32;
-    const uint32_t bit = 1u << ((id - begin) % 32);
-    if ((penalized[at] & bit) != 0) x = weights::penalized(x, penalty);
-    return (banned[at] & bit) != 0 ? -INFINITY : x;
-  }
   // Calls function(id, logit as it is, logit that is drawn by).
   template <typename Function>
   __device__ void each(const Function& function) const {
     for (int i = begin + static_cast<int>(threadIdx.x) * N; i < end; i += kThreads * N) {
       float x[N];
       load(logits + i, x);
+      // The bits of neighbours are in one word.
+      const uint32_t is_penalized = penalized[(i - begin) / 32] >> ((i - begin) % 32);
+      const uint32_t is_banned = banned[(i - begin) / 32] >> ((i - begin) % 32);
 #pragma unroll
-      for (int e = 0; e < N; ++e) function(i + e, x[e], adjusted(x[e], i + e));
+      for (int e = 0; e < N; ++e) {
+        const float raw = x[e];
+        if ((is_penalized >> e & 1) != 0) x[e] = weights::penalized(x[e], penalty);
+        if ((is_banned >> e & 1) != 0) x[e] = -INFINITY;
+        function(i + e, raw, x[e]);
+      }
     }
   }
 };
@@ -192,10 +193,17 @@ struct Row {
       const unsigned bin = threadIdx.x * kBinsPerThread + i;
       unsigned long long low = 0, high = 0;
       uint32_t count = 0;
-      for (unsigned rank = 0; rank < Team::size(); ++rank) {
-        low += Team::of(shared->low, rank)[bin];
-        high += Team::of(shared->high, rank)[bin];
-        count += Team::of(shared->count, rank)[bin];
+#pragma unroll
+      for (unsigned rank = 0; rank < kMostBlocks; ++rank) {  // all loads at once
+        const unsigned from = rank < Team::size() ? rank : 0;
+        const uint32_t of_block[] = {Team::of(shared->low, from)[bin],
+                                     Team::of(shared->high, from)[bin],
+                                     Team::of(shared->count, from)[bin]};
+        if (rank < Team::size()) {
+          low += of_block[0];
+          high += of_block[1];
+          count += of_block[2];
+        }
       }
       parts[i] = {low + (high << kLowBits), count};
       own = own + parts[i];
@@ -258,18 +266,28 @@ struct Row {
     });
     Team::sync();
     if (Team::rank() != 0) return;
-    if (threadIdx.x < shared->num_listed) {
-      const Token own = shared->listed[threadIdx.x];
-      Sums before = range.before;
-      for (uint32_t i = 0; i < shared->num_listed; ++i) {
-        const Token other = shared->listed[i];
-        if (other.key < own.key) before = before + Sums{other.weight, 1};
-      }
-      const Sums through = before + Sums{own.weight, 1};
-      if (by_count ? before.count == target : before.mass <= target && target < through.mass) {
-        shared->found = through;
-        shared->found_key = own.key;
-      }
+    // Several neighbouring threads for each token, if there are few.
+    const uint32_t listed = shared->num_listed;
+    unsigned helpers = 1;
+    while (helpers < 32 && 2 * helpers * listed <= kThreads) helpers *= 2;
+    const uint32_t at = threadIdx.x / helpers;
+    const Token own = shared->listed[min(at, listed - 1)];
+    Sums before{0, 0};
+    for (uint32_t i = threadIdx.x % helpers; i < listed; i += helpers) {
+      const Token other = shared->listed[i];
+      if (other.key < own.key) before = before + Sums{other.weight, 1};
+    }
+    for (unsigned step = 1; step < helpers; step *= 2) {
+      before = before + Sums{__shfl_xor_sync(0xFFFFFFFFu, before.mass, step),
+                             __shfl_xor_sync(0xFFFFFFFFu, before.count, step)};
+    }
+    before = before + range.before;
+    const Sums through = before + Sums{own.weight, 1};
+    const bool is_found =
+        by_count ? before.count == target : before.mass <= target && target < through.mass;
+    if (is_found && at < listed && threadIdx.x % helpers == 0) {
+      shared->found = through;
+      shared->found_key = own.key;
     }
     __syncthreads();
   }
@@ -304,7 +322,7 @@ __device__ void mark(uint32_t* bits, const int32_t* ids, int count, const int32_
 // A cluster per draw, N logits at a time. Dynamic shared memory: two bits per token of a slice,
 // which holds a multiple of 32 of them.
 template <int N>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     draw_tokens_kernel(const float* logits, int cols, int slice_cols, const RowDraw* draws,
                        const int32_t* integers, int32_t* drawn, int32_t* on_host) {
   __shared__ Shared shared;

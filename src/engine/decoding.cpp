@@ -65,8 +65,8 @@ std::optional<Step> enqueue_ahead(Llama& llama, const Step& front) {
 
 }  // namespace
 
-void decode(Llama& llama, std::span<const DecodedAnswer> answers, std::span<const int32_t> tokens) {
-  const bool runs_ahead = llama.backend().runs_ahead();
+void decode(Llama& llama, bool runs_ahead, std::span<const DecodedAnswer> answers,
+            std::span<const int32_t> tokens) {
   Step next;
   const auto take = [&next](const DecodedAnswer& answer, int32_t token) {
     if (!answer.answer->take(token)) return false;

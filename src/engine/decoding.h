@@ -17,9 +17,10 @@ struct DecodedAnswer {
 };
 
 // Draws answers as one batch until all have ended. tokens: the first one of each, which is drawn
-// already. On a device that runs ahead, a step is enqueued before the tokens in front of it are
-// known; what it appended to sequences whose answers have ended by then is taken back, so that the
-// result is the same as without.
-void decode(Llama& llama, std::span<const DecodedAnswer> answers, std::span<const int32_t> tokens);
+// already. runs_ahead (Backend::runs_ahead): a step is enqueued before the tokens in front of it
+// are known; what it appended to sequences whose answers have ended by then is taken back, so that
+// the result is the same as without.
+void decode(Llama& llama, bool runs_ahead, std::span<const DecodedAnswer> answers,
+            std::span<const int32_t> tokens);
 
 }  // namespace sagelm

@@ -200,7 +200,7 @@ void Session::Impl::answer(std::span<const Branch> branches) {
 
   const auto start = std::chrono::steady_clock::now();
   model.backend->repeated_seconds();  // only what follows counts
-  decode(*model.llama, decoded, *tokens);
+  decode(*model.llama, model.backend->runs_ahead(), decoded, *tokens);
   const double seconds = seconds_since(start);
   const double device_seconds = model.backend->repeated_seconds();
   for (size_t i = 0; i < branches.size(); ++i) {

@@ -330,7 +330,8 @@ class CpuBackend : public Backend {
   }
 
   int32_t known_token(int32_t token) const {
-    return is_token_name(token) ? drawn_[static_cast<size_t>(name_place(token))] : token;
+    if (!is_token_name(token)) return token;
+    return std::max(0, drawn_[static_cast<size_t>(name_place(token))]);  // any, if none was drawn
   }
 
   // cos and sin of every position below `positions`, [position][2][head_dim / 2]. The angle is
