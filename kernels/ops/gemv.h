@@ -50,8 +50,8 @@ inline constexpr int kGemvLinks = 4;
 // The same products one after the other, each of which may read what those before it wrote, in one
 // kernel: weights go on coming in between. All have the same rows, type and eps; gemv_chains must
 // hold. arrivals: a word that is 0 at first and that nothing else uses meanwhile. The blocks wait
-// for each other, so a chain has to get the whole device in the end: on a device, one stream of a
-// process may run chains.
+// for each other, so a chain has to get the whole device in the end: on a device, one stream may
+// run chains.
 cudaError_t gemv_chain(std::span<const Gemv> products, uint32_t* arrivals, cudaStream_t stream);
 bool gemv_chains(std::span<const Gemv> products);
 

@@ -82,6 +82,10 @@ bool has_own(const Product& product) {
 ChainRight::ChainRight() {
   int device = 0;
   check(cudaGetDevice(&device), "starting");
+  // Where processes share the device at the same time, others' chains are in the way as well.
+  int shared = 0;
+  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMpsEnabled, device), "starting");
+  if (shared != 0) return;
   const auto index = static_cast<size_t>(device);
   if (index < runs_chains.size() && !runs_chains[index].exchange(true)) device_ = device;
 }

@@ -38,7 +38,7 @@ struct Product {
 
 // The right to run chains of products on the current device (kernels/ops/gemv.h), which one engine
 // of the process has at a time: the blocks of two chains on two streams could wait for each other's
-// multiprocessors.
+// multiprocessors. None has it where processes share a device through MPS.
 class ChainRight {
  public:
   ChainRight();
