@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#define SAGELM_AMX 1
+#define SAGELM_AMX
 #endif
 
 #include <algorithm>
@@ -15,7 +15,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <vector>
 
 #include "backend/cpu/ops.h"
 #include "base/error.h"
@@ -35,10 +34,6 @@ constexpr int64_t kTileFloats = kTileRows * kTileRows;
 constexpr int64_t kBlock = 2 * kTileRows;
 constexpr int64_t kDepthStride = 4 * kTileHalves;  // of a block's split activations
 
-// Blocks that a thread multiplies with all its weights before it goes on: more would fetch the
-// weights less often, but what is written would no longer stay in the second-level cache.
-constexpr int64_t kChunk = 2;
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Weights: [panels][depth][2] tiles, a panel being 32 features, or 16 of gate and the same 16 of
@@ -48,6 +43,41 @@ int64_t panel_features(const AmxWeight& weight) { return weight.gate_up ? kTileR
 int64_t panels_of(const AmxWeight& weight) {
   return divide_up(weight.out_features, panel_features(weight));
 }
+
+// Row i of tensor becomes the feature where(i) of weight's panels, 32 to a panel.
+template <typename Where>
+void place(const TensorView& tensor, AmxWeight& weight, const Where& where) {
+  const int64_t in = weight.in_features;
+  const int64_t panel_size = 2 * depth_of(weight) * kTileHalves;
+#pragma omp parallel for
+  for (int64_t row = 0; row < tensor.shape.at(0); ++row) {
+    const int64_t at = where(row);
+    const std::byte* from = tensor.data + 2 * row * in;
+    uint16_t* to = weight.tiles.data() + at / kBlock * panel_size +
+                   at % kBlock / kTileRows * kTileHalves + at % kTileRows * 2;
+    for (int64_t k = 0; k < in; k += 2) {
+      std::memcpy(to + k / kTileDepth * 2 * kTileHalves + k % kTileDepth / 2 * kTileDepth,
+                  from + 2 * k, k + 1 < in ? 4 : 2);
+    }
+  }
+}
+
+AmxWeight empty_weight(int64_t in, int64_t out, bool gate_up) {
+  AmxWeight weight;
+  weight.in_features = in;
+  weight.out_features = out;
+  weight.gate_up = gate_up;
+  const int64_t count = panels_of(weight) * depth_of(weight) * 2 * kTileHalves;
+  weight.bytes = count * static_cast<int64_t>(sizeof(uint16_t));
+  std::fill_n(weight.tiles.reserve(count), count, uint16_t{0});
+  return weight;
+}
+
+#ifdef SAGELM_AMX
+
+// Blocks that a thread multiplies with all its weights before it goes on: more would fetch the
+// weights less often, but what is written would no longer stay in the second-level cache.
+constexpr int64_t kChunk = 2;
 
 int64_t block_numbers(const AmxWeight& weight) { return depth_of(weight) * kDepthStride; }
 
@@ -84,37 +114,6 @@ Share share_of(int64_t blocks, int64_t panels, int64_t threads, int64_t index) {
   return {part_of(blocks, threads / across, index / across),
           part_of(panels, across, index % across)};
 }
-
-// Row i of tensor becomes the feature where(i) of weight's panels, 32 to a panel.
-template <typename Where>
-void place(const TensorView& tensor, AmxWeight& weight, const Where& where) {
-  const int64_t in = weight.in_features;
-  const int64_t panel_size = 2 * depth_of(weight) * kTileHalves;
-#pragma omp parallel for
-  for (int64_t row = 0; row < tensor.shape.at(0); ++row) {
-    const int64_t at = where(row);
-    const std::byte* from = tensor.data + 2 * row * in;
-    uint16_t* to = weight.tiles.data() + at / kBlock * panel_size +
-                   at % kBlock / kTileRows * kTileHalves + at % kTileRows * 2;
-    for (int64_t k = 0; k < in; k += 2) {
-      std::memcpy(to + k / kTileDepth * 2 * kTileHalves + k % kTileDepth / 2 * kTileDepth,
-                  from + 2 * k, k + 1 < in ? 4 : 2);
-    }
-  }
-}
-
-AmxWeight empty_weight(int64_t in, int64_t out, bool gate_up) {
-  AmxWeight weight;
-  weight.in_features = in;
-  weight.out_features = out;
-  weight.gate_up = gate_up;
-  const int64_t count = panels_of(weight) * depth_of(weight) * 2 * kTileHalves;
-  weight.bytes = count * static_cast<int64_t>(sizeof(uint16_t));
-  std::fill_n(weight.tiles.reserve(count), count, uint16_t{0});
-  return weight;
-}
-
-#if SAGELM_AMX
 
 #define SAGELM_AMX_TARGET \
   __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16")))
@@ -349,7 +348,7 @@ AmxWeight AmxEngine::pack_gate_up(const TensorView& gate, const TensorView& up) 
   return weight;
 }
 
-#if SAGELM_AMX
+#ifdef SAGELM_AMX
 
 bool has_amx() {
   static const bool may = may_use_tiles();
