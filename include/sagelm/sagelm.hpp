@@ -128,7 +128,8 @@ std::string_view stop_reason_name(StopReason reason);
 
 // Receives text as soon as it is printable (never half a character); false stops the generation.
 // Also called with empty text after every step that yields none (a chunk of the prompt, a part of a
-// character), so that a generation can be stopped at any time.
+// character), so that a generation can be stopped at any time. It may not call the model or its
+// sessions: the next step may be on its way.
 using TextCallback = std::function<bool(std::string_view text)>;
 
 struct Scored {

@@ -6,6 +6,7 @@
 #include "kernels/attention/work_sm90.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/sm90.cuh"
+#include "kernels/ops/launch.cuh"
 
 namespace sagelm::kernels {
 namespace {
@@ -310,6 +311,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Places<kDim> places(shared);
   if (threadIdx.x == 0) init_barriers(places, kProducers, kReleases, kReleases);
   __syncthreads();
+  allow_next_kernel();
+  wait_for_previous_kernel();
   const int group = threadIdx.x / 128;
   if (group == 0) {
     set_fewer_registers<kProducerRegisters>();
@@ -333,9 +336,8 @@ cudaError_t attend(const Problem& p, cudaStream_t stream) {
   const cudaError_t error = plan_launch(reinterpret_cast<const void*>(fp16_kernel<kDim, kBf16>),
                                         kBytes, p, kv_head_bytes, items, launch);
   if (error != cudaSuccess) return error;
-  fp16_kernel<kDim, kBf16>
-      <<<launch.grid, kThreads, kBytes, stream>>>(p, launch.schedule, query_tiles);
-  return cudaGetLastError();
+  return launch_with_memory(fp16_kernel<kDim, kBf16>, dim3(launch.grid), kThreads, kBytes, stream,
+                            p, launch.schedule, query_tiles);
 }
 
 }  // namespace

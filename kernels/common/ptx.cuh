@@ -55,6 +55,17 @@ __device__ __forceinline__ void store_chunk(uint32_t to, const uint4& x) {
                : "memory");
 }
 
+// Between blocks: adds, behind which all that this thread wrote or has seen written is visible to
+// who reads the sum by load_acquired().
+__device__ __forceinline__ void add_released(uint32_t* to, uint32_t x) {
+  asm volatile("red.add.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+__device__ __forceinline__ uint32_t load_acquired(const uint32_t* from) {
+  uint32_t x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+
 // Brings the line that holds the address into L2.
 __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <span>
 
 #include "kernels/ops/element.h"
 
@@ -42,5 +43,16 @@ bool gemv_normalises(const Gemv& args);
 // Products in float32, summed in an order that depends on n and k alone: a row's result is the same
 // whatever rows are beside it. All starts on 16-byte boundaries; fast if k is a multiple of 8.
 cudaError_t gemv(const Gemv& args, cudaStream_t stream);
+
+// The most products of a chain.
+inline constexpr int kGemvLinks = 4;
+
+// The same products one after the other, each of which may read what those before it wrote, in one
+// kernel: weights go on coming in between. All have the same rows, type and eps; gemv_chains must
+// hold. arrivals: a word that is 0 at first and that nothing else uses meanwhile. The blocks wait
+// for each other, so a chain has to get the whole device in the end: on a device, one stream of a
+// process may run chains.
+cudaError_t gemv_chain(std::span<const Gemv> products, uint32_t* arrivals, cudaStream_t stream);
+bool gemv_chains(std::span<const Gemv> products);
 
 }  // namespace sagelm::kernels

@@ -97,6 +97,20 @@ struct DeviceMemory {
   int64_t held_most = 0;  // by all backends of this process at once, since this one was made
 };
 
+// What lies between the attention of a layer and that of the next: x += attended O^T, then
+// x += MLP(norm(x)), then next_out = norm(x) N^T.
+struct LayerTail {
+  Matrix attended;  // what the product with `o` reads, if there is one
+  Matrix x;         // the residual
+  WeightHandle o;   // none: that has been done
+  WeightHandle norm, gate_up, down;
+  WeightHandle next_norm, next;  // none: there is no next layer
+  Matrix next_out;
+  double eps = 0;
+  // Room for what is in between, which is not defined afterwards: [rows of x, ...].
+  Matrix normed, gate_up_out, activated;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -180,6 +194,13 @@ class Backend {
                                   Matrix normed, Matrix gate_up, Matrix out) {
     rmsnorm(x, norm, eps, normed);
     linear_swiglu(normed, weight, gate_up, out);
+  }
+  // An implementation may do all of it at once.
+  virtual void layer_tail(const LayerTail& t) {
+    if (t.o.index >= 0) linear_add(t.attended, t.o, t.x);
+    norm_linear_swiglu(t.x, t.norm, t.eps, t.gate_up, t.normed, t.gate_up_out, t.activated);
+    linear_add(t.activated, t.down, t.x);
+    if (t.next.index >= 0) norm_linear(t.x, t.next_norm, t.eps, t.next, t.normed, t.next_out);
   }
   virtual void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) = 0;
 

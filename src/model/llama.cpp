@@ -209,14 +209,31 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
   const Matrix activated =
       b.scratch(kActivated, rows, config_.intermediate_size, Holds::kActivations);
 
+  const auto tail_of = [&](const Layer& layer, Matrix x) {
+    return LayerTail{.attended = attended,
+                     .x = x,
+                     .o = layer.o,
+                     .norm = layer.post_norm,
+                     .gate_up = layer.gate_up,
+                     .down = layer.down,
+                     .next_norm = {},
+                     .next = {},
+                     .next_out = qkv,
+                     .eps = config_.rms_norm_eps,
+                     .normed = rows_of(normed, 0, x.rows),
+                     .gate_up_out = rows_of(gate_up, 0, x.rows),
+                     .activated = rows_of(activated, 0, x.rows)};
+  };
+
   b.embed(embedding_, batch, hidden);
+  b.enter_layer(0);
+  b.norm_linear(hidden, layers_[0].input_norm, config_.rms_norm_eps, layers_[0].qkv, normed, qkv);
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& layer = layers_[i];
     const auto index = static_cast<int64_t>(i);
     const AttentionShape shape{config_.num_heads, config_.num_kv_heads, config_.head_dim,
                                attention_[i]};
     b.enter_layer(index);
-    b.norm_linear(hidden, layer.input_norm, config_.rms_norm_eps, layer.qkv, normed, qkv);
     if (probe) {
       b.rope_append(qkv, batch, shape, inverse_frequencies_, index, kv);
       b.attention(qkv, batch, shape, index, kv, attended);
@@ -228,19 +245,19 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
                                   describe_attention(attention_[i])));
     }
     if (probe) probe(index, copy_to_host(b, qkv), copy_to_host(b, attended));
-    b.linear_add(attended, layer.o, hidden);
-    Matrix out = hidden;
-    if (i + 1 == layers_.size()) {
-      if (wanted.empty()) break;  // nothing reads the other rows any more
-      if (!wants_all) b.gather_rows(hidden, wanted, gathered);
-      out = gathered;
+    const bool last = i + 1 == layers_.size();
+    if (last && wanted.empty()) break;  // nothing reads the rest any more
+    LayerTail tail = tail_of(layer, last ? gathered : hidden);
+    if (!last) {
+      tail.next_norm = layers_[i + 1].input_norm;
+      tail.next = layers_[i + 1].qkv;
+    } else if (!wants_all) {
+      b.linear_add(attended, layer.o, hidden);
+      b.gather_rows(hidden, wanted, gathered);
+      tail.o = {};
     }
-    const Matrix mlp_activated = rows_of(activated, 0, out.rows);
-    b.norm_linear_swiglu(out, layer.post_norm, config_.rms_norm_eps, layer.gate_up,
-                         rows_of(normed, 0, out.rows), rows_of(gate_up, 0, out.rows),
-                         mlp_activated);
-    b.linear_add(mlp_activated, layer.down, out);
-    if (check && !b.all_finite(out)) {
+    b.layer_tail(tail);
+    if (check && !b.all_finite(tail.x)) {
       throw NotFinite(fmt::format("NaN or Inf appears in the output of layer {}", i));
     }
   }

@@ -225,6 +225,79 @@ TEST_P(GemvGpu, Normalises) {
   }
 }
 
+// What a chain does is what its products do one by one, to the bit, each time that it is run.
+TEST_P(GemvGpu, Chain) {
+  struct Sizes {
+    int64_t attended, hidden, activated, last;
+  };
+  const Element type = GetParam();
+  for (const Sizes& size : {Sizes{8, 16, 24, 8}, Sizes{64, 40, 200, 300}, Sizes{1000, 136, 2056, 5},
+                            Sizes{512, 1024, 2816, 3072}, Sizes{1024, 4096, 1000, 640}}) {
+    for (const int64_t rows : {1, 2, 5, 8}) {
+      const auto values = [](int64_t count, float deviation, uint32_t seed) {
+        return normal_values(static_cast<size_t>(count), deviation, seed);
+      };
+      const auto weights = [&](int64_t n, int64_t k, uint32_t seed) {
+        return GpuArray(type, values(n * k, 1.0f / std::sqrt(static_cast<float>(k)), seed));
+      };
+      const GpuArray attended(type, values(rows * size.attended, 1.0f, 1));
+      const std::vector<float> before = values(rows * size.hidden, 1.0f, 2);
+      const GpuArray norm(Element::kF32, values(size.hidden, 1.0f, 3));
+      const GpuArray o = weights(size.hidden, size.attended, 4),
+                     gate_up = weights(2 * size.activated, size.hidden, 5),
+                     down = weights(size.hidden, size.activated, 6),
+                     last = weights(size.last, size.hidden, 7);
+      struct Results {
+        GpuArray hidden, activated, last;
+      };
+      const auto products = [&](const Results& to) {
+        std::vector<Gemv> chain(4);
+        const auto set = [&](Gemv& args, const GpuArray& x, const GpuArray& weight,
+                             const GpuArray& out, int64_t n, int64_t k, GemvOutput output) {
+          args.type = type;
+          args.x = x.data();
+          args.weight = weight.data();
+          args.out = out.data();
+          args.rows = rows;
+          args.n = n;
+          args.k = k;
+          args.output = output;
+          args.eps = 1e-5f;
+        };
+        set(chain[0], attended, o, to.hidden, size.hidden, size.attended, GemvOutput::kAdd);
+        set(chain[1], to.hidden, gate_up, to.activated, size.activated, size.hidden,
+            GemvOutput::kSwiglu);
+        set(chain[2], to.activated, down, to.hidden, size.hidden, size.activated, GemvOutput::kAdd);
+        set(chain[3], to.hidden, last, to.last, size.last, size.hidden, GemvOutput::kHalf);
+        chain[1].norm = chain[3].norm = static_cast<const float*>(norm.data());
+        return chain;
+      };
+      const auto make = [&] {
+        return Results{GpuArray(Element::kF32, before),
+                       GpuArray(type, static_cast<size_t>(rows * size.activated)),
+                       GpuArray(type, static_cast<size_t>(rows * size.last))};
+      };
+      const Results one_by_one = make();
+      const std::vector<Gemv> singles = products(one_by_one);
+      if (!kernels::gemv_chains(singles)) continue;
+      for (const Gemv& args : singles) expect_done(kernels::gemv(args, nullptr), "gemv");
+      DeviceBuffer arrivals(sizeof(uint32_t));
+      arrivals.fill(0);
+      for (int run = 0; run < 20; ++run) {
+        const Results chained = make();
+        expect_done(kernels::gemv_chain(products(chained), static_cast<uint32_t*>(arrivals.data()),
+                                        nullptr),
+                    "gemv_chain");
+        EXPECT_TRUE(chained.hidden.raw() == one_by_one.hidden.raw() &&
+                    chained.activated.raw() == one_by_one.activated.raw() &&
+                    chained.last.raw() == one_by_one.last.raw())
+            << "hidden " << size.hidden << ", rows " << rows << ", run " << run;
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
 TEST_F(OpsGpu, GemvRefusesWhatItCannotDo) {
   Gemv args;
   args.n = args.k = 8;

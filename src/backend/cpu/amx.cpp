@@ -33,6 +33,7 @@ constexpr int64_t kTileFloats = kTileRows * kTileRows;
 // Results are computed in blocks of two by two tiles: every tile that is loaded is used twice, and
 // four sums that do not wait for each other keep the unit busy.
 constexpr int64_t kBlock = 2 * kTileRows;
+constexpr int64_t kDepthStride = 4 * kTileHalves;  // of a block's split activations
 
 // Blocks that a thread multiplies with all its weights before it goes on: more would fetch the
 // weights less often, but what is written would no longer stay in the second-level cache.
@@ -48,7 +49,7 @@ int64_t panels_of(const AmxWeight& weight) {
   return divide_up(weight.out_features, panel_features(weight));
 }
 
-int64_t block_numbers(const AmxWeight& weight) { return 4 * depth_of(weight) * kTileHalves; }
+int64_t block_numbers(const AmxWeight& weight) { return depth_of(weight) * kDepthStride; }
 
 struct Range {
   int64_t begin;
@@ -150,6 +151,33 @@ class TileSession {
   TileSession& operator=(const TileSession&) = delete;
 };
 
+SAGELM_AMX_TARGET __m512 widen(__m256i bf16) {
+  const __m512i bits = _mm512_maskz_cvtepu16_epi32(0xFFFF, bf16);
+  return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xFFFF, bits, 16));
+}
+
+SAGELM_AMX_TARGET __m512i to_bf16(__m512 first, __m512 second) {
+  return reinterpret_cast<__m512i>(_mm512_maskz_cvtne2ps_pbh(~0u, second, first));
+}
+
+// high + low = x to 16 significant bits: high = bf16(x), low = bf16(x - high), nearest even. 32
+// numbers of each go to a row of a tile.
+SAGELM_AMX_TARGET void split_row(const float* x, int64_t in, uint16_t* high, uint16_t* low) {
+  for (int64_t k = 0; k < in; k += kTileDepth) {
+    const uint32_t present = in - k >= kTileDepth ? ~0u : (1u << (in - k)) - 1;
+    const __m512 first = _mm512_maskz_loadu_ps(static_cast<__mmask16>(present), x + k);
+    const __m512 second = _mm512_maskz_loadu_ps(static_cast<__mmask16>(present >> 16), x + k + 16);
+    const __m512i top = to_bf16(first, second);
+    const __m512 first_top = widen(_mm512_maskz_extracti64x4_epi64(0xFF, top, 0));
+    const __m512 second_top = widen(_mm512_maskz_extracti64x4_epi64(0xFF, top, 1));
+    _mm512_store_si512(high, top);
+    _mm512_store_si512(low,
+                       to_bf16(_mm512_sub_ps(first, first_top), _mm512_sub_ps(second, second_top)));
+    high += kDepthStride;
+    low += kDepthStride;
+  }
+}
+
 // sums [row half][feature half] = the tiles of a block times those of a panel; the lower row half
 // only if kTwo. No tile is multiplied into before its last sum is there: four sums take turns.
 template <bool kTwo>
@@ -162,7 +190,7 @@ SAGELM_AMX_TARGET void multiply_block(const uint16_t* halves, const uint16_t* pa
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t k = 0; k < depth; ++k, halves += 4 * kTileHalves, panel += 2 * kTileHalves) {
+  for (int64_t k = 0; k < depth; ++k, halves += kDepthStride, panel += 2 * kTileHalves) {
     _tile_loadd(4, panel, kStride);
     _tile_loadd(6, halves, kStride);
     _tile_dpbf16ps(0, 6, 4);
@@ -213,9 +241,7 @@ struct Product {
 
 // Room of one thread.
 struct Workspace {
-  float* normed;       // a row
-  uint16_t* high_row;  // its halves, zero behind its end
-  uint16_t* low_row;
+  float* normed;     // a row
   uint16_t* halves;  // blocks of a chunk
 };
 
@@ -232,12 +258,8 @@ void split_block(const Product& product, int64_t block, const Workspace& work, u
       ops().rmsnorm(x, product.norm->weight, in, product.norm->eps, work.normed);
       x = work.normed;
     }
-    ops().split_bf16(x, in, work.high_row, work.low_row);
-    uint16_t* to = halves + row / kTileRows * kTileHalves + row % kTileRows * kTileDepth;
-    for (int64_t k = 0; k < in; k += kTileDepth, to += 4 * kTileHalves) {
-      std::memcpy(to, work.high_row + k, kTileDepth * sizeof(uint16_t));
-      std::memcpy(to + 2 * kTileHalves, work.low_row + k, kTileDepth * sizeof(uint16_t));
-    }
+    uint16_t* high = halves + row / kTileRows * kTileHalves + row % kTileRows * kTileDepth;
+    split_row(x, in, high, high + 2 * kTileHalves);
   }
 }
 
@@ -339,16 +361,14 @@ void AmxEngine::run(const float* x, int64_t rows, const RowNorm* norm, const Amx
   const Product product{x, rows, norm, &weight, out, accumulate};
   const int64_t blocks = divide_up(rows, kBlock);
   const int64_t row = depth_of(weight) * kTileDepth;
-  const int64_t size = std::min(blocks, kChunk) * block_numbers(weight) + 2 * row;
+  const int64_t size = std::min(blocks, kChunk) * block_numbers(weight);
   float* normed = normed_.reserve(row * omp_get_max_threads());
   uint16_t* halves = halves_.reserve(size * omp_get_max_threads());
 #pragma omp parallel
   {
     const int64_t thread = omp_get_thread_num();
     const Share share = share_of(blocks, panels_of(weight), omp_get_num_threads(), thread);
-    uint16_t* own = halves + thread * size;
-    std::fill_n(own, 2 * row, uint16_t{0});
-    run_share(product, share, {normed + thread * row, own, own + row, own + 2 * row});
+    run_share(product, share, {normed + thread * row, halves + thread * size});
   }
 }
 

@@ -206,9 +206,7 @@ class CudaBackend : public Backend {
     linear_.run(product(x, weight, out));
   }
   void linear_add(Matrix x, WeightHandle weight, Matrix out) override {
-    Product sum = product(x, weight, out);
-    sum.accumulate = true;
-    linear_.run(sum);
+    linear_.run(sum_product(x, weight, out));
   }
 
   void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) override {
@@ -219,15 +217,34 @@ class CudaBackend : public Backend {
 
   void norm_linear(Matrix x, WeightHandle norm, double eps, WeightHandle weight, Matrix normed,
                    Matrix out) override {
-    if (!run_normed(product(x, weight, out), norm, eps, normed.type)) {
+    const Product both = normed_product(product(x, weight, out), norm, eps, normed.type);
+    if (LinearEngine::normalises(both)) {
+      linear_.run(both);
+    } else {
       Backend::norm_linear(x, norm, eps, weight, normed, out);
     }
   }
   void norm_linear_swiglu(Matrix x, WeightHandle norm, double eps, WeightHandle weight,
                           Matrix normed, Matrix gate_up, Matrix out) override {
-    if (!run_normed(gated_product(x, weight, out), norm, eps, normed.type)) {
+    const Product both = normed_product(gated_product(x, weight, out), norm, eps, normed.type);
+    if (LinearEngine::normalises(both)) {
+      linear_.run(both);
+    } else {
       Backend::norm_linear_swiglu(x, norm, eps, weight, normed, gate_up, out);
     }
+  }
+
+  void layer_tail(const LayerTail& t) override {
+    std::vector<Product> chain;
+    if (t.o.index >= 0) chain.push_back(sum_product(t.attended, t.o, t.x));
+    chain.push_back(
+        normed_product(gated_product(t.x, t.gate_up, t.activated), t.norm, t.eps, t.normed.type));
+    chain.push_back(sum_product(t.activated, t.down, t.x));
+    if (t.next.index >= 0) {
+      chain.push_back(
+          normed_product(product(t.x, t.next, t.next_out), t.next_norm, t.eps, t.normed.type));
+    }
+    if (!linear_.run_chain(chain)) Backend::layer_tail(t);
   }
 
   void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) override {
@@ -357,15 +374,18 @@ class CudaBackend : public Backend {
     gated.out_features = out.cols;
     return gated;
   }
-  // Runs a product of the residual x, normalised and rounded to `type`; false if there is no kernel
-  // that does both.
-  bool run_normed(Product normed, WeightHandle norm, double eps, DType type) {
-    normed.type = type;
-    if (!LinearEngine::normalises(normed)) return false;
-    normed.norm = static_cast<const float*>(weight_of(norm).data());
-    normed.eps = static_cast<float>(eps);
-    linear_.run(normed);
-    return true;
+  // out += x W^T.
+  Product sum_product(Matrix x, WeightHandle handle, Matrix out) const {
+    Product sum = product(x, handle, out);
+    sum.accumulate = true;
+    return sum;
+  }
+  // A product of the residual, normalised and rounded to `type`.
+  Product normed_product(Product of, WeightHandle norm, double eps, DType type) const {
+    of.type = type;
+    of.norm = static_cast<const float*>(weight_of(norm).data());
+    of.eps = static_cast<float>(eps);
+    return of;
   }
 
   DType activation_type() const { return type_.value_or(DType::kF16); }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <span>
 
 #include "backend/cuda/check.h"
@@ -56,6 +57,9 @@ kernels::Gemv gemv_args(const Product& product) {
   return args;
 }
 
+// By device.
+std::array<std::atomic<bool>, 64> runs_chains = {};
+
 kernels::Gemm gemm_args(const Product& product, void* out) {
   return {.type = element(product.type),
           .x = product.x,
@@ -75,10 +79,23 @@ bool has_own(const Product& product) {
 
 }  // namespace
 
+ChainRight::ChainRight() {
+  int device = 0;
+  check(cudaGetDevice(&device), "starting");
+  const auto index = static_cast<size_t>(device);
+  if (index < runs_chains.size() && !runs_chains[index].exchange(true)) device_ = device;
+}
+
+ChainRight::~ChainRight() {
+  if (given()) runs_chains[static_cast<size_t>(device_)] = false;
+}
+
 LinearEngine::LinearEngine(cudaStream_t stream)
     : stream_(stream),
       workspace_(kWorkspaceBytes, "the workspace of matrix products"),
-      hash_(sizeof(uint64_t), "the workspace of matrix products") {
+      hash_(sizeof(uint64_t), "the workspace of matrix products"),
+      arrivals_(sizeof(uint32_t), "the workspace of matrix products") {
+  check(cudaMemsetAsync(arrivals_.get(), 0, arrivals_.bytes(), stream), "starting");
   cublasLtHandle_t handle = nullptr;
   check(cublasLtCreate(&handle), "starting");
   handle_ = Owner<cublasLtHandle_t, cublasLtDestroy>(handle);
@@ -125,6 +142,17 @@ void LinearEngine::run(const Product& product) {
 
 bool LinearEngine::normalises(const Product& product) {
   return product.rows <= kernels::kGemvRows && kernels::gemv_normalises(gemv_args(product));
+}
+
+bool LinearEngine::run_chain(std::span<const Product> products) {
+  std::array<kernels::Gemv, kernels::kGemvLinks> chain;
+  if (!chain_right_.given() || products.size() > chain.size()) return false;
+  std::ranges::transform(products, chain.begin(), gemv_args);
+  const auto links = std::span(chain).first(products.size());
+  if (!kernels::gemv_chains(links)) return false;
+  check(kernels::gemv_chain(links, arrivals_.get<uint32_t>(), stream_),
+        "a layer's matrix-vector products", products.front().layer);
+  return true;
 }
 
 // Passes over the weights, each for as many rows as the kernel takes.
@@ -305,6 +333,8 @@ uint64_t LinearEngine::hash(const void* result, size_t bytes) {
   return value;
 }
 
-int64_t LinearEngine::memory_bytes() { return kWorkspaceBytes + sizeof(uint64_t); }
+int64_t LinearEngine::memory_bytes() {
+  return kWorkspaceBytes + sizeof(uint64_t) + sizeof(uint32_t);
+}
 
 }  // namespace sagelm::cuda

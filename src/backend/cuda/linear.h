@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <span>
 #include <tuple>
 
 #include "backend/cuda/memory.h"
@@ -35,6 +36,21 @@ struct Product {
   float eps = 0;
 };
 
+// The right to run chains of products on the current device (kernels/ops/gemv.h), which one engine
+// of the process has at a time: the blocks of two chains on two streams could wait for each other's
+// multiprocessors.
+class ChainRight {
+ public:
+  ChainRight();
+  ~ChainRight();
+  ChainRight(const ChainRight&) = delete;
+  ChainRight& operator=(const ChainRight&) = delete;
+  bool given() const { return device_ >= 0; }
+
+ private:
+  int device_ = -1;
+};
+
 class LinearEngine {
  public:
   explicit LinearEngine(cudaStream_t stream);
@@ -45,6 +61,10 @@ class LinearEngine {
   void run(const Product& product);
   // Whether run() takes such a product with a norm.
   static bool normalises(const Product& product);
+
+  // Several products, each of which may read what those before it wrote, in one kernel; false, and
+  // nothing is done, if there is none for them.
+  bool run_chain(std::span<const Product> products);
 
   // Where results that nobody reads may go, at least as large as any result that is added to what
   // is there; until then the recommended algorithm is taken for those.
@@ -84,7 +104,8 @@ class LinearEngine {
   Owner<cublasLtHandle_t, cublasLtDestroy> handle_;
   Owner<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy> preference_;
   cublasLtMatmulDescOpaque_t operation_;
-  DeviceBuffer workspace_, hash_;
+  DeviceBuffer workspace_, hash_, arrivals_;
+  ChainRight chain_right_;
   void* trial_ = nullptr;
   size_t trial_bytes_ = 0;
   std::map<Key, Plan> chosen_;  // by rows rounded up
