@@ -119,10 +119,10 @@ __device__ inline void set_references(const int32_t (&logits)[64], RowState& row
   rows.reference[1] = largest_logit(logits, 1, tile, ends[1]) - kFirstBits;
 }
 
-// Moves the references of rows with a weight near the most, and computes the weights again. A row
-// without a weight so far takes its reference from these keys.
+// Moves the references of rows with a weight near the most; the weights p are then to be computed
+// again. A row without a weight so far takes its reference from these keys.
 template <int kDim>
-__device__ inline void move_references(const int32_t (&logits)[64], uint32_t (&p)[16],
+__device__ inline void move_references(const int32_t (&logits)[64], const uint32_t (&p)[16],
                                        RowState& rows, float (&products)[kDim / 2],
                                        FlushedSums<kDim>& flushed, const TileScales& tile,
                                        const int (&ends)[2]) {
@@ -145,9 +145,6 @@ __device__ inline void move_references(const int32_t (&logits)[64], uint32_t (&p
     }
     flushed.scale_row(r, factor);
   }
-  const float offset[2] = {rows.reference[0] - tile.value_bits,
-                           rows.reference[1] - tile.value_bits};
-  exponentiate<true>(logits, p, tile.scale, offset, ends);
 }
 
 }  // namespace sagelm::kernels::sage2
