@@ -224,8 +224,13 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       wgmma_wait<0>();
       take_logits();
       const int ends[2] = {first_end(j, 0), first_end(j, 1)};
-      set_references(logits, rows, tile, ends);
-      weigh(j, even, std::true_type{});
+      if (item.full_tiles > 0) {
+        set_references<false>(logits, rows, tile, ends);
+        weigh(j, even, std::false_type{});
+      } else {
+        set_references<true>(logits, rows, tile, ends);
+        weigh(j, even, std::true_type{});
+      }
       value_inverse = tile.value_inverse;
       for (int i = 1;;) {
         if (i == item.kv_tiles) {
