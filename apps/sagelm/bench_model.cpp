@@ -29,11 +29,10 @@ std::vector<int32_t> random_ids(int64_t count, int64_t vocab_size) {
   return ids;
 }
 
-GenerateOptions greedy(int64_t tokens) {
+GenerateOptions answer_of(const ModelBenchPlan& plan, int64_t tokens) {
   GenerateOptions options;
   options.max_tokens = tokens;
-  options.sampling.temperature = 0;
-  options.sampling.repeat_penalty = 1;
+  options.sampling = plan.sampling;
   options.ignore_eos = true;
   return options;
 }
@@ -184,7 +183,7 @@ std::vector<PrefillResult> bench_prefill(const Model& model, Session& session,
     std::vector<double> rates;
     for (int run = -1; run < plan.runs; ++run) {  // the first chooses algorithms, grows buffers
       session.truncate(0);
-      const Generation result = session.generate(ids, greedy(1));
+      const Generation result = session.generate(ids, answer_of(plan, 1));
       if (run >= 0) rates.push_back(result.prefill_tokens_per_second());
     }
     PrefillResult result;
@@ -213,7 +212,7 @@ std::vector<DecodeResult> bench_decode(const Model& model, Session& session,
           run < 0 ? std::span(ids) : std::span(ids).subspan(static_cast<size_t>(at - 1));
       // max_tokens ids need a step fewer: the last one isn't run.
       const Generation result =
-          session.generate(prompt, greedy(plan.decode_tokens + 1), [&](std::string_view) {
+          session.generate(prompt, answer_of(plan, plan.decode_tokens + 1), [&](std::string_view) {
             times.push_back(Clock::now());
             return true;
           });

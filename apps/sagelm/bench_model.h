@@ -17,6 +17,7 @@ struct ModelBenchPlan {
   std::vector<int64_t> decode_at;  // tokens in the cache before the first one that is timed
   int64_t decode_tokens = 64;      // steps timed per run
   int runs = 5;
+  SamplingOptions sampling;  // of the answers
 
   int64_t context() const;  // that all of it needs
 };

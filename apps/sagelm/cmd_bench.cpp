@@ -15,6 +15,7 @@
 #include "json_output.h"
 #include "options.h"
 #include "progress.h"
+#include "sampling_options.h"
 
 namespace sagelm::cli {
 namespace {
@@ -23,6 +24,7 @@ struct ModelFlags {
   CommonOptions common;
   std::vector<std::string> attention = {"fp16", "sage1", "sage2"};
   ModelBenchPlan plan;  // lists that are empty: what fits of the defaults
+  GenerationFlags generation;
   int64_t batch_tokens = LoadOptions{}.batch_tokens;
 };
 
@@ -120,6 +122,7 @@ void run_model(const ModelFlags& flags) {
   check_calibration_option(common, flags.attention);
   common = with_attention(common, flags.attention.front());
   ModelBenchPlan plan = flags.plan;
+  plan.sampling = effective_options(flags.generation, 0).sampling;
   const int64_t longest = Model::inspect(load_options(common)).max_context - plan.decode_tokens - 1;
   fill_in(plan.prompt_tokens, {512, 2048}, longest);
   fill_in(plan.decode_at, {512}, longest);
@@ -156,6 +159,7 @@ void run_model(const ModelFlags& flags) {
                {"batch_tokens", flags.batch_tokens},
                {"runs", plan.runs},
                {"decode_tokens", plan.decode_tokens},
+               {"sampling", sampling_json(plan.sampling)},
                {"results", Json::array()}};
   Progress progress("measuring", "settings", static_cast<int64_t>(flags.attention.size()));
   int64_t done = 0;
@@ -204,6 +208,8 @@ void add_bench_model(CLI::App& bench) {
   command->add_option("--decode-tokens", flags->plan.decode_tokens, "decode steps of a run")
       ->option_text("N (default: 64)")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
+  flags->generation.options.sampling.temperature = 0;
+  add_sampling_options(*command, flags->generation);
   command->add_option("--runs", flags->plan.runs, "measurements of each, after one to warm up")
       ->option_text("N (default: 5)")
       ->check(CLI::Range(1, 1000));

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "adaptive.h"
 #include "backend/attention_runner.h"
 #include "bench_output.h"
 #include "commands.h"
@@ -204,6 +205,9 @@ Inputs make_inputs(const std::vector<AttentionCall>& calls) {
 void run(const Flags& flags) {
   std::vector<AttentionVariant> variants;
   for (const std::string& name : flags.attention) {
+    if (name == kAdaptive || name.find('/') != std::string::npos) {
+      fail_usage("{} says what each layer of a model takes: name the kernels to measure", name);
+    }
     variants.push_back(parse_attention_variant(name));
   }
   const bool smooth_k = !flags.common.no_smooth_k;

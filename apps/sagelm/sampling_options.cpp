@@ -15,12 +15,8 @@ std::string or_off(T value, T off) {
 
 }  // namespace
 
-void add_generation_options(CLI::App& command, GenerationFlags& flags, int64_t default_tokens) {
-  flags.options.max_tokens = default_tokens;
+void add_sampling_options(CLI::App& command, GenerationFlags& flags) {
   SamplingOptions& sampling = flags.options.sampling;
-  command.add_option("-n,--n-predict", flags.options.max_tokens, "tokens to generate at most")
-      ->check(CLI::Range(int64_t{1}, kMaxTokens))
-      ->option_text(fmt::format("N={}", default_tokens));
   command.add_option("--temp", sampling.temperature, "temperature; 0: the most probable token")
       ->capture_default_str();
   command.add_option("--top-k", sampling.top_k, "draw from the K most probable; 0: off")
@@ -40,6 +36,14 @@ void add_generation_options(CLI::App& command, GenerationFlags& flags, int64_t d
       .add_option("--repeat-last-n", sampling.repeat_last_n,
                   "recent tokens that the penalty looks at; -1: all")
       ->capture_default_str();
+}
+
+void add_generation_options(CLI::App& command, GenerationFlags& flags, int64_t default_tokens) {
+  flags.options.max_tokens = default_tokens;
+  command.add_option("-n,--n-predict", flags.options.max_tokens, "tokens to generate at most")
+      ->check(CLI::Range(int64_t{1}, kMaxTokens))
+      ->option_text(fmt::format("N={}", default_tokens));
+  add_sampling_options(command, flags);
   command.add_option("--stop", flags.options.stop, "end before this text (may be repeated)")
       ->expected(1)
       ->take_all()

@@ -1,4 +1,4 @@
-// The flags of generate and chat that say how tokens are drawn, and when to stop.
+// The flags of generate, chat and bench that say how tokens are drawn, and when to stop.
 #pragma once
 
 #include <CLI/App.hpp>
@@ -14,8 +14,10 @@ struct GenerationFlags {
   bool penalty_given = false;
 };
 
-// Adds -n --temp --top-k --top-p --min-p --repeat-penalty --repeat-last-n --stop --ignore-eos.
-// flags must live as long as the command.
+// Adds --temp --top-k --top-p --min-p --repeat-penalty --repeat-last-n. flags must live as long as
+// the command.
+void add_sampling_options(CLI::App& command, GenerationFlags& flags);
+// Adds those and -n --stop --ignore-eos.
 void add_generation_options(CLI::App& command, GenerationFlags& flags, int64_t default_tokens);
 
 // The options as given, with the seed. At --temp 0 the repeat penalty is off unless it was asked

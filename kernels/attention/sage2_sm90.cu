@@ -81,15 +81,16 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule
     for (int i = 0; i < item.kv_tiles; ++i) {
       const int s = ring.stage;
       const int place = next;
+      const int key_place = key_tile_place(p, tiles, item, item.tile_at(i), place);
       // Asked for before it is needed: a page's number comes from memory.
       if (i + 1 < item.kv_tiles) next = tile_place(p, tiles, item, item.tile_at(i + 1));
       mbarrier_wait_idle(places.keys_empty(s), ring.parity);
       mbarrier_expect_bytes(places.keys_full(s), Shared::kTileBytes + sizeof(Shared::scales[0]));
       bulk_copy(places.scales(s),
-                tile_at_place<kTileScales>(tiles.scales, tiles.tail_scales, place),
+                tile_at_place<kTileScales>(tiles.scales, tiles.tail_scales, key_place),
                 sizeof(Shared::scales[0]), places.keys_full(s));
       bulk_copy(places.keys(s),
-                tile_at_place<Shared::kTileBytes>(tiles.keys, tiles.tail_keys, place),
+                tile_at_place<Shared::kTileBytes>(tiles.keys, tiles.tail_keys, key_place),
                 Shared::kTileBytes, places.keys_full(s));
       mbarrier_wait_idle(places.values_empty(s), ring.parity);
       mbarrier_expect_bytes(places.values_full(s), Shared::kTileBytes);

@@ -82,6 +82,13 @@ __device__ inline int tile_place(const Problem& p, const SageTiles& tiles, const
   return tiles.page_table[at] * p.num_kv_heads + item.kv_head;
 }
 
+// Likewise of the tile's keys and scales, whose values are at `place`.
+__device__ inline int key_tile_place(const Problem& p, const SageTiles& tiles, const WorkItem& item,
+                                     int i, int place) {
+  if (!tiles.unpacked_keys || place < 0) return place;
+  return (item.b * p.num_kv_heads + item.kv_head) * tiles.kv_tiles + i;
+}
+
 // Element `place` of pages or, where it is negative, of tails; elements of kSize T.
 template <int kSize, typename T>
 __device__ inline const T* tile_at_place(const T* pages, const T* tails, int place) {

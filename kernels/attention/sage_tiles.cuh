@@ -47,6 +47,7 @@ struct SageTiles {
   // With pages, else null:
   const int32_t* page_table;  // [batch][page_table_stride]
   int page_table_stride;
+  bool unpacked_keys;    // keys and scales are [batch][kv_heads][kv_tiles] all the same
   int8_t* tail_keys;     // [batch][kv_heads][128 * dim]
   uint8_t* tail_values;  // likewise
   float* tail_scales;    // [batch][kv_heads][kTileScales]

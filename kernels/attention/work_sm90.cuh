@@ -15,6 +15,8 @@
 
 namespace sagelm::kernels::hopper {
 
+using sm90::RingCursor;
+
 constexpr int kKeyTile = 128;  // keys of a stage
 constexpr int kQuerySlots = 2;
 
@@ -75,18 +77,6 @@ __device__ inline void init_barriers(const TilePlaces<Shared>& places, int fills
   }
   sm90::fence_barrier_init();
 }
-
-// A position in a ring of stages, with the parity of its next full barrier.
-struct RingCursor {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void advance(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // One unit of work: a tile of a head's query rows.
 struct WorkItem {

@@ -41,9 +41,8 @@ __global__ void __launch_bounds__(kRowThreads)
   const int64_t row = blockIdx.x;
   const bool is_query = head < cache.num_heads;
   const bool is_value = head >= cache.num_heads + cache.num_kv_heads;
-  const bool in_place = is_query || (!is_value && args.rotate_keys);
   const int slot = is_query ? -1 : args.step.slots[row];
-  if (!in_place && slot < 0) return;
+  if (!is_query && slot < 0) return;
   T* at = static_cast<T*>(args.qkv) + (row * heads + head) * cache.head_dim + i;
   float a[8], b[8];
   load(at, a);
@@ -56,17 +55,19 @@ __global__ void __launch_bounds__(kRowThreads)
     load(angle + half + i, sine);
     rotate_pairs(a, b, cosine, sine);
   }
-  if (in_place) {
-    store(at, a);
-    store(at + half, b);
-  }
-  if (slot >= 0) {
+  if (!is_query) {
     const int kv_head = head - cache.num_heads - (is_value ? cache.num_kv_heads : 0);
     at = static_cast<T*>(cache.tails) + tail_offset(cache, slot / kTileTokens, is_value, kv_head) +
          slot % kTileTokens * cache.head_dim + i;
-    store(at, a);
-    store(at + half, b);
   }
+  store(at, a);
+  store(at + half, b);
+}
+
+template <bool kBf16>
+__device__ inline uint4 pack(const float (&x)[8]) {
+  return make_uint4(ptx::to_halves<kBf16>(x[0], x[1]), ptx::to_halves<kBf16>(x[2], x[3]),
+                    ptx::to_halves<kBf16>(x[4], x[5]), ptx::to_halves<kBf16>(x[6], x[7]));
 }
 
 enum class Part { kQuery, kKey, kValue };
@@ -84,7 +85,6 @@ struct StepTokens {
   int head_dim;
   int start, end;      // positions of the step's tokens
   int first_position;  // of token 0
-  bool rotated;        // whether the rows' keys are already
   bool inside;         // whether the head has this chunk
 
   // head: among the query or the KV heads.
@@ -102,7 +102,6 @@ struct StepTokens {
     end = step.kv_lens[b];
     start = end - (step.cu_q_lens[b + 1] - first_row);
     first_position = 0;
-    rotated = args.rotate_keys && args.prefill == nullptr;
     inside = chunk * 8 < head_dim;
     tail = static_cast<const uint16_t*>(cache.tails) +
            tail_offset(cache, step.tails[b], is_value, head) + chunk * 8;
@@ -126,7 +125,6 @@ struct StepTokens {
     return *reinterpret_cast<const uint4*>(from);
   }
   __device__ void finish(int token, uint4& raw) const {
-    if (rotated) return;
     float cosine[8], sine[8];
     load_angles(token, cosine, sine);
     rotate(raw, is_row(token), cosine, sine);
@@ -157,8 +155,26 @@ struct StepTokens {
       x[e] = second ? rotate_second(x[e], partner[e], cosine[e], sine[e])
                     : rotate_first(x[e], partner[e], cosine[e], sine[e]);
     }
-    raw = make_uint4(ptx::to_halves<kBf16>(x[0], x[1]), ptx::to_halves<kBf16>(x[2], x[3]),
-                     ptx::to_halves<kBf16>(x[4], x[5]), ptx::to_halves<kBf16>(x[6], x[7]));
+    raw = pack<kBf16>(x);
+  }
+};
+
+// Keys as those of INT4 pages are before they are rounded, smoothed and rotated, in FP16.
+template <int kDim, bool kBf16>
+struct RotatedKeys {
+  const StepTokens<kDim, kBf16>& tokens;
+  const float (&mean)[8];
+  int count;
+
+  __device__ uint4 operator()(int token) const { return tokens(token); }
+  __device__ void finish(int token, uint4& raw) const {
+    tokens.finish(token, raw);
+    float x[8];
+    unpack<kBf16>(raw, x);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = token < count ? x[e] - mean[e] : 0.0f;
+    rotate_row<kDim>(x, recipe::kRotatedKeyFactor<kDim>);
+    raw = pack<false>(x);
   }
 };
 
@@ -238,6 +254,7 @@ __device__ void add_tokens(const AppendToQuantizedKv& args, const SageTiles& til
   int8_t* keys = tiles.tail_keys;
   uint8_t* values = tiles.tail_values;
   float* scales = tiles.tail_scales;
+  const bool int4_page = kInt4 && page < pages;  // keys of a tail's copy are INT8
   if (page < pages) {
     const int64_t at = static_cast<int64_t>(b) * step.page_table_stride + page;
     place = static_cast<int64_t>(step.page_table[at]) * cache.num_kv_heads + kv_head;
@@ -246,19 +263,25 @@ __device__ void add_tokens(const AppendToQuantizedKv& args, const SageTiles& til
     scales = cache.scales;
   }
   tokens.first_position = page * kTileTokens;
-  scales += place * (kInt4 ? kInt4Scales : kTileScales);
+  scales += place * (int4_page ? kInt4Scales : kTileScales);
   if constexpr (kIsValue) {
     quantize_value_tile<kDim, kBf16>(tokens, values + place * kTileBytes, scales);
   } else {
     float mean[8] = {};
     if (tokens.inside) load_mean(mean_of(args, b, kv_head), threadIdx.x % kLanes, mean);
-    if constexpr (kInt4) {
+    if (int4_page) {
       quantize_int4_key_tile<kDim, kBf16>(
           tokens, mean, reinterpret_cast<uint8_t*>(keys) + place * (kTileBytes / 2),
           reinterpret_cast<uint32_t*>(scales) + kInt4Words);
     } else {
-      quantize_key_tile<kDim, kBf16>(tokens, min(kTileTokens, tokens.end - page * kTileTokens),
-                                     mean, keys + place * kTileBytes, scales);
+      const int count = min(kTileTokens, tokens.end - page * kTileTokens);
+      int8_t* to = keys + place * kTileBytes;
+      if constexpr (kInt4) {
+        const RotatedKeys<kDim, kBf16> rotated{tokens, mean, count};
+        quantize_key_tile<kDim, false>(rotated, count, {}, to, scales);
+      } else {
+        quantize_key_tile<kDim, kBf16>(tokens, count, mean, to, scales);
+      }
     }
   }
   if (blockIdx.y > 0) return;
@@ -281,7 +304,7 @@ constexpr int kQueryRows = kTileTokens / kQueryHeads;
 __host__ __device__ inline int num_query_parts(const QuantizedKv& cache) {
   return (cache.num_heads + kQueryHeads - 1) / kQueryHeads * kQueryHeads;
 }
-template <int kDim, bool kBf16>
+template <int kDim, bool kBf16, bool kInt4>
 __device__ void quantize_queries(const AppendToQuantizedKv& args, const SageTiles& tiles, int b,
                                  int part) {
   constexpr int kLanes = kDim / 8;
@@ -310,6 +333,7 @@ __device__ void quantize_queries(const AppendToQuantizedKv& args, const SageTile
       tokens.rotate(raw[h], tokens.is_row(row), cosine, sine);
       float x[8];
       unpack<kBf16>(raw[h], x);
+      if constexpr (kInt4) rotate_row<kDim>(x, recipe::kRotatedQueryFactor<kDim>);
       const int64_t at = tiles.first_query(args.step.cu_q_lens, b, first_head + h) + first_row;
       quantize_query_row<kDim>(x, row, logit_scale, tiles.queries + at * kDim,
                                tiles.query_scales + at);
@@ -328,7 +352,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, 3)
   if (head >= args.cache.num_kv_heads || !needs_means(args)) wait_for_previous_kernel();
   allow_next_kernel();
   if (head < 0) {
-    quantize_queries<kDim, kBf16>(args, tiles, b, head + query_parts);
+    quantize_queries<kDim, kBf16, kInt4>(args, tiles, b, head + query_parts);
   } else if (head < args.cache.num_kv_heads) {
     add_tokens<kDim, kBf16, kInt4, true>(args, tiles, b, head);
   } else {
@@ -350,7 +374,7 @@ cudaError_t launch_fill(const AppendToQuantizedKv& args, cudaStream_t stream) {
   unsigned heads = 2 * kv_heads;
   if (args.prefill != nullptr) {
     size_t bytes = 0;
-    tiles = quantized_kv_tiles(args.cache, args.step, args.prefill, &bytes);
+    tiles = quantized_kv_tiles(args.cache, args.step, 0, args.prefill, &bytes);
     tiles_each = std::max(tiles_each + 1, tiles.query_tiles);
     heads += static_cast<unsigned>(num_query_parts(args.cache));
   }
@@ -377,7 +401,6 @@ cudaError_t append_to_quantized_kv(const AppendToQuantizedKv& args, cudaStream_t
   if (quantized_kv_refusal(cache.num_heads, cache.num_kv_heads, cache.head_dim) != nullptr) {
     return cudaErrorInvalidValue;
   }
-  if (args.prefill != nullptr && cache.int4_keys) return cudaErrorInvalidValue;
   if (args.step.rows == 0) return cudaSuccess;
   return with_half_type(cache.type, [&](auto element) {
     using T = decltype(element);

@@ -1,14 +1,17 @@
 // Decode from quantized pages. A block takes a few pages of one KV head of one sequence, or its
 // tail; the parts are cut and merged as kernels/attention/decode_parts.cuh does. Pages come through
 // a ring of bulk copies, that one of the warps keeps filled; each warp computes 32 keys of every
-// page. What bounds this is memory: three blocks of an SM have up to 192 KiB on their way, where
+// page; up to 8 query rows are the columns of its products (decode_few_rows.cuh), up to 16 their
+// rows. What bounds this is memory: three blocks of an SM have up to 192 KiB on their way, where
 // about 40 are needed to hide the latency at full speed.
 #include <algorithm>
 #include <cstdint>
 
 #include "kernels/attention/decode_parts.cuh"
+#include "kernels/cache/decode_few_rows.cuh"
 #include "kernels/cache/decode_queries.cuh"
 #include "kernels/cache/int4_keys.cuh"
+#include "kernels/cache/page_ring.cuh"
 #include "kernels/cache/quantized_kv.h"
 #include "kernels/common/sm90.cuh"
 #include "kernels/ops/elements.cuh"
@@ -17,13 +20,7 @@
 namespace sagelm::kernels {
 namespace {
 
-using namespace mma;
-using namespace sm90;
-
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * 32;
-constexpr int kWarpKeys = kTileTokens / kWarps;
-constexpr int kWarpSlices = kWarpKeys / kSlice;  // of a page or tail
+using namespace decode;
 
 // Of a sequence with so many full pages.
 __host__ __device__ inline Cut cut(const Problem& p, int pages) {
@@ -34,93 +31,6 @@ __device__ inline int page_parts(const Problem& p, int pages) {
   const int part_pages = cut(p, pages).part_units;
   return (pages + part_pages - 1) / part_pages;
 }
-
-struct DecodeCall {
-  Problem p;
-  Parts parts;
-  QuantizedKv cache;
-  const int32_t* tails;
-  const int32_t* means;
-  float scale;  // softmax_scale * log2(e)
-};
-
-template <int kDim_, bool kInt4_>
-struct PageRing {
-  static constexpr int kDim = kDim_;
-  static constexpr bool kInt4 = kInt4_;
-  static constexpr int kStages = kDim == 64 ? 4 : 2;
-  static constexpr int kTileBytes = kTileTokens * kDim;
-  static constexpr int kKeyBytes = kInt4 ? kTileBytes / 2 : kTileBytes;
-  static constexpr int kScales = kInt4 ? kInt4Scales : kTileScales;
-  static constexpr int kSliceBytes = kSlice * 2 * kDim;  // of a tail's keys or values
-
-  struct Pages {
-    int8_t keys[kStages][kKeyBytes];
-    uint8_t values[kStages][kTileBytes];
-  };
-  union {
-    Pages pages;
-    uint8_t tail[kWarps][kWarpSlices][2][kSliceBytes];
-    MergeMemory<kDim, kWarps> merge;
-  };
-  alignas(16) float scales[kStages][kScales];
-  uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
-
-  __device__ void init_barriers() {
-    for (int s = 0; s < kStages; ++s) {
-      mbarrier_init(smem_address(&keys_full[s]), 1);
-      mbarrier_init(smem_address(&values_full[s]), 1);
-      mbarrier_init(smem_address(&keys_empty[s]), kThreads);
-      mbarrier_init(smem_address(&values_empty[s]), kThreads);
-    }
-    fence_barrier_init();
-  }
-};
-
-// What fills the ring with the pages of a part: a whole warp calls it.
-template <class Ring>
-class PageSource {
- public:
-  // lane_page: lane i has the id of page i.
-  __device__ PageSource(const DecodeCall& call, int kv_head, int lane_page, int count, Ring& ring)
-      : call_(call), ring_(ring), kv_head_(kv_head), count_(count), lane_page_(lane_page) {}
-
-  // Keys and scales of page i, if there is one, once all warps are done with what is in its place.
-  __device__ void bring_keys(int i) const {
-    bring(i, ring_.keys_full, ring_.keys_empty, call_.cache.keys, ring_.pages.keys, true);
-  }
-  __device__ void bring_values(int i) const {
-    bring(i, ring_.values_full, ring_.values_empty, call_.cache.values, ring_.pages.values, false);
-  }
-
- private:
-  template <typename T, int kBytes>
-  __device__ void bring(int i, uint64_t (&full)[Ring::kStages], uint64_t (&empty)[Ring::kStages],
-                        const T* from, T (&to)[Ring::kStages][kBytes], bool scales) const {
-    if (i >= count_) return;
-    const int64_t place =
-        static_cast<int64_t>(__shfl_sync(0xFFFFFFFFu, lane_page_, i)) * call_.p.num_kv_heads +
-        kv_head_;
-    if (threadIdx.x % 32 == 0) {
-      const int s = i % Ring::kStages;
-      const uint32_t barrier = smem_address(&full[s]);
-      if (i >= Ring::kStages) {
-        mbarrier_wait(smem_address(&empty[s]), (i / Ring::kStages & 1) ^ 1);
-      }
-      mbarrier_expect_bytes(barrier, kBytes + (scales ? sizeof ring_.scales[s] : 0));
-      bulk_copy(smem_address(to[s]), from + place * kBytes, kBytes, barrier);
-      if (scales) {
-        bulk_copy(smem_address(ring_.scales[s]), call_.cache.scales + place * Ring::kScales,
-                  sizeof ring_.scales[s], barrier);
-      }
-    }
-    __syncwarp();
-  }
-
-  const DecodeCall& call_;
-  Ring& ring_;
-  int kv_head_, count_, lane_page_;
-};
 
 // The products of the queries with 16 keys from row `row` of a page's tile on; INT4 keys count 16
 // times.
@@ -178,13 +88,9 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
     prefetch_angles(p, kv_len);
     wait_for_previous_kernel();
   }
-  if constexpr (Ring::kInt4) {
-    quantize_rotated_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale, queries,
-                                       query_scales, query_sums);
-  } else {
-    quantize_rows<kBf16, kDim>(p, b, kv_head, q_len * group, group, call.scale,
-                               appends ? last_angles(p, kv_len) : nullptr, queries, query_scales);
-  }
+  quantize_rows<2, kBf16, kDim, Ring::kInt4>(p, b, kv_head, q_len * group, group, call.scale,
+                                             appends ? last_angles(p, kv_len) : nullptr, queries,
+                                             query_scales, query_sums);
   int seen[2];
   const int seen_by_all = visible_keys(p, q_len, kv_len, group, seen);
   result.clear();
@@ -379,8 +285,10 @@ __device__ __forceinline__ void attend_tail(const DecodeCall& call, int b, int k
   }
 }
 
-// Part 0 is the tail, part 1 + i the pages from i * part_pages on.
-template <bool kBf16, class Ring>
+// Part 0 is the tail, part 1 + i the pages from i * part_pages on. kManyRows: a sequence may have
+// more than kFewRows query rows in a tile. Without, the kernel needs no local memory; with 8 bytes
+// of it a layer took 4 us more on an H200, though the kernel by itself took no longer.
+template <bool kBf16, bool kManyRows, class Ring>
 __global__ void __launch_bounds__(kThreads, 3)
     decode_part(const __grid_constant__ DecodeCall call) {
   extern __shared__ __align__(128) uint8_t smem[];
@@ -404,16 +312,25 @@ __global__ void __launch_bounds__(kThreads, 3)
   // Without anything to merge, a sequence without keys still has its zeros to write.
   const bool empty = part > 0 ? count <= 0 : call.parts.parts > 1 && kv_len % kTileTokens == 0;
   if (q_len == 0 || empty) return;
-  DecodeRows<Ring::kDim> result;
-  if (part == 0) {
-    attend_tail<kBf16>(call, b, kv_head, q_len, kv_len, ring, result);
-  } else {
-    attend_pages<kBf16>(call, b, kv_head, q_len, kv_len, first, count, lane_page, ring, result);
-  }
-  __syncthreads();
   const int group = p.num_heads / p.num_kv_heads;
-  leave_rows(result, static_cast<int>(threadIdx.x / 32), q_len * group, ring.merge);
-  __syncthreads();
+  const auto leave = [&](auto& result) {
+    __syncthreads();
+    leave_rows(result, static_cast<int>(threadIdx.x / 32), q_len * group, ring.merge);
+    __syncthreads();
+  };
+  if (part == 0) {
+    DecodeRows<Ring::kDim> result;
+    attend_tail<kBf16>(call, b, kv_head, q_len, kv_len, ring, result);
+    leave(result);
+  } else if (!kManyRows || q_len * group <= kFewRows) {
+    FewRows<Ring::kDim> result;
+    attend_pages_few<kBf16>(call, b, kv_head, q_len, kv_len, first, count, lane_page, ring, result);
+    leave(result);
+  } else if constexpr (kManyRows) {
+    DecodeRows<Ring::kDim> result;
+    attend_pages<kBf16>(call, b, kv_head, q_len, kv_len, first, count, lane_page, ring, result);
+    leave(result);
+  }
   store_part(p, call.parts, part, b, kv_head, q_len * group, group, ring.merge);
   if (p.rotations != nullptr && call.parts.parts > 1) {
     merge_if_last<Ring::kDim>(p, call.parts, 0, 1 + page_parts(p, pages), b, kv_head, q_len * group,
@@ -446,9 +363,12 @@ __global__ void __launch_bounds__(128) merge_parts(const __grid_constant__ Decod
 template <typename T, int kDim, bool kInt4>
 cudaError_t launch_decode(const DecodeCall& call, cudaStream_t stream) {
   using Ring = PageRing<kDim, kInt4>;
-  constexpr auto kernel = decode_part<std::is_same_v<T, __nv_bfloat16>, Ring>;
+  constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
   constexpr int kBytes = sizeof(Ring);
   const Problem& p = call.p;
+  const auto kernel = p.max_q_len * (p.num_heads / p.num_kv_heads) > kFewRows
+                          ? decode_part<kBf16, true, Ring>
+                          : decode_part<kBf16, false, Ring>;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
@@ -510,8 +430,8 @@ bool quantized_kv_decode_takes(const DecodeFromQuantizedKv& args) {
 }
 
 bool quantized_kv_decode_appends(const QuantizedKv& cache, const QuantizedKvStep& step) {
-  return !cache.int4_keys && step.max_q_len == 1 && step.rows == step.num_sequences &&
-         step.max_closed_pages == 0 && cache.head_dim == quantized_kv_dim(cache.head_dim);
+  return step.max_q_len == 1 && step.rows == step.num_sequences && step.max_closed_pages == 0 &&
+         cache.head_dim == quantized_kv_dim(cache.head_dim);
 }
 
 size_t quantized_kv_decode_workspace_bytes(const DecodeFromQuantizedKv& args) {

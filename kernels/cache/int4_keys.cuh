@@ -60,13 +60,21 @@ template <int kLanes, int kCount>
 __device__ __forceinline__ void rotate_lanes(float (&x)[kCount]) {
 #pragma unroll
   for (int half = 1; half < kLanes; half *= 2) {
-    const bool upper = (threadIdx.x & half) != 0;
+    const float sign = (threadIdx.x & half) != 0 ? -1.0f : 1.0f;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float other = __shfl_xor_sync(0xFFFFFFFFu, x[i], half);
-      x[i] = upper ? other - x[i] : x[i] + other;
+      x[i] = fmaf(x[i], sign, __shfl_xor_sync(0xFFFFFFFFu, x[i], half));
     }
   }
+}
+
+// All of it, of a row of which kDim / 8 lanes have 8 neighbouring channels each.
+template <int kDim>
+__device__ __forceinline__ void rotate_row(float (&x)[8], float factor) {
+  rotate_registers(x);
+  rotate_lanes<kDim / 8>(x);
+#pragma unroll
+  for (float& value : x) value *= factor;
 }
 
 // As quantize_key_tile of a full tile.
@@ -88,13 +96,11 @@ __device__ inline void quantize_int4_key_tile(const Load& load, const float (&me
     unpack<kBf16>(raw[i], x);
 #pragma unroll
     for (int e = 0; e < 8; ++e) x[e] -= mean[e];
-    rotate_registers(x);
-    rotate_lanes<kLanes>(x);
+    rotate_row<kDim>(x, recipe::kRotatedKeyFactor<kDim>);
     float low = INFINITY, top = -INFINITY;
     uint32_t largest = 0;
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      x[e] *= recipe::kRotatedKeyFactor<kDim>;
       low = fminf(low, x[e]);
       top = fmaxf(top, x[e]);
       largest = max(largest, magnitude(x[e]));
@@ -118,16 +124,6 @@ __device__ inline void quantize_int4_key_tile(const Load& load, const float (&me
         bytes;
     if (lane == 0) words[key] = __float_as_uint(step) >> 16 | __float_as_uint(middle);
   }
-}
-
-// An integer of a page's keys.
-template <int kDim>
-__device__ inline int int4_key(const uint8_t* tile, int key, int channel) {
-  const int word = channel / 8;
-  const uint8_t byte =
-      tile[int4_chunk_offset<kDim>(row_of_key(key), word / 4) + word % 4 * 4 + channel % 4];
-  const int nibble = channel % 8 < 4 ? byte & 0xF : byte >> 4;
-  return nibble < 8 ? nibble : nibble - 16;
 }
 
 }  // namespace sagelm::kernels

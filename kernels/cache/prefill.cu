@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/attention/sage2_sm90.h"
@@ -6,8 +7,8 @@
 
 namespace sagelm::kernels {
 
-SageTiles quantized_kv_tiles(const QuantizedKv& cache, const QuantizedKvStep& step, void* workspace,
-                             size_t* bytes) {
+SageTiles quantized_kv_tiles(const QuantizedKv& cache, const QuantizedKvStep& step,
+                             int32_t sequences_at_once, void* workspace, size_t* bytes) {
   SageTiles tiles{};
   const int dim = quantized_kv_dim(cache.head_dim);
   tiles.query_tiles = (step.max_q_len + kTileTokens - 1) / kTileTokens;
@@ -27,26 +28,54 @@ SageTiles quantized_kv_tiles(const QuantizedKv& cache, const QuantizedKvStep& st
   layout.place(tiles.tail_keys, tails * tile_bytes);
   layout.place(tiles.tail_values, tails * tile_bytes);
   layout.place(tiles.tail_scales, tails * kTileScales);
+  if (cache.int4_keys) {
+    const auto pages = static_cast<size_t>(sequences_at_once) * cache.num_kv_heads * tiles.kv_tiles;
+    layout.place(tiles.keys, pages * tile_bytes);
+    layout.place(tiles.scales, pages * kTileScales);
+    tiles.unpacked_keys = true;
+  }
   *bytes = layout.bytes();
   return tiles;
 }
 
-size_t quantized_kv_prefill_workspace_bytes(const QuantizedKv& cache, const QuantizedKvStep& step) {
+namespace {
+
+// Sequences first .. first + count of the step alone: their rows keep their numbers.
+QuantizedKvStep sequences_of(QuantizedKvStep step, int32_t first, int32_t count) {
+  step.num_sequences = count;
+  step.cu_q_lens += first;
+  step.kv_lens += first;
+  step.page_table += int64_t{first} * step.page_table_stride;
+  return step;
+}
+SageTiles tiles_of(SageTiles tiles, const QuantizedKv& cache, int32_t first) {
+  const int64_t tile_bytes = int64_t{kTileTokens} * quantized_kv_dim(cache.head_dim);
+  const int64_t tails = int64_t{first} * cache.num_kv_heads;
+  tiles.queries += first * tile_bytes;
+  tiles.query_scales += first * kTileTokens;
+  tiles.tail_keys += tails * tile_bytes;
+  tiles.tail_values += tails * tile_bytes;
+  tiles.tail_scales += tails * kTileScales;
+  tiles.page_table += int64_t{first} * tiles.page_table_stride;
+  return tiles;
+}
+
+}  // namespace
+
+size_t quantized_kv_prefill_workspace_bytes(const QuantizedKv& cache, const QuantizedKvStep& step,
+                                            int32_t sequences_at_once) {
   size_t bytes = 0;
-  quantized_kv_tiles(cache, step, nullptr, &bytes);
+  quantized_kv_tiles(cache, step, sequences_at_once, nullptr, &bytes);
   return bytes;
 }
 
 cudaError_t prefill_from_quantized_kv(const PrefillFromQuantizedKv& args, void* workspace,
-                                      cudaStream_t stream) {
+                                      size_t workspace_bytes, cudaStream_t stream) {
   const QuantizedKv& cache = args.cache;
   const QuantizedKvStep& step = args.step;
   if (step.num_sequences == 0 || step.max_q_len == 0) return cudaSuccess;
   Problem p{};
   p.out = {args.out, 0, args.out_stride, cache.head_dim};
-  p.cu_q_lens = step.cu_q_lens;
-  p.kv_lens = step.kv_lens;
-  p.batch = step.num_sequences;
   p.num_heads = cache.num_heads;
   p.num_kv_heads = cache.num_kv_heads;
   p.head_dim = cache.head_dim;
@@ -54,13 +83,29 @@ cudaError_t prefill_from_quantized_kv(const PrefillFromQuantizedKv& args, void* 
   p.max_kv_len = step.max_kv_len;
   p.causal = true;
   p.bf16 = cache.type == Element::kBF16;
-  if (cache.int4_keys ||
-      quantized_kv_refusal(cache.num_heads, cache.num_kv_heads, cache.head_dim) != nullptr ||
-      sage2_sm90_refusal(p) != nullptr) {
+  int32_t at_once = step.num_sequences;
+  const auto bytes = [&] { return quantized_kv_prefill_workspace_bytes(cache, step, at_once); };
+  while (at_once > 1 && bytes() > workspace_bytes) at_once = (at_once + 1) / 2;
+  size_t used = 0;
+  const SageTiles tiles = quantized_kv_tiles(cache, step, at_once, workspace, &used);
+  if (used > workspace_bytes ||
+      quantized_kv_refusal(cache.num_heads, cache.num_kv_heads, cache.head_dim) != nullptr) {
     return cudaErrorInvalidValue;
   }
-  size_t bytes = 0;
-  return sage2_sm90_attend(p, quantized_kv_tiles(cache, step, workspace, &bytes), stream);
+  for (int32_t first = 0; first < step.num_sequences; first += at_once) {
+    const QuantizedKvStep part =
+        sequences_of(step, first, std::min(at_once, step.num_sequences - first));
+    p.cu_q_lens = part.cu_q_lens;
+    p.kv_lens = part.kv_lens;
+    p.batch = part.num_sequences;
+    if (sage2_sm90_refusal(p) != nullptr) return cudaErrorInvalidValue;
+    const SageTiles part_tiles = tiles_of(tiles, cache, first);
+    cudaError_t error = cudaSuccess;
+    if (cache.int4_keys) error = unpack_int4_pages(cache, part, part_tiles, stream);
+    if (error == cudaSuccess) error = sage2_sm90_attend(p, part_tiles, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace sagelm::kernels

@@ -67,8 +67,6 @@ struct AppendToQuantizedKv {
   void* qkv = nullptr;               // [rows, (num_heads + 2 * num_kv_heads) * head_dim]
   const float* rotations = nullptr;  // [positions][2][head_dim / 2] (kernels/ops/rope_append.h)
   bool smooth_k = true;              // false: the means of first pages are zeros
-  bool rotate_keys = false;          // the key columns of qkv in place too, for an attention that
-                                     // reads keys there; they stay as they were otherwise
   // For prefill_from_quantized_kv:
   void* prefill = nullptr;     // its workspace
   float softmax_scale = 0.0f;  // not 0 then
@@ -79,33 +77,26 @@ struct AppendToQuantizedKv {
 // past them. Pages depend on the tokens alone, not on how they were cut into steps. One launch, two
 // where a page fills, three where a first page does.
 //
-// With a workspace of prefill_from_quantized_kv (pages of INT8 keys only) qkv stays as it is, and
-// the workspace gets the rotated queries in INT8 and a quantized copy of every tail: one launch,
-// two where a sequence had no full page.
+// With a workspace of prefill_from_quantized_kv qkv stays as it is, and the workspace gets the
+// queries, rotated by their positions, in INT8 and a copy of every tail as a page of INT8 keys: one
+// launch, two where a sequence had no full page.
 cudaError_t append_to_quantized_kv(const AppendToQuantizedKv& args, cudaStream_t stream);
 
 // Causal attention of the step's rows over the cache by the sage2 kernel, which reads the pages as
-// they lie: for steps of many rows. Its workspace holds what the step's append left for it.
+// they lie, but for INT4 keys: those are first unpacked to INT8, one scale for 32 keys, still
+// rotated by their Hadamard matrix, as queries and tails then are too. For steps of many rows.
+// Its workspace begins with what the step's append left there; if it has no room for the unpacked
+// keys of all sequences, it takes fewer at once.
 struct PrefillFromQuantizedKv {
-  QuantizedKv cache;  // of INT8 keys
+  QuantizedKv cache;
   QuantizedKvStep step;
   void* out = nullptr;  // row i at out + i * out_stride: [num_heads][head_dim]
   int64_t out_stride = 0;
 };
-size_t quantized_kv_prefill_workspace_bytes(const QuantizedKv& cache, const QuantizedKvStep& step);
+size_t quantized_kv_prefill_workspace_bytes(const QuantizedKv& cache, const QuantizedKvStep& step,
+                                            int32_t sequences_at_once = 1);
 cudaError_t prefill_from_quantized_kv(const PrefillFromQuantizedKv& args, void* workspace,
-                                      cudaStream_t stream);
-
-// The cached keys (the mean added again) and values of every sequence as plain tensors, for an
-// attention that reads those: steps of many rows that do not begin their sequences.
-struct ExpandQuantizedKv {
-  QuantizedKv cache;
-  QuantizedKvStep step;
-  const int32_t* cu_kv_lens = nullptr;  // [num_sequences + 1], on the device
-  void* keys = nullptr;                 // [cu_kv_lens[num_sequences], num_kv_heads, head_dim]
-  void* values = nullptr;
-};
-cudaError_t expand_quantized_kv(const ExpandQuantizedKv& args, cudaStream_t stream);
+                                      size_t workspace_bytes, cudaStream_t stream);
 
 struct DecodeFromQuantizedKv {
   QuantizedKv cache;

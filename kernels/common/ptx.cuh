@@ -74,6 +74,14 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                : "memory");
 }
 
+// An 8 x 8 matrix of 16-bit elements, whose row g thread 4g + c has columns 2c and 2c + 1 of, the
+// other way round.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // d += a b, 16 x 8 x 16 halves.
 template <bool kBf16>
 __device__ __forceinline__ void multiply_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,

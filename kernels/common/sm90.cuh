@@ -110,6 +110,18 @@ __device__ inline void set_fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// A position in a ring of stages, with the parity of its next full barrier.
+struct RingCursor {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 // wgmma
 
 enum class Swizzle : uint32_t { k128B = 1, k64B = 2, k32B = 3 };
@@ -151,6 +163,11 @@ __device__ inline void pin(float (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 template <int kCount>
+__device__ inline void pin(uint32_t (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(values[i])::"memory");
+}
+template <int kCount>
 __device__ inline void pin(int32_t (&values)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(values[i])::"memory");
@@ -159,7 +176,7 @@ __device__ inline void pin(int32_t (&values)[kCount]) {
 // Products of a warp group. kFirst: the accumulator starts from zero, and its old contents are dead
 // (reading them here would tie the next product to this one's registers and serialise both).
 
-// The operands %0 .. %31 or %0 .. %63 of an instruction, as its text names them, and their
+// The operands %0 .. %31 (.. %63, %95, %127) of an instruction, as its text names them, and their
 // registers d[0] .. bound by `constraint`.
 #define SAGELM_TEXT_32                       \
   "{%0, %1, %2, %3, %4, %5, %6, %7, "        \
@@ -172,6 +189,18 @@ __device__ inline void pin(int32_t (&values)[kCount]) {
   "%40, %41, %42, %43, %44, %45, %46, %47, "   \
   "%48, %49, %50, %51, %52, %53, %54, %55, "   \
   "%56, %57, %58, %59, %60, %61, %62, %63"
+#define SAGELM_TEXT_96                         \
+  SAGELM_TEXT_64                               \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, " \
+  "%72, %73, %74, %75, %76, %77, %78, %79, "   \
+  "%80, %81, %82, %83, %84, %85, %86, %87, "   \
+  "%88, %89, %90, %91, %92, %93, %94, %95"
+#define SAGELM_TEXT_128                              \
+  SAGELM_TEXT_96                                     \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, "   \
+  "%104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, " \
+  "%120, %121, %122, %123, %124, %125, %126, %127"
 #define SAGELM_BIND_8(constraint, i)                                                  \
   constraint(d[i]), constraint(d[i + 1]), constraint(d[i + 2]), constraint(d[i + 3]), \
       constraint(d[i + 4]), constraint(d[i + 5]), constraint(d[i + 6]), constraint(d[i + 7])
@@ -179,6 +208,8 @@ __device__ inline void pin(int32_t (&values)[kCount]) {
   SAGELM_BIND_8(constraint, i), SAGELM_BIND_8(constraint, i + 8), \
       SAGELM_BIND_8(constraint, i + 16), SAGELM_BIND_8(constraint, i + 24)
 #define SAGELM_BIND_64(constraint) SAGELM_BIND_32(constraint, 0), SAGELM_BIND_32(constraint, 32)
+#define SAGELM_BIND_96(constraint) SAGELM_BIND_64(constraint), SAGELM_BIND_32(constraint, 64)
+#define SAGELM_BIND_128(constraint) SAGELM_BIND_96(constraint), SAGELM_BIND_32(constraint, 96)
 
 // D[64 x 128] (+)= A[64 x 32] B[128 x 32]^T, INT8, A and B in shared memory.
 template <bool kFirst>
@@ -261,6 +292,28 @@ __device__ inline void wgmma_half(float (&d)[64], uint64_t a, uint64_t b) {
   }
 }
 
+// D[64 x 256] (+)= A[64 x 16] B[256 x 16]^T, likewise; from zero unless accumulate.
+template <bool kBf16>
+__device__ inline void wgmma_half(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32%131%131 " SAGELM_TEXT_128
+      "}, %128, %129, accumulate, 1, 1, 0, 0;\n}"
+      : SAGELM_BIND_128("+f")
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "C"(HalfType<kBf16>::kName));
+}
+
+// D[64 x 192] (+)= A[64 x 16] B[192 x 16]^T, likewise.
+template <bool kBf16>
+__device__ inline void wgmma_half(float (&d)[96], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %98, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32%99%99 " SAGELM_TEXT_96
+      "}, %96, %97, accumulate, 1, 1, 0, 0;\n}"
+      : SAGELM_BIND_96("+f")
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "C"(HalfType<kBf16>::kName));
+}
+
 // D[64 x 128] (+)= A[64 x 16] B[16 x 128], FP16 or BF16, A in registers, B in shared memory with
 // the rows of wgmma_descriptor_rows; from zero unless accumulate.
 template <bool kBf16>
@@ -290,8 +343,12 @@ __device__ inline void wgmma_half_rows(float (&d)[32], const uint32_t* a, uint64
 
 #undef SAGELM_TEXT_32
 #undef SAGELM_TEXT_64
+#undef SAGELM_TEXT_96
+#undef SAGELM_TEXT_128
 #undef SAGELM_BIND_8
 #undef SAGELM_BIND_32
 #undef SAGELM_BIND_64
+#undef SAGELM_BIND_96
+#undef SAGELM_BIND_128
 
 }  // namespace sagelm::kernels::sm90

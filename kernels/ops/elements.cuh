@@ -63,6 +63,11 @@ __device__ inline void store(T* to, const float (&x)[N]) {
   *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
+// silu(gate) * up, alike in the kernels that compute it for many rows.
+__device__ inline float gated(float gate, float up) {
+  return up * __fdividef(gate, 1.0f + __expf(-gate));
+}
+
 // Combines a value of every thread of the block, in an order that depends on the block's size only;
 // every thread gets the result. shared: 32 values, not read or written by others around the call.
 template <typename T, typename Combine>

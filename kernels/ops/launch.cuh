@@ -31,20 +31,35 @@ inline bool overlaps_kernels() {
 
 // Launches kernel so that on Hopper and later it may start while the kernel before it on the stream
 // is ending: it has to call wait_for_previous_kernel() before it touches what others write.
+// Blocks come in clusters of so many.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_with_memory(void (*kernel)(Parameters...), dim3 grid, unsigned threads,
-                               size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+cudaError_t launch_clusters(void (*kernel)(Parameters...), dim3 grid, unsigned cluster,
+                            unsigned threads, size_t shared_bytes, cudaStream_t stream,
+                            Arguments&&... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = overlaps_kernels() ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (overlaps_kernels()) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {cluster, 1, 1};
+  }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// Likewise, each block on its own.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_with_memory(void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                               size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+  return launch_clusters(kernel, grid, 1, threads, shared_bytes, stream,
+                         std::forward<Arguments>(arguments)...);
 }
 
 // Likewise, without dynamic shared memory.

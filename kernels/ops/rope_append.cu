@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppend args) 
   const int head = task / packs;
   const int i = (task - head * packs) * N;
   const int64_t row = blockIdx.x;
-  T* at = static_cast<T*>(args.qkv) + (row * heads + head) * args.head_dim + i;
+  T* at = static_cast<T*>(args.qkv) + row * args.row_stride +
+          static_cast<int64_t>(head) * args.head_dim + i;
   float a[N], b[N];
   load(at, a);
   load(at + half, b);
@@ -31,8 +32,10 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppend args) 
     load(angle + i, cosine);
     load(angle + half + i, sine);
     rotate_pairs(a, b, cosine, sine);
-    store(at, a);
-    store(at + half, b);
+    if (head < args.num_heads || args.rotate_keys) {
+      store(at, a);
+      store(at + half, b);
+    }
   }
   if (head < args.num_heads) return;
   const bool is_key = head < args.num_heads + args.num_kv_heads;
@@ -59,8 +62,12 @@ __global__ void fill_rotations_kernel(const float* inverse_frequencies, int half
 
 }  // namespace
 
-cudaError_t rope_append(const RopeAppend& args, cudaStream_t stream) {
-  if (args.rows == 0) return cudaSuccess;
+cudaError_t rope_append(const RopeAppend& call, cudaStream_t stream) {
+  if (call.rows == 0) return cudaSuccess;
+  RopeAppend args = call;
+  if (args.row_stride == 0) {
+    args.row_stride = int64_t{args.num_heads + 2 * args.num_kv_heads} * args.head_dim;
+  }
   return with_half_type(args.type, [&](auto element) {
     using T = decltype(element);
     const int half = args.head_dim / 2;

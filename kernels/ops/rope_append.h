@@ -13,6 +13,7 @@ namespace sagelm::kernels {
 struct RopeAppend {
   Element type = Element::kF16;  // 16 bits; of qkv, keys and values
   void* qkv = nullptr;           // [rows, (num_heads + 2 * num_kv_heads) * head_dim]
+  int64_t row_stride = 0;        // elements; 0: that many
   int64_t rows = 0;
   int32_t num_heads = 0;
   int32_t num_kv_heads = 0;
@@ -22,10 +23,12 @@ struct RopeAppend {
   const float* rotations = nullptr;    // [positions][2][head_dim / 2], as fill_rotations makes them
   void* keys = nullptr;                // of one layer: [slots, num_kv_heads, head_dim]
   void* values = nullptr;
+  bool rotate_keys = true;  // in place too; else their columns stay as they are
 };
 
-// Rotates the query and key columns in place, pairs (x[i], x[i + head_dim / 2]) in float32, and
-// stores the rotated keys and the values at each row's slot. All starts on 16-byte boundaries.
+// Rotates the query columns in place, pairs (x[i], x[i + head_dim / 2]) in float32, and stores
+// rotated keys and values at each row's slot. All starts on 16-byte boundaries. With no KV heads it
+// only rotates.
 cudaError_t rope_append(const RopeAppend& args, cudaStream_t stream);
 
 // Cosine, then sine of the float32 product position * inverse_frequencies[i] (rounded before the

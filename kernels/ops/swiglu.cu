@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(const T* gate_up, int6
   load(gate_up + row * 2 * cols + i, gate);
   load(gate_up + row * 2 * cols + cols + i, up);
 #pragma unroll
-  for (int e = 0; e < N; ++e) up[e] *= gate[e] / (1.0f + __expf(-gate[e]));
+  for (int e = 0; e < N; ++e) up[e] = gated(gate[e], up[e]);
   store(out + row * cols + i, up);
 }
 

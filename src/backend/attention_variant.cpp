@@ -82,8 +82,10 @@ AttentionVariant parse_attention_variant(std::string_view name) {
   std::string known;
   for (const VariantRow& row : kVariants) known.append(row.name).append(", ");
   for (const Alias& alias : kAliases) known.append(alias.name).append(", ");
-  known.resize(known.size() - 2);
-  fail_usage("unknown attention variant '{}'; known are {}", name, known);
+  fail_usage(
+      "unknown attention '{}'; known are {}for a model also sage-adaptive, or one for each layer, "
+      "separated by /",
+      name, known);
 }
 
 std::string describe_attention(const AttentionSpec& spec) {

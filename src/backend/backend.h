@@ -18,6 +18,7 @@
 #include "backend/attention_variant.h"
 #include "backend/batch.h"
 #include "backend/kv_layout.h"
+#include "backend/token_draw.h"
 #include "base/dtype.h"
 #include "base/tensor_view.h"
 
@@ -141,7 +142,9 @@ class Backend {
   virtual bool reads_kv(const AttentionShape& shape, KvType type) const = 0;
 
   // Starts a step over batch, which must outlive it: operations that take a batch take this one.
-  virtual void begin(const Batch& batch) = 0;
+  // The draws (kMostDraws at most) are those of draw(); what they refer to must outlive the step
+  // too. Batch and draws may hold names of tokens.
+  virtual void begin(const Batch& batch, std::span<const TokenDraw> draws = {}) = 0;
 
   // Does `work`, which calls operations of this step on kv and reads nothing back. What it does may
   // depend only on the number of sequences and rows, on kv and on the layers' attention: an
@@ -205,6 +208,16 @@ class Backend {
   // Log-softmax at targets[i] of row i, in double precision; the same check.
   virtual void score(Matrix logits, std::span<const int32_t> targets,
                      std::span<TokenScore> out) = 0;
+  // Draws the tokens of begin()'s draws by logits.
+  virtual void draw(Matrix logits) = 0;
+  // Once all of such a step is enqueued: the name of its first draw's token.
+  virtual int32_t drawn_name() = 0;
+  // The tokens of the step whose first name this is, as long as names of it are good; -1 where the
+  // logits were not finite. Waits for that step alone.
+  virtual void read_drawn(int32_t name, std::span<int32_t> tokens) = 0;
+  // Whether it computes while the caller goes on: then it pays to enqueue a step before the tokens
+  // of the one in front of it are read.
+  virtual bool runs_ahead() const { return false; }
   // True if every value is finite.
   virtual bool all_finite(Matrix x) = 0;
 

@@ -1,7 +1,7 @@
 #include "engine/answer.h"
 
 #include <algorithm>
-#include <limits>
+#include <iterator>
 #include <utility>
 
 namespace sagelm {
@@ -17,6 +17,9 @@ Answer::Answer(const Of& model, const GenerateOptions& options, TextCallback on_
       sampler_(options.sampling),
       stream_(options.stop) {
   end_ids_.insert(end_ids_.end(), model.eos_ids.begin(), model.eos_ids.end());
+  if (options.ignore_eos) {
+    std::ranges::copy_if(end_ids_, std::back_inserter(banned_), [](int32_t id) { return id >= 0; });
+  }
   if (model.tokenizer != nullptr) detokenizer_.emplace(*model.tokenizer);
 }
 
@@ -30,18 +33,24 @@ bool Answer::end(StopReason reason) {
   return false;
 }
 
-bool Answer::take(std::span<float> logits) {
-  const auto drawn = [this] { return static_cast<int64_t>(result_->ids.size()); };
-  if (drawn() >= options_.max_tokens) return end(StopReason::kMaxTokens);
+bool Answer::wants_token() {
+  if (options_.max_tokens == 0) return end(StopReason::kMaxTokens);
   if (static_cast<int64_t>(ids_->size()) >= context_) return end(StopReason::kContextFull);
-  if (options_.ignore_eos) {
-    for (const int32_t id : end_ids_) {
-      if (id >= 0 && static_cast<size_t>(id) < logits.size()) {
-        logits[static_cast<size_t>(id)] = -std::numeric_limits<float>::infinity();
-      }
-    }
-  }
-  const int32_t id = sampler_.sample(logits, *ids_);
+  return true;
+}
+
+TokenDraw Answer::next_draw(int64_t row, std::optional<int32_t> name) {
+  TokenDraw draw = sampler_.next(*ids_, name);
+  draw.row = row;
+  draw.banned = banned_;
+  return draw;
+}
+
+bool Answer::may_go_on() const {
+  return drawn() + 1 < options_.max_tokens && static_cast<int64_t>(ids_->size()) + 1 < context_;
+}
+
+bool Answer::take(int32_t id) {
   if (std::find(end_ids_.begin(), end_ids_.end(), id) != end_ids_.end()) {
     return end(StopReason::kEndOfSequence);
   }
@@ -51,7 +60,8 @@ bool Answer::take(std::span<float> logits) {
     return end(StopReason::kCallback);
   }
   if (stream_.stopped()) return end(StopReason::kStopString);
-  if (drawn() == options_.max_tokens) return end(StopReason::kMaxTokens);
+  if (drawn() >= options_.max_tokens) return end(StopReason::kMaxTokens);
+  if (static_cast<int64_t>(ids_->size()) >= context_) return end(StopReason::kContextFull);
   return true;
 }
 

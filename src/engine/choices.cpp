@@ -214,7 +214,7 @@ int64_t Model::Impl::run_after(std::span<const int32_t> pages, std::span<const S
   KvCache& cache = cache_for_scoring(room);
   Sequence beginning(cache);
   const auto always = [] { return true; };
-  if (!runs.empty()) prefill(beginning, pages, always);
+  if (!runs.empty()) prefill(beginning, pages, {}, always);
   int64_t tokens_run = beginning.length();
 
   for (const RunBatch& batch : batches) {
@@ -229,7 +229,7 @@ int64_t Model::Impl::run_after(std::span<const int32_t> pages, std::span<const S
       // A run longer than a step is alone in its batch; its scored tokens are in its last step.
       const int64_t before = std::max<int64_t>(0, size_of(run) - batch_tokens);
       const auto split = static_cast<size_t>(before);
-      prefill(sequences.back(), std::span(run.tokens).first(split), always);
+      prefill(sequences.back(), std::span(run.tokens).first(split), {}, always);
       steps.push_back({.sequence = &sequences.back(),
                        .tokens = std::span(run.tokens).subspan(split),
                        .next_token = run.next_token});

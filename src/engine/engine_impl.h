@@ -29,11 +29,13 @@ struct Model::Impl {
   KvType kv_type = KvType::kFp16;      // of caches made from now on
   std::optional<KvCache> score_cache;  // grows to what the largest batch of score() needed
 
-  // Runs tokens in chunks of at most batch_tokens, appending them to sequence; the logits after the
-  // last one. keep_going, if it returns false after a chunk, stops: the result is then empty.
+  // Runs tokens in chunks of at most batch_tokens, appending them to sequence; the tokens drawn by
+  // the logits after the last one. keep_going, if it returns false after a chunk, stops: there is
+  // no result then.
   template <typename KeepGoing>
-  std::vector<float> prefill(Sequence& sequence, std::span<const int32_t> tokens,
-                             const KeepGoing& keep_going);
+  std::optional<std::vector<int32_t>> prefill(Sequence& sequence, std::span<const int32_t> tokens,
+                                              std::span<const TokenDraw> draws,
+                                              const KeepGoing& keep_going);
 
   // Scores tokens[first_scored ...] given those before (first_scored >= 1) on an empty sequence,
   // in chunks likewise.
@@ -77,18 +79,24 @@ struct Model::Impl {
 };
 
 template <typename KeepGoing>
-std::vector<float> Model::Impl::prefill(Sequence& sequence, std::span<const int32_t> tokens,
-                                        const KeepGoing& keep_going) {
-  std::vector<float> logits;
+std::optional<std::vector<int32_t>> Model::Impl::prefill(Sequence& sequence,
+                                                         std::span<const int32_t> tokens,
+                                                         std::span<const TokenDraw> draws,
+                                                         const KeepGoing& keep_going) {
   const auto chunk = static_cast<size_t>(options.batch_tokens);
   while (!tokens.empty()) {
     const StepInput input{.sequence = &sequence,
                           .tokens = tokens.first(std::min(chunk, tokens.size()))};
-    logits = llama->step({&input, 1});
     tokens = tokens.subspan(input.tokens.size());
+    if (tokens.empty() && !draws.empty()) {
+      std::vector<int32_t> drawn = llama->read_drawn(llama->draw({&input, 1}, draws), draws.size());
+      if (std::ranges::min(drawn) < 0) llama->explain_not_finite({&input, 1});
+      return drawn;
+    }
+    llama->step({&input, 1});
     if (!tokens.empty() && !keep_going()) return {};
   }
-  return logits;
+  return std::vector<int32_t>();
 }
 
 }  // namespace sagelm

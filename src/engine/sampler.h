@@ -1,12 +1,14 @@
-// Logits to the next token: repeat penalty, temperature, top-k, top-p, min-p, in this order, then a
-// draw. Takes plain logits and knows nothing of the model.
+// How tokens are drawn, one after the other: what the options mean to a backend, and its random
+// numbers.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <random>
 #include <span>
 #include <vector>
 
+#include "backend/token_draw.h"
 #include "sagelm/sagelm.hpp"
 
 namespace sagelm {
@@ -18,27 +20,18 @@ class Sampler {
  public:
   explicit Sampler(const SamplingOptions& options);
 
-  // The next token. logits [vocab_size] are finite, or minus infinity for tokens that are banned,
-  // and are scaled in place; history is what the repeat penalty looks back on, oldest first. At
-  // temperature 0 the most probable token, the lowest id among equals.
-  int32_t sample(std::span<float> logits, std::span<const int32_t> history);
+  // How the token after history (oldest first) and, if it is given, the token of that name behind
+  // it is drawn. Valid until the next call.
+  TokenDraw next(std::span<const int32_t> history, std::optional<int32_t> name = {});
 
  private:
-  struct Candidate {
-    double weight;  // exp(logit - largest logit)
-    int32_t id;
-  };
-
-  void penalize(std::span<float> logits, std::span<const int32_t> history);
-  void collect(std::span<const float> logits);
   double next_uniform();  // [0, 1)
 
   SamplingOptions options_;
   // The standard fixes its output, so draws are the same on every platform; its distributions are
   // not, so next_uniform converts.
   std::mt19937_64 generator_;
-  std::vector<Candidate> candidates_;
-  std::vector<int32_t> seen_;
+  std::vector<int32_t> penalized_;
 };
 
 }  // namespace sagelm

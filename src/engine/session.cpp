@@ -1,12 +1,13 @@
-// Session: the generation loop over one growing sequence.
+// Session: answers to one growing sequence.
 #include <algorithm>
 #include <chrono>
+#include <optional>
 #include <utility>
 
 #include "base/error.h"
 #include "engine/answer.h"
+#include "engine/decoding.h"
 #include "engine/engine_impl.h"
-#include "engine/sampler.h"
 #include "sagelm/sagelm.hpp"
 
 namespace sagelm {
@@ -41,12 +42,7 @@ struct Session::Impl {
         sequence(other.sequence.fork(other.sequence.length())),
         ids(other.ids) {}
 
-  // Appends prompt and runs what has not run; the logits after its last token, or none if on_text
-  // stopped it.
-  std::vector<float> begin(std::span<const int32_t> prompt, const GenerateOptions& options,
-                           const TextCallback& on_text, Generation& result);
-  std::vector<float> run_prompt(const GenerateOptions& options, const TextCallback& on_text,
-                                Generation& result);
+  void append(std::span<const int32_t> prompt, const GenerateOptions& options, Generation& result);
   // An answer: where its tokens go and how they are drawn.
   struct Branch {
     Impl* session = nullptr;
@@ -54,8 +50,14 @@ struct Session::Impl {
     TextCallback on_text;
     Generation* result = nullptr;
   };
-  // Draws the answers of sessions of one cache, whose last token gave these logits, as one batch.
-  static void decode(std::span<const Branch> branches, std::span<const float> logits);
+  // Runs what has not run of the first session's ids and draws the answers to them as one batch.
+  // The other sessions, forks of the first, have the same ids.
+  static void answer(std::span<const Branch> branches);
+  // The tokens that are drawn by the logits after the last of ids; none if on_text stopped it.
+  std::optional<std::vector<int32_t>> run_prompt(const GenerateOptions& options,
+                                                 const TextCallback& on_text,
+                                                 std::span<const TokenDraw> draws,
+                                                 Generation& result);
 
   std::shared_ptr<Model::Impl> model;
   std::shared_ptr<KvCache> cache;  // of this session and its forks
@@ -119,10 +121,10 @@ Generation Session::generate(std::span<const int32_t> ids, const GenerateOptions
   const size_t length_before = impl_->ids.size();
   Generation result;
   try {
-    const std::vector<float> logits = impl_->begin(ids, options, on_text, result);
+    impl_->append(ids, options, result);
     const Impl::Branch branch{
         .session = impl_.get(), .options = options, .on_text = on_text, .result = &result};
-    if (!logits.empty()) Impl::decode({&branch, 1}, logits);
+    Impl::answer({&branch, 1});
   } catch (...) {
     truncate(static_cast<int64_t>(length_before));
     throw;
@@ -130,9 +132,8 @@ Generation Session::generate(std::span<const int32_t> ids, const GenerateOptions
   return result;
 }
 
-std::vector<float> Session::Impl::begin(std::span<const int32_t> prompt,
-                                        const GenerateOptions& options, const TextCallback& on_text,
-                                        Generation& result) {
+void Session::Impl::append(std::span<const int32_t> prompt, const GenerateOptions& options,
+                           Generation& result) {
   check_options(options);
   model->check_ids(prompt);
   const size_t needed = ids.size() + prompt.size();
@@ -143,14 +144,12 @@ std::vector<float> Session::Impl::begin(std::span<const int32_t> prompt,
   if (needed == 0) fail("the prompt is empty: there is nothing to continue");
   result.prompt_ids.assign(prompt.begin(), prompt.end());
   ids.insert(ids.end(), prompt.begin(), prompt.end());
-  std::vector<float> logits = run_prompt(options, on_text, result);
-  if (logits.empty()) result.stop_reason = StopReason::kCallback;
-  return logits;
 }
 
-// The logits after the last token of ids; empty if on_text stopped it.
-std::vector<float> Session::Impl::run_prompt(const GenerateOptions& options,
-                                             const TextCallback& on_text, Generation& result) {
+std::optional<std::vector<int32_t>> Session::Impl::run_prompt(const GenerateOptions& options,
+                                                              const TextCallback& on_text,
+                                                              std::span<const TokenDraw> draws,
+                                                              Generation& result) {
   const auto start = std::chrono::steady_clock::now();
   const auto length = static_cast<int64_t>(ids.size());
   if (options.prompt_logprobs) {
@@ -164,48 +163,49 @@ std::vector<float> Session::Impl::run_prompt(const GenerateOptions& options,
   // The last token must run for its logits, even if the cache holds it already.
   if (sequence.length() >= length) sequence.truncate(length - 1);
   const auto pending = std::span(ids).subspan(static_cast<size_t>(sequence.length()));
-  std::vector<float> logits = model->prefill(
-      sequence, pending, [&on_text] { return !on_text || on_text(std::string_view()); });
+  std::optional<std::vector<int32_t>> tokens = model->prefill(
+      sequence, pending, draws, [&on_text] { return !on_text || on_text(std::string_view()); });
   result.prefill_tokens = options.prompt_logprobs ? length : static_cast<int64_t>(pending.size());
   result.prefill_seconds = seconds_since(start);
-  return logits;
+  return tokens;
 }
 
-void Session::Impl::decode(std::span<const Branch> branches, std::span<const float> logits) {
-  const auto start = std::chrono::steady_clock::now();
-  Model::Impl& model = *branches.front().session->model;
-  const auto vocab = static_cast<size_t>(model.llama->config().vocab_size);
+void Session::Impl::answer(std::span<const Branch> branches) {
+  const Branch& first = branches.front();
+  Model::Impl& model = *first.session->model;
   const Answer::Of of{.tokenizer = model.tokenizer.get(),
                       .eos_ids = model.llama->config().eos_token_ids,
                       .context = model.info.context};
   std::vector<Answer> answers;
-  std::vector<size_t> going;
-  std::vector<float> drawn_from;  // sampling changes it
-  for (size_t i = 0; i < branches.size(); ++i) {
-    const Branch& branch = branches[i];
-    drawn_from.assign(logits.begin(), logits.end());
-    answers.emplace_back(of, branch.options, branch.on_text, branch.session->ids, *branch.result);
-    if (answers[i].take(drawn_from)) going.push_back(i);
+  answers.reserve(branches.size());  // what follows points into it
+  std::vector<TokenDraw> draws;
+  std::vector<DecodedAnswer> decoded;
+  for (const Branch& branch : branches) {
+    Answer& answer = answers.emplace_back(of, branch.options, branch.on_text, branch.session->ids,
+                                          *branch.result);
+    if (!answer.wants_token()) continue;
+    draws.push_back(answer.next_draw(0));
+    decoded.push_back({.answer = &answer,
+                       .sequence = &branch.session->sequence,
+                       .steps = &branch.result->decode_steps});
   }
-  std::vector<StepInput> inputs;
+  const std::optional<std::vector<int32_t>> tokens =
+      first.session->run_prompt(first.options, first.on_text, draws, *first.result);
+  if (!tokens) first.result->stop_reason = StopReason::kCallback;
+  for (const Branch& branch : branches.subspan(1)) {
+    *branch.result = *first.result;
+    branch.session->sequence = first.session->sequence.fork(first.session->sequence.length());
+  }
+  if (!tokens) return;
+
+  const auto start = std::chrono::steady_clock::now();
   model.backend->repeated_seconds();  // only what follows counts
-  while (!going.empty()) {
-    inputs.clear();
-    for (const size_t i : going) {
-      Impl& session = *branches[i].session;
-      inputs.push_back({.sequence = &session.sequence, .tokens = {&session.ids.back(), 1}});
-      ++branches[i].result->decode_steps;
-    }
-    drawn_from = model.llama->step(inputs);
-    size_t row = 0;
-    std::erase_if(going, [&](size_t i) {
-      return !answers[i].take(std::span(drawn_from).subspan(vocab * row++, vocab));
-    });
-  }
+  decode(*model.llama, model.backend->runs_ahead(), decoded, *tokens);
+  const double seconds = seconds_since(start);
   const double device_seconds = model.backend->repeated_seconds();
   for (size_t i = 0; i < branches.size(); ++i) {
     answers[i].finish();
-    branches[i].result->decode_seconds = seconds_since(start);
+    branches[i].result->decode_seconds = seconds;
     branches[i].result->decode_device_seconds = device_seconds;
   }
 }
@@ -231,11 +231,8 @@ std::vector<Generation> Model::generate_samples(std::span<const int32_t> prompt_
     if (!on_text) return {};
     return [&on_text, sample](std::string_view text) { return on_text(sample, text); };
   };
-  Generation first;
-  const std::vector<float> logits =
-      sessions.front().impl_->begin(prompt_ids, options, text_of(0), first);
-  std::vector<Generation> results(static_cast<size_t>(samples), first);
-  if (logits.empty()) return results;
+  std::vector<Generation> results(static_cast<size_t>(samples));
+  sessions.front().impl_->append(prompt_ids, options, results.front());
   while (static_cast<int64_t>(sessions.size()) < samples) {
     sessions.push_back(sessions.front().fork());
   }
@@ -247,7 +244,7 @@ std::vector<Generation> Model::generate_samples(std::span<const int32_t> prompt_
                         .result = &results[i]});
     branches[i].options.sampling.seed += i;
   }
-  Session::Impl::decode(branches, logits);
+  Session::Impl::answer(branches);
   return results;
 }
 

@@ -1,6 +1,7 @@
 #include "model/kv_cache.h"
 
 #include <map>
+#include <numeric>
 #include <utility>
 
 #include "base/error.h"
@@ -66,35 +67,50 @@ void Sequence::extend(int64_t count) {
   extend_all({&self, 1}, {&count, 1});
 }
 
-void Sequence::extend_all(std::span<Sequence* const> sequences, std::span<const int64_t> counts) {
-  if (sequences.empty()) return;
-  KvCache& cache = *sequences.front()->cache_;
-  const bool quantized = cache.quantized();
-  KvCache::Pool& open_pages = quantized ? cache.tails_ : cache.pages_;
-  // The FP16 page or tail that a sequence appends to first; null if it must take one.
-  const auto open_page = [quantized](Sequence& sequence) {
-    if (quantized) return sequence.tail_ < 0 ? nullptr : &sequence.tail_;
-    return sequence.length_ % kPageTokens == 0 ? nullptr : &sequence.pages_.back();
-  };
+int32_t* Sequence::open_page() {
+  if (cache_->quantized()) return tail_ < 0 ? nullptr : &tail_;
+  return length_ % kPageTokens == 0 ? nullptr : &pages_.back();
+}
 
+KvRoom Sequence::room_to_extend(std::span<Sequence* const> sequences,
+                                std::span<const int64_t> counts) {
   KvRoom needed;
-  int64_t tokens = 0;
   std::map<int32_t, int32_t> appended_by;  // how many of the sequences append to an open page
   for (size_t i = 0; i < sequences.size(); ++i) {
     Sequence& sequence = *sequences[i];
     if (counts[i] == 0) continue;
-    tokens += counts[i];
+    KvCache& cache = *sequence.cache_;
     const KvRoom room = kv_room(cache.type(), sequence.length_ + counts[i]);
     needed.pages += room.pages - static_cast<int64_t>(sequence.pages_.size());
-    const int32_t* open = open_page(sequence);
+    const int32_t* open = sequence.open_page();
     if (open == nullptr) {
       needed.tails += room.tails;
-    } else if (++appended_by[*open] < open_pages.owners(*open)) {
-      ++(quantized ? needed.tails : needed.pages);  // a copy; the last owner keeps the original
+    } else if (++appended_by[*open] < cache.open_pages().owners(*open)) {
+      // A copy; the last owner keeps the original.
+      ++(cache.quantized() ? needed.tails : needed.pages);
     }
   }
+  return needed;
+}
+
+bool Sequence::fit(std::span<Sequence* const> sequences, std::span<const int64_t> counts) {
+  if (sequences.empty()) return true;
+  const KvRoom needed = room_to_extend(sequences, counts);
+  const KvRoom free = sequences.front()->cache_->free_room();
+  return needed.pages <= free.pages && needed.tails <= free.tails;
+}
+
+bool Sequence::can_take_back(int64_t count) const {
+  return !cache_->quantized() || length_ / kPageTokens == (length_ + count) / kPageTokens;
+}
+
+void Sequence::extend_all(std::span<Sequence* const> sequences, std::span<const int64_t> counts) {
+  if (sequences.empty()) return;
+  KvCache& cache = *sequences.front()->cache_;
+  const KvRoom needed = room_to_extend(sequences, counts);
   const KvRoom free = cache.free_room();
   if (needed.pages > free.pages) {
+    const int64_t tokens = std::accumulate(counts.begin(), counts.end(), int64_t{0});
     fail("the KV cache is full: {} more tokens need {} pages of {} tokens, and {} of {} are free",
          tokens, needed.pages, kPageTokens, free.pages, cache.room().pages);
   }
@@ -106,11 +122,11 @@ void Sequence::extend_all(std::span<Sequence* const> sequences, std::span<const 
   for (size_t i = 0; i < sequences.size(); ++i) {
     Sequence& sequence = *sequences[i];
     if (counts[i] == 0) continue;
-    int32_t* open = open_page(sequence);
+    int32_t* open = sequence.open_page();
     if (open == nullptr) {
-      if (quantized) sequence.tail_ = cache.tails_.take();
-    } else if (open_pages.owners(*open) > 1) {
-      cache.unshare(open_pages, *open);
+      if (cache.quantized()) sequence.tail_ = cache.tails_.take();
+    } else if (cache.open_pages().owners(*open) > 1) {
+      cache.unshare(cache.open_pages(), *open);
     }
     sequence.length_ += counts[i];
     const auto pages = static_cast<size_t>(kv_room(cache.type(), sequence.length_).pages);

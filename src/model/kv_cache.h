@@ -49,6 +49,10 @@ class Sequence {
   void extend(int64_t count);
   // The same for distinct sequences of one cache: all of them, or none if it throws.
   static void extend_all(std::span<Sequence* const> sequences, std::span<const int64_t> counts);
+  // Whether extend_all would not throw.
+  static bool fit(std::span<Sequence* const> sequences, std::span<const int64_t> counts);
+  // Whether truncate undoes extend(count) to the bit: no page of a quantized cache is filled.
+  bool can_take_back(int64_t count) const;
   // A sequence of the first `length` tokens of this one, cut as truncate would cut it.
   Sequence fork(int64_t length) const;
   // Forgets the tokens from position length on. A page that is quantized stays whole or goes: if
@@ -57,6 +61,12 @@ class Sequence {
   void truncate(int64_t length);
 
  private:
+  // What extend_all takes out of the cache.
+  static KvRoom room_to_extend(std::span<Sequence* const> sequences,
+                               std::span<const int64_t> counts);
+  // The FP16 page or tail that it appends to first; null if it must take one.
+  int32_t* open_page();
+
   KvCache* cache_;
   int64_t length_ = 0;
   std::vector<int32_t> pages_;
@@ -96,6 +106,7 @@ class KvCache {
   };
 
   bool quantized() const { return is_quantized(layout_.type); }
+  Pool& open_pages() { return quantized() ? tails_ : pages_; }
   // Replaces id, which has several owners, by a copy of it.
   void unshare(Pool& pool, int32_t& id);
 

@@ -60,10 +60,18 @@ std::vector<float> copy_to_host(Backend& backend, Matrix matrix) {
   return values;
 }
 
-void check_token(int32_t token, const ModelConfig& config) {
-  if (token < 0 || token >= config.vocab_size) {
-    fail("token id {} is outside the model's vocabulary of {}", token, config.vocab_size);
+bool is_decoding(std::span<const StepInput> inputs) {
+  return std::ranges::all_of(inputs,
+                             [](const StepInput& input) { return input.tokens.size() == 1; });
+}
+
+// The last row of each sequence.
+std::vector<int32_t> last_rows(const Batch& batch) {
+  std::vector<int32_t> rows;
+  for (const SequenceChunk& sequence : batch.sequences) {
+    rows.push_back(static_cast<int32_t>(sequence.first_row + sequence.q_len - 1));
   }
+  return rows;
 }
 
 bool is_identity(std::span<const int32_t> rows, int64_t count) {
@@ -159,8 +167,7 @@ KvCache Llama::make_cache(KvType type, const KvRoom& room) {
   return KvCache(*backend_, type, config_.num_layers, config_.num_kv_heads, config_.head_dim, room);
 }
 
-Batch Llama::begin(std::span<const StepInput> inputs) {
-  advance(inputs, config_);
+Batch Llama::batch_of(std::span<const StepInput> inputs) {
   Batch batch;
   for (const StepInput& input : inputs) {
     SequenceChunk chunk;
@@ -173,6 +180,14 @@ Batch Llama::begin(std::span<const StepInput> inputs) {
     batch.sequences.push_back(chunk);
   }
   return batch;
+}
+
+void Llama::check_tokens(const Batch& batch) const {
+  for (const int32_t token : batch.tokens) {
+    if (!is_token_name(token) && (token < 0 || token >= config_.vocab_size)) {
+      fail("token id {} is outside the model's vocabulary of {}", token, config_.vocab_size);
+    }
+  }
 }
 
 Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int32_t> wanted,
@@ -245,14 +260,15 @@ template <typename Want, typename Read>
 void Llama::run(std::span<const StepInput> inputs, bool with_head, const Want& want,
                 const Read& read) {
   if (inputs.empty()) return;
-  const Batch batch = begin(inputs);
+  advance(inputs, config_);
+  const Batch batch = batch_of(inputs);
   KvStorage& kv = inputs.front().sequence->cache().storage();
   try {
     const std::vector<int32_t> wanted = want(batch);
     backend_->begin(batch);
     Matrix result;
     if (with_head) {
-      for (const int32_t token : batch.tokens) check_token(token, config_);  // embed may not run
+      check_tokens(batch);  // embed may not run
       backend_->repeat(kv, attention_, [&] { head(run_layers(batch, kv, wanted, false)); });
       result = backend_->scratch(kLogits, static_cast<int64_t>(wanted.size()), config_.vocab_size,
                                  Holds::kLogits);
@@ -280,19 +296,50 @@ void Llama::run(std::span<const StepInput> inputs, bool with_head, const Want& w
 
 std::vector<float> Llama::step(std::span<const StepInput> inputs) {
   std::vector<float> logits(inputs.size() * static_cast<size_t>(config_.vocab_size));
-  const auto last_rows = [](const Batch& batch) {
-    std::vector<int32_t> rows;
-    for (const SequenceChunk& sequence : batch.sequences) {
-      rows.push_back(static_cast<int32_t>(sequence.first_row + sequence.q_len - 1));
-    }
-    return rows;
-  };
-  // Decoding is the same work every time.
-  const bool decoding =
-      std::ranges::all_of(inputs, [](const StepInput& input) { return input.tokens.size() == 1; });
+  const bool decoding = is_decoding(inputs);  // the same work every time
   run(inputs, decoding, last_rows,
       [&](Matrix result) { backend_->read_logits(decoding ? result : head(result), logits); });
   return logits;
+}
+
+int32_t Llama::draw(std::span<const StepInput> inputs, std::span<const TokenDraw> draws) {
+  advance(inputs, config_);
+  try {
+    const Batch batch = batch_of(inputs);
+    check_tokens(batch);
+    const std::vector<int32_t> wanted = last_rows(batch);
+    KvStorage& kv = inputs.front().sequence->cache().storage();
+    backend_->begin(batch, draws);
+    const auto work = [&] { backend_->draw(head(run_layers(batch, kv, wanted, false))); };
+    if (is_decoding(inputs)) {
+      backend_->repeat(kv, attention_, work);
+    } else {
+      work();
+    }
+    return backend_->drawn_name();
+  } catch (...) {
+    roll_back(inputs);
+    throw;
+  }
+}
+
+std::vector<int32_t> Llama::read_drawn(int32_t name, size_t count) {
+  std::vector<int32_t> tokens(count);
+  backend_->read_drawn(name, tokens);
+  return tokens;
+}
+
+void Llama::explain_not_finite(std::span<const StepInput> inputs) {
+  try {
+    const Batch batch = batch_of(inputs);
+    backend_->begin(batch);
+    run_layers(batch, inputs.front().sequence->cache().storage(), last_rows(batch), true);
+  } catch (const Error&) {
+    roll_back(inputs);
+    throw;
+  }
+  roll_back(inputs);
+  fail("the logits hold NaN or Inf");
 }
 
 template <typename Function>
@@ -354,7 +401,8 @@ void Llama::score_logits(std::span<const StepInput> inputs, std::span<const int6
 }
 
 void Llama::probe_attention(const StepInput& input, const AttentionProbe& probe) {
-  const Batch batch = begin({&input, 1});
+  advance({&input, 1}, config_);
+  const Batch batch = batch_of({&input, 1});
   try {
     backend_->begin(batch);
     run_layers(batch, input.sequence->cache().storage(), {}, true, probe);

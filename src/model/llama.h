@@ -62,6 +62,17 @@ class Llama {
   // quantized cache was filled, as Sequence::truncate leaves them.
   std::vector<float> step(std::span<const StepInput> inputs);
 
+  // Appends tokens likewise and has tokens drawn by those logits (TokenDraw::row: of which input).
+  // Returns before that is done: the name of the first one. On devices that run ahead, errors may
+  // come with a later call. Inputs may hold names.
+  int32_t draw(std::span<const StepInput> inputs, std::span<const TokenDraw> draws);
+  // Waits for the tokens drawn in a step, whose first name this is; -1 for logits that were not
+  // finite.
+  std::vector<int32_t> read_drawn(int32_t name, size_t count);
+  // After that: throws Error naming the layer, if it can be found. inputs: the step's, whose
+  // sequences end with its tokens; afterwards they end before them, as step() leaves them.
+  [[noreturn]] void explain_not_finite(std::span<const StepInput> inputs);
+
   // Appends tokens likewise and scores them given all before them in their sequence: out[i][j] is
   // about inputs[i].tokens[j] for j >= max(1, first_scored[i]), earlier entries hold zeros, and
   // out[i][tokens.size()] is about next_token where that is given. So a text is scored in chunks of
@@ -80,7 +91,9 @@ class Llama {
     WeightHandle input_norm, qkv, o, post_norm, gate_up, down;
   };
 
-  Batch begin(std::span<const StepInput> inputs);
+  // Of sequences that have the inputs' tokens.
+  static Batch batch_of(std::span<const StepInput> inputs);
+  void check_tokens(const Batch& batch) const;
   // Of the batch that the backend was told to begin: returns the hidden states of the wanted rows,
   // in their order. With check, throws Error naming the first layer whose results are not finite.
   // probe may be empty.

@@ -57,6 +57,9 @@ refused 2 "sage-adaptive" info --calibration "$work/own.json"
 refused 2 "sage-adaptive" compare perplexity --file "$work/text" --attention fp16,sage2 "${own[@]}"
 refused 2 "made-up weights" info --random-weights llama-160m --attention sage-adaptive
 refused 2 "2 layers" info --attention fp16/sage2
+refused 2 "sage2, sage, for a model also sage-adaptive" info --attention sage3
+refused 2 "name the kernels" bench attention --device cpu --attention fp16,sage-adaptive
+refused 2 "name the kernels" bench attention --device cpu --attention fp16/sage2
 refused 2 "--threshold" calibrate --threshold 2
 refused 2 "--windows" calibrate --windows 2
 : >"$work/empty"

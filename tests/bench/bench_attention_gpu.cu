@@ -55,10 +55,11 @@ __global__ void fill_bytes(uint32_t* x, int64_t count, uint32_t seed) {
   }
 }
 
-__global__ void fill_floats(float* x, int64_t count, float value) {
+// Of pages that have so many words each: 0.01 as a float or, of INT4 keys, as a step around 0.
+__global__ void fill_scales(uint32_t* x, int64_t count, int page_words) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * blockDim.x) {
-    x[i] = value;
+    x[i] = i % page_words < sagelm::kernels::kQuantizedKvScales ? __float_as_uint(0.01f) : 0x3C24u;
   }
 }
 
@@ -100,21 +101,55 @@ struct Shape {
   bool causal;
 };
 
+constexpr int kDim = 128, kHeads = 32, kPage = sagelm::kernels::kTileTokens;  // of caches
+
+// A cache of made-up pages, and tails.
+class Cache {
+ public:
+  Cache(int kv_heads, int64_t pages, int64_t sequences, bool int4_keys)
+      : keys_(pages * kv_heads * kPage * kDim),
+        values_(keys_.bytes()),
+        scales_(4 * pages * kv_heads * sagelm::kernels::quantized_kv_scales(int4_keys)),
+        means_(4 * sequences * kv_heads * kDim),
+        tails_(4 * sequences * kv_heads * kPage * kDim) {
+    const auto words = static_cast<int64_t>(keys_.bytes()) / 4;
+    fill_bytes<<<1024, 256>>>(static_cast<uint32_t*>(keys_.data()), words, 3);
+    fill_bytes<<<1024, 256>>>(static_cast<uint32_t*>(values_.data()), words, 4);
+    fill_scales<<<1024, 256>>>(static_cast<uint32_t*>(scales_.data()),
+                               static_cast<int64_t>(scales_.bytes()) / 4,
+                               sagelm::kernels::quantized_kv_scales(int4_keys));
+    fill_normal<<<1024, 256>>>(static_cast<__half*>(tails_.data()),
+                               static_cast<int64_t>(tails_.bytes()) / 2, 2);
+    means_.fill(0);
+    view_.num_heads = kHeads;
+    view_.num_kv_heads = kv_heads;
+    view_.head_dim = kDim;
+    view_.int4_keys = int4_keys;
+    view_.keys = static_cast<int8_t*>(keys_.data());
+    view_.values = static_cast<uint8_t*>(values_.data());
+    view_.scales = static_cast<float*>(scales_.data());
+    view_.means = static_cast<float*>(means_.data());
+    view_.tails = tails_.data();
+  }
+  const sagelm::kernels::QuantizedKv& view() const { return view_; }
+
+ private:
+  DeviceBuffer keys_, values_, scales_, means_, tails_;
+  sagelm::kernels::QuantizedKv view_;
+};
+
+const int32_t* integers(const DeviceBuffer& x) { return static_cast<const int32_t*>(x.data()); }
+
 // One token of each of `batch` sequences of n - 64 tokens, 32 heads of 128.
 void bench_decode(int batch, int kv_heads, int n, double copy_rate) {
-  constexpr int kDim = 128, kHeads = 32, kPage = 128;
   const int length = n - 64, full = length / kPage, rest = length % kPage;
   const int64_t tiles = int64_t{batch} * full * kv_heads;
-  const int64_t tail_count = int64_t{batch} * 2 * kv_heads * kPage * kDim;
-  const int64_t mean_count = int64_t{batch} * kv_heads * kDim;
   const int64_t q_count = int64_t{batch} * kHeads * kDim;
   const auto fill = [](const DeviceBuffer& x, int64_t count, uint32_t seed) {
     fill_normal<<<1024, 256>>>(static_cast<__half*>(x.data()), count, seed);
   };
-  DeviceBuffer q(2 * q_count), o(2 * q_count), tails(2 * tail_count), means(4 * mean_count);
+  DeviceBuffer q(2 * q_count), o(2 * q_count);
   fill(q, q_count, 1);
-  fill(tails, tail_count, 2);
-  means.fill(0);
   std::vector<int32_t> table(static_cast<size_t>(batch) * full), ids(batch), starts(batch + 1);
   std::iota(table.begin(), table.end(), 0);
   std::iota(ids.begin(), ids.end(), 0);
@@ -122,26 +157,13 @@ void bench_decode(int batch, int kv_heads, int n, double copy_rate) {
   const DeviceBuffer table_device = upload_integers(table), ids_device = upload_integers(ids),
                      starts_device = upload_integers(starts),
                      lens_device = upload_integers(std::vector<int32_t>(batch, length));
-  const auto integers = [](const DeviceBuffer& x) { return static_cast<const int32_t*>(x.data()); };
   DeviceBuffer other(size_t{256} << 20);  // whatever takes the cache's place in L2
   const auto evict = [&] { cudaMemsetAsync(other.data(), 1, other.bytes()); };
 
   const auto time_quantized = [&](bool int4_keys) {
-    const int64_t floats = tiles * sagelm::kernels::quantized_kv_scales(int4_keys);
-    DeviceBuffer keys(tiles * kPage * kDim), values(tiles * kPage * kDim), scales(4 * floats);
-    fill_bytes<<<1024, 256>>>(static_cast<uint32_t*>(keys.data()), tiles * kPage * kDim / 4, 3);
-    fill_bytes<<<1024, 256>>>(static_cast<uint32_t*>(values.data()), tiles * kPage * kDim / 4, 4);
-    fill_floats<<<1024, 256>>>(static_cast<float*>(scales.data()), floats, 0.01f);
+    const Cache cache(kv_heads, int64_t{batch} * full, batch, int4_keys);
     sagelm::kernels::DecodeFromQuantizedKv args;
-    args.cache.int4_keys = int4_keys;
-    args.cache.num_heads = kHeads;
-    args.cache.num_kv_heads = kv_heads;
-    args.cache.head_dim = kDim;
-    args.cache.keys = static_cast<int8_t*>(keys.data());
-    args.cache.values = static_cast<uint8_t*>(values.data());
-    args.cache.scales = static_cast<float*>(scales.data());
-    args.cache.means = static_cast<float*>(means.data());
-    args.cache.tails = tails.data();
+    args.cache = cache.view();
     args.step.rows = args.step.num_sequences = batch;
     args.step.max_q_len = 1;
     args.step.max_kv_len = length;
@@ -203,20 +225,11 @@ void bench_decode(int batch, int kv_heads, int n, double copy_rate) {
 }
 
 // A step of n tokens behind `before` others, 32 heads of 128: the append and the attention.
-void bench_prefill(int kv_heads, int before, int n) {
-  constexpr int kDim = 128, kHeads = 32, kPage = 128;
+void bench_prefill(int kv_heads, int before, int n, bool int4_keys) {
   const int length = before + n, pages = length / kPage, heads = kHeads + 2 * kv_heads;
-  const int64_t tile_bytes = int64_t{pages + 1} * kv_heads * kPage * kDim;
   const int64_t qkv_count = int64_t{n} * heads * kDim, out_count = int64_t{n} * kHeads * kDim;
-  DeviceBuffer qkv(2 * qkv_count), rotations(int64_t{length} * kDim * 4), keys(2 * tile_bytes),
-      values(2 * tile_bytes), scales(int64_t{pages + 1} * kv_heads * 32),
-      means(4 * kv_heads * kDim), tail(int64_t{4} * kv_heads * kPage * kDim), out(2 * out_count);
+  DeviceBuffer qkv(2 * qkv_count), rotations(int64_t{length} * kDim * 4), out(2 * out_count);
   fill_normal<<<1024, 256>>>(static_cast<__half*>(qkv.data()), qkv_count, 1);
-  fill_bytes<<<1024, 256>>>(static_cast<uint32_t*>(keys.data()), tile_bytes / 4, 3);
-  fill_bytes<<<1024, 256>>>(static_cast<uint32_t*>(values.data()), tile_bytes / 4, 4);
-  fill_floats<<<1024, 256>>>(static_cast<float*>(scales.data()), int64_t{pages + 1} * kv_heads * 8,
-                             0.01f);
-  means.fill(0);
   const DeviceBuffer frequencies = upload_integers(std::vector<int32_t>(kDim / 2, 0x3C23D70A));
   check_cuda(
       sagelm::kernels::fill_rotations(static_cast<const float*>(frequencies.data()), kDim / 2,
@@ -230,16 +243,9 @@ void bench_prefill(int kv_heads, int before, int n) {
                      slots_device = upload_integers(slots), table_device = upload_integers(table),
                      starts = upload_integers({0, n}), lengths = upload_integers({length}),
                      zero = upload_integers({0});
-  const auto integers = [](const DeviceBuffer& x) { return static_cast<const int32_t*>(x.data()); };
+  const Cache cache(kv_heads, pages + 1, 1, int4_keys);
   sagelm::kernels::AppendToQuantizedKv args;
-  args.cache.num_heads = kHeads;
-  args.cache.num_kv_heads = kv_heads;
-  args.cache.head_dim = kDim;
-  args.cache.keys = static_cast<int8_t*>(keys.data());
-  args.cache.values = static_cast<uint8_t*>(values.data());
-  args.cache.scales = static_cast<float*>(scales.data());
-  args.cache.means = static_cast<float*>(means.data());
-  args.cache.tails = tail.data();
+  args.cache = cache.view();
   args.step.rows = args.step.max_q_len = n;
   args.step.max_kv_len = length;
   args.step.num_sequences = 1;
@@ -264,7 +270,8 @@ void bench_prefill(int kv_heads, int before, int n) {
   const sagelm::kernels::PrefillFromQuantizedKv prefill = {
       .cache = args.cache, .step = args.step, .out = out.data(), .out_stride = kHeads * kDim};
   const double attention_ms = median_ms([&] {
-    check_cuda(sagelm::kernels::prefill_from_quantized_kv(prefill, workspace.data(), nullptr),
+    check_cuda(sagelm::kernels::prefill_from_quantized_kv(prefill, workspace.data(),
+                                                          workspace.bytes(), nullptr),
                "prefill_from_quantized_kv");
   });
   sagelm::kernels::RopeAppend half;
@@ -287,10 +294,11 @@ void bench_prefill(int kv_heads, int before, int n) {
   const double moved = 3.0 * static_cast<double>(qkv_count);
   const double flop = 4.0 * kHeads * kDim * n * (before + 0.5 * n);
   std::printf(
-      "%6d tokens behind %6d, %2d KV heads: append %8.1fus (%5.0f GB/s; fp16 %8.1fus), attention "
+      "%6d tokens behind %6d, %2d KV heads, INT%d keys: append %8.1fus (%5.0f GB/s; fp16 %8.1fus), "
+      "attention "
       "%9.1fus (%5.0f TFLOPS)\n",
-      n, before, kv_heads, 1e3 * append_ms, moved / append_ms * 1e-6, 1e3 * half_ms,
-      1e3 * attention_ms, flop / attention_ms * 1e-9);
+      n, before, kv_heads, int4_keys ? 4 : 8, 1e3 * append_ms, moved / append_ms * 1e-6,
+      1e3 * half_ms, 1e3 * attention_ms, flop / attention_ms * 1e-9);
   std::fflush(stdout);
 }
 
@@ -336,9 +344,11 @@ int main(int argc, char** argv) {
                                     {14336, 2048},
                                     {30720, 2048},
                                     {16384, 200}}) {
-      bench_prefill(32, before, n);
+      for (const bool int4_keys : {false, true}) bench_prefill(32, before, n, int4_keys);
     }
-    for (const auto& [before, n] : {std::pair{0, 4096}, {16384, 200}}) bench_prefill(8, before, n);
+    for (const auto& [before, n] : {std::pair{0, 4096}, {16384, 200}}) {
+      bench_prefill(8, before, n, false);
+    }
     return 0;
   }
   if (decode) {

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "backend/cpu/token_draw.h"
 #include "base/error.h"
 
 namespace sagelm {
@@ -22,14 +23,19 @@ constexpr SamplingOptions kPlain{.temperature = 1.0,
                                  .repeat_last_n = 64,
                                  .seed = 7};
 
+int32_t sample(Sampler& sampler, const std::vector<float>& logits,
+               const std::vector<int32_t>& history = {}) {
+  cpu::TokenDrawer drawer;
+  return drawer.draw(logits, sampler.next(history));
+}
+
 // How often each token is drawn.
 std::vector<int> draw(const SamplingOptions& options, const std::vector<float>& logits, int count,
                       const std::vector<int32_t>& history = {}) {
   Sampler sampler(options);
   std::vector<int> counts(logits.size());
   for (int i = 0; i < count; ++i) {
-    std::vector<float> copy = logits;
-    ++counts[static_cast<size_t>(sampler.sample(copy, history))];
+    ++counts[static_cast<size_t>(sample(sampler, logits, history))];
   }
   return counts;
 }
@@ -74,8 +80,7 @@ TEST(Sampler, DrawsAreThoseOfTheStandardGenerator) {
   std::mt19937_64 expected(options.seed);
   Sampler sampler(options);
   for (int i = 0; i < 20; ++i) {
-    std::vector<float> copy = uniform;
-    EXPECT_EQ(sampler.sample(copy, {}), static_cast<int32_t>(expected() >> 61));
+    EXPECT_EQ(sample(sampler, uniform), static_cast<int32_t>(expected() >> 61));
   }
 }
 
@@ -142,8 +147,7 @@ TEST(Sampler, TopPOfALargeVocabularyIsWhatTheDefinitionSays) {
     double target = static_cast<double>(generator() >> 11) * 0x1p-53 * kept;
     size_t expected = 0;
     while (expected + 1 < count && (target -= tokens[expected].first) >= 0) ++expected;
-    std::vector<float> copy = logits;
-    ASSERT_EQ(sampler.sample(copy, {}), tokens[expected].second) << draw;
+    ASSERT_EQ(sample(sampler, logits), tokens[expected].second) << draw;
   }
 }
 

@@ -17,6 +17,7 @@ namespace sagelm::testing {
 namespace {
 
 constexpr double kSeconds = 10;
+constexpr int kMostCases = 150;
 constexpr int kMostKeys = 4097;
 
 struct Kernel {
@@ -38,6 +39,8 @@ constexpr Kernel kKernels[] = {
 // Of what few values may be off the level of many, and one row off the level of all.
 constexpr double kFew = 2.5;
 constexpr double kOneRow = 8;
+// Keys of 4 bits leave single rows, and the log-sum-exp, further off than they leave most.
+constexpr double kOneRow4b = 16;
 
 // Sums over the rows of a call beside the same rows of another.
 struct Difference {
@@ -126,7 +129,7 @@ TEST_F(AttentionSweepGpu, EveryKernelAgreesWithFloat64) {
   const TimeLimit limit(kSeconds);
   int cases = 0;
   std::array<double, std::size(kKernels)> highest{}, highest_row{};
-  for (; !limit.passed() && !HasFailure(); ++cases) {
+  for (; cases < kMostCases && !limit.passed() && !HasFailure(); ++cases) {
     const GpuShape shape = random_shape(sweep);
     const std::string where = "seed " + std::to_string(seed) + ", case " + std::to_string(cases) +
                               ", layout " + std::to_string(static_cast<int>(shape.layout)) +
@@ -145,13 +148,14 @@ TEST_F(AttentionSweepGpu, EveryKernelAgreesWithFloat64) {
           kernel.relative_l1[static_cast<size_t>(shape.inputs)] + (shape.bf16 ? 4e-3 : 0.0);
       const GpuError error = measure_error(call, 2);
       EXPECT_LE(error.relative_l1, few * level) << kernel.name << ", " << where;
-      const double wide = kernel.variant == SAGELM_ATTENTION_SAGE2_4B ? 4.0 : 1.0;
+      const bool four_bits = kernel.variant == SAGELM_ATTENTION_SAGE2_4B;
+      const double wide = four_bits ? 4.0 : 1.0;
       EXPECT_LE(error.max_lse, wide * (shape.inputs == GpuInputs::kHeavyTailed ? 1.5 : 0.3))
           << kernel.name << ", " << where;
       const Difference difference = compare(call, reference);
       EXPECT_LE(difference.relative_l1, few * level) << kernel.name << ", " << where;
       if (shape.head_dim >= 40) {  // fewer values say little of a row
-        EXPECT_LE(difference.worst_row, kOneRow * level)
+        EXPECT_LE(difference.worst_row, (four_bits ? kOneRow4b : kOneRow) * level)
             << kernel.name << ", " << difference.where << ", " << where;
         highest_row[k] = std::max(highest_row[k], difference.worst_row / level);
       }

@@ -173,37 +173,6 @@ TEST_F(CacheGpu, PagesAreWhatTheRecipeSaysHoweverTheTokensCome) {
   }
 }
 
-TEST_F(CacheGpu, KeyColumnsAreRotatedInPlaceOnRequest) {
-  for (const KvShape& shape : kShapes) {
-    GpuQuantizedKv plain(shape, {300, 20}), rotating(shape, {300, 20});
-    for (const std::vector<int>& counts : {std::vector<int>{50, 10}, {250, 10}}) {
-      plain.append(counts);
-      rotating.append(counts, true);
-      for (int sequence = 0; sequence < 2; ++sequence) {
-        const int count = counts[static_cast<size_t>(sequence)];
-        for (int i = 0; i < count; ++i) {
-          const int position = plain.length(sequence) - count + i;
-          for (int c = 0; c < shape.kv_heads * shape.dim; ++c) {
-            const int column = shape.heads * shape.dim + c;
-            const int head = c / shape.dim, channel = c % shape.dim;
-            ASSERT_EQ(plain.qkv(sequence, i, column), plain.row(sequence, position, column));
-            ASSERT_EQ(rotating.qkv(sequence, i, column),
-                      plain.token(sequence, position, 0, head, channel));
-          }
-        }
-      }
-    }
-    for (int head = 0; head < shape.kv_heads; ++head) {
-      for (int i = 0; i < 2; ++i) {
-        EXPECT_EQ(rotating.page(0, i, head), plain.page(0, i, head)) << name(shape);
-      }
-      for (int t = 0; t < 300 - 2 * kPage; ++t) {
-        EXPECT_EQ(rotating.tail(0, t, 0, head, 1), plain.tail(0, t, 0, head, 1)) << name(shape);
-      }
-    }
-  }
-}
-
 TEST_F(CacheGpu, PagesAreTilesOfThePrefillQuantizer) {
   for (const KvShape& shape : kShapes) {
     if (shape.int4_keys) continue;
@@ -404,7 +373,8 @@ TEST_F(CacheGpu, OneKeyFarBackDominates) {
 TEST_F(CacheGpu, DecodeThatAppendsIsTheSame) {
   for (const KvShape& shape :
        {KvShape{Element::kF16, 4, 4, 128}, KvShape{Element::kBF16, 8, 2, 128},
-        KvShape{Element::kF16, 3, 1, 64}}) {
+        KvShape{Element::kF16, 3, 1, 64}, KvShape{Element::kF16, 4, 2, 128, true},
+        KvShape{Element::kBF16, 3, 1, 64, true}}) {
     const std::vector<int> lengths = {2, 18, 1100, 130, 3000};
     GpuQuantizedKv apart(shape, lengths), at_once(shape, lengths);
     for (GpuQuantizedKv* cache : {&apart, &at_once}) cache->append({0, 15, 1097, 128, 2997});
@@ -441,58 +411,6 @@ TEST_F(CacheGpu, SequenceDoesNotDependOnItsNeighbours) {
   const std::vector<std::byte> both = together.decode().raw, one = alone.decode().raw;
   EXPECT_TRUE(std::equal(one.begin(), one.end(), both.begin()));
   EXPECT_EQ(together.decode().raw, both);
-}
-
-// As plain tensors: a tail exactly, pages up to what integer keys and e4m3 values lose.
-TEST_F(CacheGpu, ExpandsToPlainTensors) {
-  for (const KvShape& shape :
-       {KvShape{Element::kF16, 4, 2, 128}, KvShape{Element::kBF16, 2, 1, 64},
-        KvShape{Element::kF16, 2, 2, 96}, KvShape{Element::kF16, 4, 2, 128, true},
-        KvShape{Element::kBF16, 2, 1, 48, true}}) {
-    const std::vector<int> lengths = {300, 128, 6};
-    GpuQuantizedKv cache(shape, lengths);
-    cache.append({100, 100, 5});
-    cache.append({200, 28, 1});
-    kernels::ExpandQuantizedKv args;
-    args.cache = cache.decode_args().cache;
-    args.step = cache.decode_args().step;
-    const std::vector<int32_t> starts = {0, 300, 428, 434};
-    const DeviceBuffer starts_device = upload_integers(starts);
-    args.cu_kv_lens = static_cast<const int32_t*>(starts_device.data());
-    const auto row = static_cast<size_t>(shape.kv_heads * shape.dim);
-    std::vector<uint16_t> host[2];
-    const DeviceBuffer keys(2 * 434 * row), values(2 * 434 * row);
-    args.keys = keys.data();
-    args.values = values.data();
-    expect_done(kernels::expand_quantized_kv(args, nullptr), "expand_quantized_kv");
-    for (int which = 0; which < 2; ++which) {
-      host[which].resize(434 * row);
-      (which == 0 ? keys : values).download(host[which].data(), 2 * host[which].size());
-      double difference = 0, magnitude = 0;
-      for (int sequence = 0; sequence < 3; ++sequence) {
-        const auto index = static_cast<size_t>(sequence);
-        for (int position = 0; position < lengths[index]; ++position) {
-          for (int column = 0; column < static_cast<int>(row); ++column) {
-            const uint16_t bits = host[which][static_cast<size_t>(starts[index] + position) * row +
-                                              static_cast<size_t>(column)];
-            const double actual =
-                shape.type == Element::kF16 ? half_to_float(bits) : bfloat16_to_float(bits);
-            const double expected =
-                cache.token(sequence, position, which, column / shape.dim, column % shape.dim);
-            if (position >= lengths[index] / kPage * kPage) {
-              ASSERT_EQ(actual, expected) << name(shape);
-            } else {
-              difference += std::abs(actual - expected);
-              magnitude += std::abs(expected);
-            }
-          }
-        }
-      }
-      const double keys_bound = shape.int4_keys ? 0.15 : 0.02;
-      EXPECT_LE(difference, (which == 0 ? keys_bound : 0.04) * magnitude) << name(shape);
-      EXPECT_GT(difference, 0);
-    }
-  }
 }
 
 TEST_F(CacheGpu, RefusesWhatItCannotDo) {

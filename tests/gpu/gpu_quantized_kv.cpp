@@ -227,17 +227,13 @@ void GpuQuantizedKv::prepare(const std::vector<int>& counts) {
   qkv_ = GpuArray(shape_.type, std::move(rows));
 }
 
-void GpuQuantizedKv::append(const std::vector<int>& counts, bool rotate_keys) {
-  kernels::AppendToQuantizedKv args = append_args(counts);
-  args.rotate_keys = rotate_keys;
-  run(args);
-}
+void GpuQuantizedKv::append(const std::vector<int>& counts) { run(append_args(counts)); }
 
 void GpuQuantizedKv::append_for_prefill(const std::vector<int>& counts) {
   kernels::AppendToQuantizedKv args = append_args(counts);
   args.softmax_scale = decode_args().softmax_scale;
-  prefill_workspace_ =
-      DeviceBuffer(kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step));
+  prefill_workspace_ = DeviceBuffer(
+      kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step, sequences_));
   prefill_workspace_.fill(0xFF);
   args.prefill = prefill_workspace_.data();
   run(args);
@@ -259,14 +255,16 @@ void GpuQuantizedKv::run(const kernels::AppendToQuantizedKv& args) {
   download();
 }
 
-GpuQuantizedKv::Output GpuQuantizedKv::prefill() const {
+GpuQuantizedKv::Output GpuQuantizedKv::prefill(int at_once) {
   const auto columns = static_cast<size_t>(shape_.heads * shape_.dim);
   const GpuArray out(shape_.type, static_cast<size_t>(step_.rows) * columns);
   const kernels::PrefillFromQuantizedKv args = {.cache = decode_args().cache,
                                                 .step = step_,
                                                 .out = out.data(),
                                                 .out_stride = static_cast<int64_t>(columns)};
-  expect_done(kernels::prefill_from_quantized_kv(args, prefill_workspace_.data(), nullptr),
+  const size_t bytes =
+      kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step, at_once);
+  expect_done(kernels::prefill_from_quantized_kv(args, prefill_workspace_.data(), bytes, nullptr),
               "prefill_from_quantized_kv");
   return {out.download(), out.raw(), {}};
 }
@@ -277,7 +275,6 @@ void GpuQuantizedKv::download() {
   host_scales_ = read<float>(scales_);
   host_means_ = read<float>(mean_memory_);
   host_tails_ = read<uint16_t>(tail_memory_);
-  qkv_rows_ = qkv_.download();
 }
 
 kernels::DecodeFromQuantizedKv GpuQuantizedKv::decode_args() const {
@@ -413,18 +410,6 @@ double GpuQuantizedKv::tail(int sequence, int place, int which, int kv_head, int
       (int64_t{tails_[static_cast<size_t>(sequence)]} * 2 + which) * shape_.kv_heads + kv_head;
   return from_bits(shape_.type,
                    host_tails_[static_cast<size_t>((head * kPage + place) * shape_.dim + channel)]);
-}
-
-double GpuQuantizedKv::qkv(int sequence, int query, int column) const {
-  const auto row = static_cast<size_t>(cu_q_lens_[static_cast<size_t>(sequence)] + query);
-  return qkv_rows_[row * shape_.width() + static_cast<size_t>(column)];
-}
-
-double GpuQuantizedKv::row(int sequence, int position, int column) const {
-  const size_t at = static_cast<size_t>(position) * shape_.width() + static_cast<size_t>(column);
-  const float value = rows_[static_cast<size_t>(sequence)][at];
-  return shape_.type == kernels::Element::kF16 ? half_to_float(float_to_half(value))
-                                               : bfloat16_to_float(float_to_bfloat16(value));
 }
 
 GpuQuantizedKv::Row GpuQuantizedKv::oracle(int sequence, int query_index, int head) const {

@@ -41,13 +41,9 @@ class GpuQuantizedKv {
                  int fact = -1);
 
   // One step: counts[i] more tokens of sequence i.
-  void append(const std::vector<int>& counts, bool rotate_keys = false);
+  void append(const std::vector<int>& counts);
   // The same, for prefill().
   void append_for_prefill(const std::vector<int>& counts);
-  // Of the last step's QKV as the append left it.
-  double qkv(int sequence, int query, int column) const;
-  // Of the rows as they were.
-  double row(int sequence, int position, int column) const;
 
   struct Output {
     std::vector<double> out;  // [rows][heads][dim]
@@ -56,8 +52,10 @@ class GpuQuantizedKv {
   };
   // Of the last step's queries.
   Output decode() const;
-  // Likewise after append_for_prefill, without lse.
-  Output prefill() const;
+  // Likewise after append_for_prefill, without lse. at_once: sequences whose INT4 keys the
+  // workspace has room for.
+  Output prefill(int at_once);
+  Output prefill() { return prefill(sequences_); }
   // A step and its output (without lse), by the one kernel that does both.
   Output append_and_decode(const std::vector<int>& counts);
 
@@ -65,8 +63,8 @@ class GpuQuantizedKv {
     std::vector<double> out, magnitudes;  // magnitudes: sum of P |V|
     double lse = 0;
   };
-  // In float64 from what the device holds, with INT8 queries for pages, as the kernel has them;
-  // query: of the last step.
+  // In float64 from what the device holds, with INT8 queries for pages, as the decode kernel has
+  // them; query: of the last step.
   Row oracle(int sequence, int query, int head) const;
   // Of head 0 of sequence 0's last query, by the FP16 kernel over plain FP16 tokens.
   std::vector<double> with_fp16_cache() const;
@@ -128,7 +126,6 @@ class GpuQuantizedKv {
   std::vector<float> host_scales_, host_means_;
   std::vector<uint16_t> host_tails_;
   GpuArray rotations_;
-  std::vector<double> qkv_rows_;  // of the last step, [rows][width]
 
   // Of the last step.
   kernels::QuantizedKvStep step_;

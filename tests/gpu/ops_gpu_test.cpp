@@ -392,6 +392,29 @@ TEST_P(HalfOpsGpu, RopeAppendThroughPages) {
         }
       }
     }
+    // Rotated alone, the same columns change.
+    const GpuArray plain(GetParam(), normal_values(rows * width, 1.0f, 1));
+    kernels::RopeAppend rotation = args;
+    rotation.qkv = plain.data();
+    rotation.row_stride = static_cast<int64_t>(width);
+    rotation.num_heads += rotation.num_kv_heads;
+    rotation.num_kv_heads = 0;
+    rotation.keys = rotation.values = nullptr;
+    expect_done(kernels::rope_append(rotation, nullptr), "rope_append");
+    EXPECT_EQ(plain.raw(), qkv.raw()) << name;
+    // Appended alone, and then rotated in place, keys are the same too.
+    const GpuArray apart(GetParam(), normal_values(rows * width, 1.0f, 1));
+    const GpuArray apart_keys(GetParam(), cache_size);
+    kernels::RopeAppend append = args;
+    append.qkv = apart.data();
+    append.keys = apart_keys.data();
+    append.rotate_keys = false;
+    expect_done(kernels::rope_append(append, nullptr), "rope_append");
+    EXPECT_EQ(apart_keys.raw(), keys.raw()) << name;
+    rotation.qkv = static_cast<std::byte*>(apart.data()) + 2 * heads * dim;
+    rotation.num_heads = shape.kv_heads;
+    expect_done(kernels::rope_append(rotation, nullptr), "rope_append");
+    EXPECT_EQ(apart.raw(), qkv.raw()) << name;
     // Nothing else of the cache was touched.
     const std::vector<std::byte> raw_keys = keys.raw(), raw_values = values.raw();
     const size_t slot_bytes = kv_heads * dim * 2;

@@ -10,12 +10,11 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "backend/cpu/aligned_buffer.h"
 #include "backend/cpu/attention_kernels.h"
 #include "backend/cpu/attention_plan.h"
 #include "base/error.h"
@@ -34,29 +33,6 @@ constexpr int64_t kDecodeRows = 16;
 
 // Operations (roughly) that are worth waking one more thread for, some microseconds' worth.
 constexpr double kThreadWork = 32768;
-
-// Grows, never shrinks, keeps nothing when it grows.
-class FloatBuffer {
- public:
-  float* reserve(int64_t count) {
-    if (count > capacity_) {
-      data_.reset();
-      capacity_ = 0;
-      data_.reset(static_cast<float*>(
-          ::operator new[](static_cast<size_t>(count) * sizeof(float), kAlignment)));
-      capacity_ = count;
-    }
-    return data_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(float* p) const { ::operator delete[](p, kAlignment); }
-  };
-  std::unique_ptr<float[], Free> data_;
-  int64_t capacity_ = 0;
-};
 
 // Hands out consecutive aligned pieces; with a null base it only adds up what they need.
 class Carver {
@@ -237,8 +213,8 @@ struct Unit {  // one key/value head of one sequence
 
 // Kept between calls so that a decode step allocates nothing.
 struct Scratch {
-  FloatBuffer operands;
-  FloatBuffer workspaces;
+  AlignedBuffer<float> operands;
+  AlignedBuffer<float> workspaces;
   std::vector<Unit> units;
   std::vector<KvHead> heads;  // of units
   std::vector<QueryBlock> blocks;

@@ -55,7 +55,7 @@ double product_rate(LinearEngine& linear) {
   std::vector<float> x(kRows * kSize), out((kRows + kRowPadding) * kSize);
   for (float& value : x) value = normal(random);
   const double seconds =
-      median_seconds([&] { linear.run(x.data(), kRows, packed, out.data(), false); });
+      median_seconds([&] { linear.run(x.data(), kRows, nullptr, packed, out.data(), false); });
   return 2.0 * kRows * kSize * kSize / seconds;
 }
 

@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "backend/cpu/attention.h"
@@ -15,6 +17,7 @@
 #include "backend/cpu/kv_storage.h"
 #include "backend/cpu/linear.h"
 #include "backend/cpu/ops.h"
+#include "backend/cpu/token_draw.h"
 #include "base/dtype.h"
 #include "base/error.h"
 
@@ -46,7 +49,7 @@ class CpuBackend : public Backend {
   std::string device_name() const override {
     return fmt::format("cpu ({} thread{}, {} attention, {} products)", omp_get_max_threads(),
                        omp_get_max_threads() == 1 ? "" : "s", cpu::attention_isa(),
-                       linear_.uses_bf16() ? "BF16" : "F32");
+                       linear_.units());
   }
 
   int64_t weight_bytes() const override { return weight_bytes_; }
@@ -70,16 +73,14 @@ class CpuBackend : public Backend {
   }
 
   WeightHandle add_linear(std::span<const TensorView> stacked) override {
-    linears_.push_back(linear_.pack(stacked));
-    weight_bytes_ += static_cast<int64_t>(linears_.back().packed.get_desc().get_size());
-    return {static_cast<int32_t>(linears_.size()) - 1};
+    return add(linear_.pack(stacked));
   }
 
-  // Two matrices, of handles next to each other: half of one is what a core's cache holds.
+  // Two weights, of handles next to each other.
   WeightHandle add_gate_up(const TensorView& gate, const TensorView& up) override {
-    const WeightHandle handle = add_linear({&gate, 1});
-    add_linear({&up, 1});
-    return handle;
+    const auto handle = static_cast<int32_t>(linears_.size());
+    for (cpu::LinearWeight& weight : linear_.pack_gate_up(gate, up)) add(std::move(weight));
+    return {handle};
   }
 
   WeightHandle add_vector(const TensorView& tensor) override {
@@ -118,13 +119,20 @@ class CpuBackend : public Backend {
   bool reads_kv(const AttentionShape& shape, KvType type) const override {
     return type == KvType::kFp16 || reads_quantized_kv(shape.spec.variant, type);
   }
-  void begin(const Batch& /*batch*/) override {}
+  void begin(const Batch& batch, std::span<const TokenDraw> draws) override {
+    draws_ = draws;
+    positions_.resize(static_cast<size_t>(batch.rows()));
+    for (const SequenceChunk& sequence : batch.sequences) {
+      std::iota(positions_.begin() + sequence.first_row,
+                positions_.begin() + sequence.first_row + sequence.q_len, sequence.q_start());
+    }
+  }
 
   void embed(WeightHandle table, const Batch& batch, Matrix out) override {
     const Embedding& embedding = embeddings_[static_cast<size_t>(table.index)];
     const size_t row_bytes = dtype_size(embedding.dtype) * static_cast<size_t>(out.cols);
     for (int64_t row = 0; row < out.rows; ++row) {
-      const int32_t token = batch.tokens[static_cast<size_t>(row)];
+      const int32_t token = known_token(batch.tokens[static_cast<size_t>(row)]);
       if (token < 0 || token >= embedding.rows) {
         fail("token id {} is outside the model's vocabulary of {}", token, embedding.rows);
       }
@@ -139,29 +147,34 @@ class CpuBackend : public Backend {
   }
 
   void rmsnorm(Matrix x, WeightHandle weight, double eps, Matrix out) override {
-    const float* scale = vectors_[static_cast<size_t>(weight.index)].data();
+    const float* scale = vector_of(weight);
     for_rows(x.rows, [&](int64_t row) {
       cpu::ops().rmsnorm(floats(x) + row * x.cols, scale, x.cols, eps, floats(out) + row * x.cols);
     });
   }
 
   void linear(Matrix x, WeightHandle weight, Matrix out) override {
-    linear_.run(floats(x), x.rows, linears_[static_cast<size_t>(weight.index)], floats(out), false);
+    linear_.run(floats(x), x.rows, nullptr, linear_of(weight), floats(out), false);
   }
 
   void linear_add(Matrix x, WeightHandle weight, Matrix out) override {
-    linear_.run(floats(x), x.rows, linears_[static_cast<size_t>(weight.index)], floats(out), true);
+    linear_.run(floats(x), x.rows, nullptr, linear_of(weight), floats(out), true);
   }
 
   void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) override {
-    const auto index = static_cast<size_t>(weight.index);
-    float* gate = floats(gate_up);
-    float* up = gate + (out.rows + cpu::kRowPadding) * out.cols;
-    linear_.run_two(floats(x), x.rows, linears_[index], gate, linears_[index + 1], up);
-    for_rows(out.rows, [&](int64_t row) {
-      cpu::ops().swiglu(gate + row * out.cols, up + row * out.cols, out.cols,
-                        floats(out) + row * out.cols);
-    });
+    run_swiglu(x, nullptr, weight, gate_up, out);
+  }
+
+  void norm_linear(Matrix x, WeightHandle norm, double eps, WeightHandle weight, Matrix /*normed*/,
+                   Matrix out) override {
+    const cpu::RowNorm row_norm{vector_of(norm), eps};
+    linear_.run(floats(x), x.rows, &row_norm, linear_of(weight), floats(out), false);
+  }
+
+  void norm_linear_swiglu(Matrix x, WeightHandle norm, double eps, WeightHandle weight,
+                          Matrix /*normed*/, Matrix gate_up, Matrix out) override {
+    const cpu::RowNorm row_norm{vector_of(norm), eps};
+    run_swiglu(x, &row_norm, weight, gate_up, out);
   }
 
   void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) override {
@@ -180,14 +193,14 @@ class CpuBackend : public Backend {
     const int64_t num_rotated = shape.num_heads + shape.num_kv_heads;
     for (const SequenceChunk& sequence : batch.sequences) {
       grow_rotations(sequence.kv_len, inverse_frequencies);
-      for_rows(sequence.q_len, [&](int64_t i) {
-        const float* cosine = rotations_.data() + (sequence.q_start() + i) * dim;
-        float* row = floats(qkv) + (sequence.first_row + i) * qkv.cols;
-        for (int64_t head = 0; head < num_rotated; ++head) {
-          cpu::ops().rope(row + head * dim, cosine, cosine + half, half);
-        }
-      });
     }
+    for_rows(qkv.rows, [&](int64_t index) {
+      const float* cosine = rotations_.data() + positions_[static_cast<size_t>(index)] * dim;
+      float* row = floats(qkv) + index * qkv.cols;
+      for (int64_t head = 0; head < num_rotated; ++head) {
+        cpu::ops().rope(row + head * dim, cosine, cosine + half, half);
+      }
+    });
     const auto count = static_cast<int64_t>(batch.sequences.size());
 #pragma omp parallel for schedule(dynamic, 1) if (qkv.rows >= kWorthThreads)
     for (int64_t task = 0; task < count * shape.num_kv_heads; ++task) {
@@ -238,6 +251,25 @@ class CpuBackend : public Backend {
     std::copy_n(floats(logits), logits.rows * logits.cols, out.begin());
   }
 
+  void draw(Matrix logits) override {
+    ++draw_step_;
+    for (size_t i = 0; i < draws_.size(); ++i) {
+      TokenDraw draw = draws_[i];
+      std::vector<int32_t> penalized;
+      for (const int32_t token : draw.penalized) penalized.push_back(known_token(token));
+      draw.penalized = penalized;
+      const std::span<const float> row(floats(logits) + draw.row * logits.cols,
+                                       static_cast<size_t>(logits.cols));
+      const int32_t name = token_name(draw_step_, static_cast<int64_t>(i));
+      drawn_[static_cast<size_t>(name_place(name))] =
+          cpu::ops().all_finite(row.data(), logits.cols) ? drawer_.draw(row, draw) : -1;
+    }
+  }
+  int32_t drawn_name() override { return token_name(draw_step_, 0); }
+  void read_drawn(int32_t name, std::span<int32_t> tokens) override {
+    std::copy_n(drawn_.begin() + name_place(name), tokens.size(), tokens.begin());
+  }
+
   void score(Matrix logits, std::span<const int32_t> targets, std::span<TokenScore> out) override {
     std::atomic<int64_t> bad_row = -1;
     for_rows(logits.rows, [&](int64_t row) {
@@ -271,10 +303,35 @@ class CpuBackend : public Backend {
   // Rows of work that are worth a barrier.
   static constexpr int64_t kWorthThreads = 16;
 
+  WeightHandle add(cpu::LinearWeight weight) {
+    weight_bytes_ += weight.bytes();
+    linears_.push_back(std::move(weight));
+    return {static_cast<int32_t>(linears_.size()) - 1};
+  }
+
+  void run_swiglu(Matrix x, const cpu::RowNorm* norm, WeightHandle weight, Matrix gate_up,
+                  Matrix out) {
+    const auto index = static_cast<size_t>(weight.index);
+    linear_.run_swiglu(floats(x), x.rows, norm, linears_[index], linears_[index + 1],
+                       floats(gate_up), floats(out));
+  }
+
+  const float* vector_of(WeightHandle handle) const {
+    return vectors_[static_cast<size_t>(handle.index)].data();
+  }
+  const cpu::LinearWeight& linear_of(WeightHandle handle) const {
+    return linears_[static_cast<size_t>(handle.index)];
+  }
+
   template <typename Function>
   static void for_rows(int64_t rows, const Function& function) {
 #pragma omp parallel for if (rows >= kWorthThreads)
     for (int64_t row = 0; row < rows; ++row) function(row);
+  }
+
+  int32_t known_token(int32_t token) const {
+    if (!is_token_name(token)) return token;
+    return std::max(0, drawn_[static_cast<size_t>(name_place(token))]);  // any, if none was drawn
   }
 
   // cos and sin of every position below `positions`, [position][2][head_dim / 2]. The angle is
@@ -299,7 +356,12 @@ class CpuBackend : public Backend {
   std::vector<std::vector<float>> vectors_;
   std::vector<Embedding> embeddings_;
   std::vector<std::vector<float>> scratch_;
+  std::vector<int64_t> positions_;  // of the step's rows
   std::vector<float> rotations_;
+  cpu::TokenDrawer drawer_;
+  std::span<const TokenDraw> draws_;  // of the step
+  int64_t draw_step_ = 0;
+  std::vector<int32_t> drawn_ = std::vector<int32_t>(kNamePlaces);
   int64_t weight_bytes_ = 0;
 };
 

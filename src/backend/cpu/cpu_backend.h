@@ -1,4 +1,4 @@
-// The CPU backend: oneDNN products, our own attention (attention.h), OpenMP threads.
+// The CPU backend: products on AMX or by oneDNN, our own attention (attention.h), OpenMP threads.
 #pragma once
 
 #include <memory>

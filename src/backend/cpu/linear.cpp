@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <unordered_map>
+#include <utility>
 
 #include "backend/cpu/ops.h"
 #include "base/dtype.h"
@@ -57,8 +58,16 @@ bool cpu_has_bf16() {
 #endif
 }
 
-LinearEngine::LinearEngine()
-    : engine_(dnnl::engine::kind::cpu, 0), stream_(engine_), uses_bf16_(cpu_has_bf16()) {}
+int64_t LinearWeight::bytes() const {
+  if (amx) return amx->bytes;
+  return packed ? static_cast<int64_t>(packed.get_desc().get_size()) : 0;
+}
+
+LinearEngine::LinearEngine(bool use_amx)
+    : engine_(dnnl::engine::kind::cpu, 0),
+      stream_(engine_),
+      uses_bf16_(cpu_has_bf16()),
+      use_amx_(use_amx) {}
 
 LinearWeight LinearEngine::pack(std::span<const TensorView> stacked) {
   LinearWeight weight;
@@ -67,6 +76,10 @@ LinearWeight LinearEngine::pack(std::span<const TensorView> stacked) {
   for (const TensorView& tensor : stacked) {
     weight.out_features += tensor.shape.at(0);
     weight.bf16 = weight.bf16 && tensor.dtype == DType::kBF16;
+  }
+  if (weight.bf16 && use_amx_) {
+    weight.amx = AmxEngine::pack(stacked);
+    return weight;
   }
   const auto type = weight.bf16 ? memory::data_type::bf16 : memory::data_type::f32;
   const size_t item = weight.bf16 ? 2 : 4;
@@ -94,6 +107,19 @@ LinearWeight LinearEngine::pack(std::span<const TensorView> stacked) {
   dnnl::reorder(source, weight.packed).execute(stream_, source, weight.packed);
   stream_.wait();
   return weight;
+}
+
+std::array<LinearWeight, 2> LinearEngine::pack_gate_up(const TensorView& gate,
+                                                       const TensorView& up) {
+  if (!use_amx_ || gate.dtype != DType::kBF16 || up.dtype != DType::kBF16) {
+    return {pack({&gate, 1}), pack({&up, 1})};
+  }
+  LinearWeight both;
+  both.in_features = gate.shape.at(1);
+  both.out_features = gate.shape.at(0);
+  both.bf16 = true;
+  both.amx = AmxEngine::pack_gate_up(gate, up);
+  return {std::move(both), LinearWeight()};
 }
 
 const LinearEngine::Plan& LinearEngine::plan(const LinearWeight& weight, int64_t rows,
@@ -126,22 +152,36 @@ void LinearEngine::execute(const LinearWeight& weight, int64_t rows, const void*
   stream_.wait();
 }
 
-const void* LinearEngine::prepare(const float* x, int64_t rows, int64_t padded,
+const void* LinearEngine::prepare(const float* x, int64_t rows, int64_t padded, const RowNorm* norm,
                                   const LinearWeight& weight) {
   const int64_t in = weight.in_features;
+  const Ops& op = ops();
   if (!weight.bf16) {
-    if (padded == rows) return x;
+    if (norm == nullptr && padded == rows) return x;
     padded_.resize(static_cast<size_t>(padded * in));
-    std::copy_n(x, rows * in, padded_.begin());
+    if (norm == nullptr) {
+      std::copy_n(x, rows * in, padded_.begin());
+      return padded_.data();
+    }
+#pragma omp parallel for if (rows > kStackedRows)
+    for (int64_t row = 0; row < rows; ++row) {
+      op.rmsnorm(x + row * in, norm->weight, in, norm->eps, padded_.data() + row * in);
+    }
     return padded_.data();
   }
   split_.resize(static_cast<size_t>(2 * padded * in));
+  normed_.resize(static_cast<size_t>(in * omp_get_max_threads()));
   uint16_t* high = split_.data();
   uint16_t* low = high + padded * in;
-  const Ops& op = ops();
 #pragma omp parallel for if (rows > kStackedRows)
   for (int64_t row = 0; row < rows; ++row) {
-    op.split_bf16(x + row * in, in, high + row * in, low + row * in);
+    const float* from = x + row * in;
+    if (norm != nullptr) {
+      float* normed = normed_.data() + omp_get_thread_num() * in;
+      op.rmsnorm(from, norm->weight, in, norm->eps, normed);
+      from = normed;
+    }
+    op.split_bf16(from, in, high + row * in, low + row * in);
   }
   return high;
 }
@@ -171,23 +211,36 @@ void LinearEngine::multiply(const void* x, int64_t rows, int64_t padded, const L
   }
 }
 
-void LinearEngine::run(const float* x, int64_t rows, const LinearWeight& weight, float* out,
-                       bool accumulate) {
-  const int64_t padded = rounded_rows(rows);
-  multiply(prepare(x, rows, padded, weight), rows, padded, weight, out, accumulate);
-}
-
-void LinearEngine::run_two(const float* x, int64_t rows, const LinearWeight& first,
-                           float* first_out, const LinearWeight& second, float* second_out) {
-  if (first.bf16 != second.bf16) {
-    run(x, rows, first, first_out, false);
-    run(x, rows, second, second_out, false);
+void LinearEngine::run(const float* x, int64_t rows, const RowNorm* norm,
+                       const LinearWeight& weight, float* out, bool accumulate) {
+  if (weight.amx) {
+    amx_.run(x, rows, norm, *weight.amx, out, accumulate);
     return;
   }
   const int64_t padded = rounded_rows(rows);
-  const void* prepared = prepare(x, rows, padded, first);
-  multiply(prepared, rows, padded, first, first_out, false);
-  multiply(prepared, rows, padded, second, second_out, false);
+  multiply(prepare(x, rows, padded, norm, weight), rows, padded, weight, out, accumulate);
+}
+
+void LinearEngine::run_swiglu(const float* x, int64_t rows, const RowNorm* norm,
+                              const LinearWeight& gate, const LinearWeight& up, float* gate_up,
+                              float* out) {
+  if (gate.amx) {
+    amx_.run(x, rows, norm, *gate.amx, out, false);
+    return;
+  }
+  const int64_t padded = rounded_rows(rows);
+  const int64_t cols = gate.out_features;
+  float* gated = gate_up;
+  float* plain = gate_up + padded * cols;
+  const void* prepared = prepare(x, rows, padded, norm, gate);
+  multiply(prepared, rows, padded, gate, gated, false);
+  if (up.bf16 != gate.bf16) prepared = prepare(x, rows, padded, norm, up);
+  multiply(prepared, rows, padded, up, plain, false);
+  const Ops& op = ops();
+#pragma omp parallel for if (rows > kStackedRows)
+  for (int64_t row = 0; row < rows; ++row) {
+    op.swiglu(gated + row * cols, plain + row * cols, cols, out + row * cols);
+  }
 }
 
 }  // namespace sagelm::cpu

@@ -1,4 +1,4 @@
-// Matrix products of the CPU backend, all of them oneDNN's.
+// Matrix products of the CPU backend: our own on AMX, otherwise oneDNN's.
 //
 // BF16 weights on a CPU with BF16 units: each activation is split into two BF16 numbers that
 // together hold 16 significant bits, and both are multiplied with the weights as stored,
@@ -7,13 +7,16 @@
 // runs in float32.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <oneapi/dnnl/dnnl.hpp>
+#include <optional>
 #include <span>
 #include <tuple>
 #include <vector>
 
+#include "backend/cpu/amx.h"
 #include "base/tensor_view.h"
 
 namespace sagelm::cpu {
@@ -27,20 +30,31 @@ struct LinearWeight {
   int64_t out_features = 0;
   bool bf16 = false;
   dnnl::memory packed;
+  std::optional<AmxWeight> amx;  // instead of packed
+
+  int64_t bytes() const;
 };
 
 class LinearEngine {
  public:
-  LinearEngine();
+  explicit LinearEngine(bool use_amx = has_amx());
 
-  // Stacks [out_i, in] tensors by rows and packs them for oneDNN.
+  // Stacks [out_i, in] tensors by rows and packs them.
   LinearWeight pack(std::span<const TensorView> stacked);
-  // out [rows, out_features] = (accumulate ? out : 0) + x [rows, in_features] * W^T.
-  void run(const float* x, int64_t rows, const LinearWeight& weight, float* out, bool accumulate);
-  // The same, without accumulating, for two weights of the same in_features one after the other.
-  void run_two(const float* x, int64_t rows, const LinearWeight& first, float* first_out,
-               const LinearWeight& second, float* second_out);
+  // Of a SwiGLU, [intermediate, in] each. The second is empty where the first is AMX's and holds
+  // both.
+  std::array<LinearWeight, 2> pack_gate_up(const TensorView& gate, const TensorView& up);
+  // out [rows, out_features] = (accumulate ? out : 0) + norm(x) W^T, x being [rows, in_features];
+  // without a norm, norm(x) is x.
+  void run(const float* x, int64_t rows, const RowNorm* norm, const LinearWeight& weight,
+           float* out, bool accumulate);
+  // out [rows, intermediate] = silu(norm(x) G^T) * (norm(x) U^T). gate_up has room for twice as
+  // much as out; what it holds afterwards is not defined.
+  void run_swiglu(const float* x, int64_t rows, const RowNorm* norm, const LinearWeight& gate,
+                  const LinearWeight& up, float* gate_up, float* out);
 
+  // What BF16 weights are multiplied with.
+  const char* units() const { return use_amx_ ? "AMX" : uses_bf16_ ? "BF16" : "F32"; }
   bool uses_bf16() const { return uses_bf16_; }
 
  private:
@@ -51,8 +65,10 @@ class LinearEngine {
   using PlanKey = std::tuple<int64_t, int64_t, int64_t, bool, bool>;
 
   const Plan& plan(const LinearWeight& weight, int64_t rows, bool accumulate);
-  // x as the products of weight read it, rounded up to `padded` rows: as it is, copied, or split.
-  const void* prepare(const float* x, int64_t rows, int64_t padded, const LinearWeight& weight);
+  // norm(x) as oneDNN's products of weight read it, rounded up to `padded` rows: as it is, copied,
+  // or split.
+  const void* prepare(const float* x, int64_t rows, int64_t padded, const RowNorm* norm,
+                      const LinearWeight& weight);
   void multiply(const void* x, int64_t rows, int64_t padded, const LinearWeight& weight, float* out,
                 bool accumulate);
   void execute(const LinearWeight& weight, int64_t rows, const void* x, float* y, bool accumulate);
@@ -60,9 +76,12 @@ class LinearEngine {
   dnnl::engine engine_;
   dnnl::stream stream_;
   bool uses_bf16_;
+  bool use_amx_;
+  AmxEngine amx_;
   std::map<PlanKey, Plan> plans_;
   std::vector<uint16_t> split_;  // high halves of all rows, then the low ones
-  std::vector<float> padded_;    // float32 activations when rows are padded
+  std::vector<float> normed_;    // rows, each thread's own
+  std::vector<float> padded_;    // float32 activations when rows are padded or normalised
   std::vector<float> stacked_;   // results of high and low halves in one small product
 };
 

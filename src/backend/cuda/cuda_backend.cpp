@@ -20,12 +20,11 @@
 #include "backend/cuda/model_attention.h"
 #include "backend/cuda/readback.h"
 #include "backend/cuda/step_inputs.h"
+#include "backend/cuda/token_drawing.h"
 #include "backend/cuda/upload.h"
 #include "base/error.h"
-#include "kernels/ops/gemv.h"
 #include "kernels/ops/rmsnorm.h"
 #include "kernels/ops/rows.h"
-#include "kernels/ops/swiglu.h"
 
 namespace sagelm {
 namespace cuda {
@@ -39,8 +38,9 @@ class CudaBackend : public Backend {
         stream_(make_stream()),
         linear_(stream_.get()),
         graphs_(stream_.get()),
-        attention_(stream_.get(), graphs_),
-        readback_(stream_.get()) {
+        attention_(stream_.get()),
+        readback_(stream_.get()),
+        drawing_(stream_.get()) {
     restart_most();
   }
 
@@ -158,11 +158,11 @@ class CudaBackend : public Backend {
     return type == KvType::kFp16 || ModelAttention::reads_kv(shape, type, properties_.capability);
   }
 
-  void begin(const Batch& batch) override {
+  void begin(const Batch& batch, std::span<const TokenDraw> draws) override {
     use_device();
     uploader_.reset();  // the weights are there
     layer_ = -1;
-    step_ = send_step_inputs(batch, step_arrays_, stream_.get());
+    step_ = send_step_inputs(batch, draws, drawing_.next_name(), step_arrays_, stream_.get());
   }
 
   void repeat(const KvStorage& kv, std::span<const AttentionSpec> layers,
@@ -174,7 +174,8 @@ class CudaBackend : public Backend {
       attention += spec.smooth_k ? '+' : '-';
     }
     graphs_.run({step_.num_sequences, step_.max_kv_len, step_.page_table_stride, step_.tokens,
-                 cache.address(), attention, step_.max_closed_pages, step_.closes_first_page},
+                 cache.address(), attention, step_.max_closed_pages, step_.closes_first_page,
+                 step_.num_draws},
                 work);
   }
 
@@ -185,12 +186,12 @@ class CudaBackend : public Backend {
   void embed(WeightHandle table, const Batch& batch, Matrix out) override {
     const Weight& weight = weight_of(table);
     for (const int32_t token : batch.tokens) {
-      if (token < 0 || token >= weight.rows) {
+      if (!is_token_name(token) && (token < 0 || token >= weight.rows)) {
         fail("token id {} is outside the model's vocabulary of {}", token, weight.rows);
       }
     }
     check(kernels::copy_rows(weight.data(), element(weight.type), step_.tokens, out.rows, out.cols,
-                             static_cast<float*>(out.data), stream_.get()),
+                             static_cast<float*>(out.data), stream_.get(), drawing_.drawn()),
           "the embedding");
   }
 
@@ -211,14 +212,9 @@ class CudaBackend : public Backend {
   }
 
   void linear_swiglu(Matrix x, WeightHandle weight, Matrix gate_up, Matrix out) override {
-    if (x.rows <= kernels::kGemvRows) {
-      linear_.run(gated_product(x, weight, out));
-      return;
-    }
-    linear(x, weight, gate_up);
-    check(kernels::swiglu(gate_up.data, element(out.type), out.rows, out.cols, out.data,
-                          stream_.get()),
-          "the gated activation", layer_);
+    Product gated = gated_product(x, weight, out);
+    gated.gate_up = gate_up.data;
+    linear_.run(gated);
   }
 
   void norm_linear(Matrix x, WeightHandle norm, double eps, WeightHandle weight, Matrix normed,
@@ -269,6 +265,13 @@ class CudaBackend : public Backend {
     readback_.score(logits, targets, out);
   }
   bool all_finite(Matrix x) override { return readback_.all_finite(x); }
+
+  void draw(Matrix logits) override { drawing_.draw(logits, step_); }
+  int32_t drawn_name() override { return drawing_.drawn_name(); }
+  void read_drawn(int32_t name, std::span<int32_t> tokens) override {
+    drawing_.read_drawn(name, tokens);
+  }
+  bool runs_ahead() const override { return !launches_block(); }
 
   std::unique_ptr<AttentionRunner> make_attention_runner(const AttentionCall& call,
                                                          std::span<const uint16_t> q,
@@ -348,7 +351,6 @@ class CudaBackend : public Backend {
             .out_type = out.type,
             .layer = layer_};
   }
-  // For up to kernels::kGemvRows rows.
   Product gated_product(Matrix x, WeightHandle handle, Matrix out) const {
     Product gated = product(x, handle, out);
     gated.swiglu = true;
@@ -371,11 +373,14 @@ class CudaBackend : public Backend {
   void* at(const Part& part) const { return arena_.get<std::byte>() + part.at; }
 
   // What steps take whatever they are.
-  static int64_t fixed_bytes() { return LinearEngine::memory_bytes() + Readback::memory_bytes(); }
+  static int64_t fixed_bytes() {
+    return LinearEngine::memory_bytes() + Readback::memory_bytes() + TokenDrawing::memory_bytes();
+  }
 
   static size_t most_step_integers(const StepLimits& limits) {
     return step_integers(limits.tokens, limits.sequences,
-                         decode_length(limits.context) / kPageTokens);
+                         decode_length(limits.context) / kPageTokens) +
+           usual_draw_integers();
   }
 
   int device_;
@@ -392,6 +397,7 @@ class CudaBackend : public Backend {
   ArenaLayout layout_;
   ModelAttention attention_;
   Readback readback_;
+  TokenDrawing drawing_;
   DeviceIntegers step_arrays_, gathered_;
   StepInputs step_;
   int64_t layer_ = -1;  // of the operations being enqueued

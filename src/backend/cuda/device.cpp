@@ -23,14 +23,8 @@ DeviceProperties device_properties(int device) {
           static_cast<int64_t>(properties.totalGlobalMem)};
 }
 
-}  // namespace cuda
-
-std::string cuda_problem(int device) {
-  int driver = 0, count = 0;
-  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
-    return "there is no NVIDIA driver";
-  }
-  const cudaError_t status = cudaGetDeviceCount(&count);
+std::string driver_problem(int driver, cudaError_t status, int count, int device) {
+  if (driver == 0) return "there is no NVIDIA driver";
   if (status == cudaErrorInsufficientDriver) {
     return fmt::format(
         "the NVIDIA driver is for CUDA {}, this build needs one for CUDA {} or later",
@@ -42,6 +36,18 @@ std::string cuda_problem(int device) {
   if (status != cudaSuccess) return cudaGetErrorString(status);
   if (device < 0 || device >= count) {
     return fmt::format("there is no GPU {}: this machine has {}, counted from 0", device, count);
+  }
+  return {};
+}
+
+}  // namespace cuda
+
+std::string cuda_problem(int device) {
+  int driver = 0, count = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (std::string problem = cuda::driver_problem(driver, status, count, device); !problem.empty()) {
+    return problem;
   }
   cudaDeviceProp properties;
   if (const cudaError_t error = cudaGetDeviceProperties(&properties, device);

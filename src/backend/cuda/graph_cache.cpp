@@ -25,14 +25,12 @@ RecordedGraph record(cudaStream_t stream, const std::function<void()>& work) {
   return RecordedGraph(graph);
 }
 
-// Set, every launch waits for its kernel, so that an error is seen where it happens; a graph would
-// hide it.
+}  // namespace
+
 bool launches_block() {
   const char* value = std::getenv("CUDA_LAUNCH_BLOCKING");
   return value != nullptr && std::string_view(value) == "1";
 }
-
-}  // namespace
 
 void GraphCache::run(const GraphKey& key, const std::function<void()>& work) {
   static const bool blocking = launches_block();
@@ -53,22 +51,24 @@ void GraphCache::run(const GraphKey& key, const std::function<void()>& work) {
     check(cudaGraphInstantiate(&graph, recorded.get(), 0), "recording a step");
     found->second = Graph(graph);
   }
-  count_last();
-  check(cudaEventRecord(begin_.get(), stream_), "a step");
+  std::swap(launches_[0], launches_[1]);
+  Launch& launch = launches_[0];
+  count(launch);
+  check(cudaEventRecord(launch.begin.get(), stream_), "a step");
   check(cudaGraphLaunch(found->second.get(), stream_), "a step");
-  check(cudaEventRecord(end_.get(), stream_), "a step");
-  pending_ = true;
+  check(cudaEventRecord(launch.end.get(), stream_), "a step");
+  launch.pending = true;
 }
 
 double GraphCache::seconds() {
-  count_last();
+  for (Launch& launch : launches_) count(launch);
   return std::exchange(seconds_, 0);
 }
 
-void GraphCache::count_last() {
-  if (!pending_) return;
-  seconds_ += static_cast<double>(milliseconds(begin_.get(), end_.get())) * 1e-3;
-  pending_ = false;
+void GraphCache::count(Launch& launch) {
+  if (!launch.pending) return;
+  seconds_ += static_cast<double>(milliseconds(launch.begin.get(), launch.end.get())) * 1e-3;
+  launch.pending = false;
 }
 
 }  // namespace sagelm::cuda

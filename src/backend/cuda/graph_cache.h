@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -21,12 +22,16 @@ using GraphKey = std::tuple<int32_t,      // sequences
                             const void*,  // keys and values
                             std::string,  // attention of each layer
                             int32_t,      // max_closed_pages
-                            bool>;        // closes_first_page
+                            bool,         // closes_first_page
+                            int32_t>;     // num_draws
+
+// Whether every launch waits for its kernel, so that an error is seen where it happens: a graph, or
+// a step enqueued behind it, would hide it.
+bool launches_block();
 
 class GraphCache {
  public:
-  explicit GraphCache(cudaStream_t stream)
-      : stream_(stream), begin_(make_timing_event()), end_(make_timing_event()) {}
+  explicit GraphCache(cudaStream_t stream) : stream_(stream) {}
 
   // Enqueues work: the first time by calling it, so that whatever it allocates or chooses once is
   // done; the second time recorded; then as recorded.
@@ -40,13 +45,17 @@ class GraphCache {
   using Graph = Owner<cudaGraphExec_t, cudaGraphExecDestroy>;
   static constexpr size_t kMostGraphs = 64;
 
-  void count_last();
+  // A launch, and whether its time was not counted yet.
+  struct Launch {
+    Event begin = make_timing_event();
+    Event end = make_timing_event();
+    bool pending = false;
+  };
+  void count(Launch& launch);
 
   cudaStream_t stream_;
   std::map<GraphKey, Graph> graphs_;  // an empty one: called once
-  // Around the last launch, if it was not counted yet.
-  Event begin_, end_;
-  bool pending_ = false;
+  std::array<Launch, 2> launches_;    // the last ones: one may run while the next is enqueued
   double seconds_ = 0;
 };
 

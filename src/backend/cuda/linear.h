@@ -1,10 +1,11 @@
-// Matrix products of the CUDA backend: cuBLASLt for many rows, our own kernel for few
-// (kernels/ops/gemv.h), which reads weights faster.
+// Matrix products of the CUDA backend: cuBLASLt or our own kernel (kernels/ops/gemm.h), whichever
+// is faster, for many rows, another one for few (kernels/ops/gemv.h), which reads weights faster.
 #pragma once
 
 #include <cublasLt.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <tuple>
 
@@ -23,9 +24,11 @@ struct Product {
   DType type = DType::kF16;      // F16 or BF16
   DType out_type = DType::kF16;  // the same or F32
   bool accumulate = false;       // out += x W^T instead of out = x W^T; F32 only
-  // out = silu(x G^T) * (x U^T) instead, weight = [G; U] [2 * out_features, in_features]; at most
-  // kernels::kGemvRows rows
+  // out = silu(x G^T) * (x U^T) instead, weight = [G; U] [2 * out_features, in_features]
   bool swiglu = false;
+  // Room for [rows, 2 * out_features] of `type`, if it is gated and has more than
+  // kernels::kGemvRows rows
+  void* gate_up = nullptr;
   int64_t layer = -1;  // that errors name, if it is of one
   // The weights [in_features] of a norm that x is to go through first, where normalises() is true
   const float* norm = nullptr;
@@ -36,9 +39,9 @@ class LinearEngine {
  public:
   explicit LinearEngine(cudaStream_t stream);
 
-  // Accumulates in float32. The first product of a shape measures which of cuBLASLt's algorithms is
-  // fastest among those whose result equals, bit by bit, that of the one it recommends, so that
-  // results don't depend on timing.
+  // Accumulates in float32. The first product of a shape measures which of cuBLASLt's algorithms
+  // and our kernel is fastest among those whose result equals, bit by bit, that of the algorithm
+  // that cuBLASLt recommends, so that results don't depend on timing.
   void run(const Product& product);
   // Whether run() takes such a product with a norm.
   static bool normalises(const Product& product);
@@ -59,6 +62,7 @@ class LinearEngine {
   };
   struct Plan {
     bool usable = false;  // false: cuBLASLt has nothing for this shape
+    bool own = false;     // our kernel instead
     Shape shape;
     cublasLtMatmulAlgo_t algorithm;
   };
@@ -67,6 +71,12 @@ class LinearEngine {
   Plan choose(const Product& product);
   cublasStatus_t execute(const Product& product, const Shape& shape,
                          const cublasLtMatmulAlgo_t& algorithm, void* out);
+  // Whether the gated product in one kernel is the faster one; its result is the same.
+  bool fuses(const Product& product);
+  void run_apart(const Product& gated);
+  void run_own(const Product& product, void* out);
+  // Milliseconds of several runs.
+  float time(const std::function<void()>& work);
   uint64_t hash(const void* result, size_t bytes);
   void run_few_rows(const Product& product);
 
@@ -79,6 +89,7 @@ class LinearEngine {
   size_t trial_bytes_ = 0;
   std::map<Key, Plan> chosen_;  // by rows rounded up
   std::map<Key, Plan> plans_;   // by rows
+  std::map<Key, bool> fused_;   // gated products, by rows rounded up
 };
 
 }  // namespace sagelm::cuda

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <tuple>
 
 #include "backend/cuda/attention_runner.h"
 #include "backend/cuda/check.h"
@@ -61,10 +60,26 @@ kernels::DecodeFromQuantizedKv decode_args(const AttentionShape& shape, const St
   return args;
 }
 
-// Whether the prefill kernel reads the pages of a step's sequences itself.
+// Whether a step's attention over a quantized cache is the prefill kernel's: of more rows than the
+// decode kernel takes.
 bool prefills_from_pages(const StepInputs& step, const AttentionShape& shape, const CudaKv& cache) {
-  return cache.type() == KvType::kInt8 &&
+  return is_quantized(cache.type()) &&
          !kernels::quantized_kv_decode_takes(decode_args(shape, step));
+}
+
+// Rotates heads of rows in place, from column `first` on.
+void rotate(const StepInputs& step, Matrix qkv, const AttentionShape& shape, int64_t first,
+            int64_t heads, const float* rotations, cudaStream_t stream, int64_t layer) {
+  kernels::RopeAppend args;
+  args.type = element(qkv.type);
+  args.qkv = static_cast<std::byte*>(qkv.data) + first * static_cast<int64_t>(dtype_size(qkv.type));
+  args.row_stride = qkv.cols;
+  args.rows = qkv.rows;
+  args.num_heads = static_cast<int32_t>(heads);
+  args.head_dim = static_cast<int32_t>(shape.head_dim);
+  args.positions = step.positions;
+  args.rotations = rotations;
+  check(kernels::rope_append(args, stream), "the rotary embedding", layer);
 }
 
 // Of sequences of at most so many query rows and keys.
@@ -134,9 +149,18 @@ AttentionRoom ModelAttention::room(const StepLimits& limits, DType type) {
     StepInputs prefill;
     prefill.rows = static_cast<int32_t>(limits.tokens);
     prefill.num_sequences = static_cast<int32_t>(limits.sequences);
-    const kernels::DecodeFromQuantizedKv args = decode_args(shape, prefill);
-    room.workspace = std::max(room.workspace,
-                              kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step));
+    kernels::DecodeFromQuantizedKv args = decode_args(shape, prefill);
+    args.cache.int4_keys = true;  // takes the most
+    const auto allow_prefill = [&](int64_t sequences_at_once, int64_t kv_len) {
+      args.step.max_kv_len = static_cast<int32_t>(kv_len);
+      room.workspace = std::max(
+          room.workspace, kernels::quantized_kv_prefill_workspace_bytes(
+                              args.cache, args.step, static_cast<int32_t>(sequences_at_once)));
+    };
+    if (reads_quantized_kv(shape.spec.variant, KvType::kInt4)) {
+      allow_prefill(1, context);
+      allow_prefill(limits.sequences, kPageTokens);
+    }
     room.rotations = context;
     room.arrivals = std::max(room.arrivals, limits.sequences * shape.num_kv_heads);
     room.rotation_bytes =
@@ -177,6 +201,16 @@ bool ModelAttention::reads_kv(const AttentionShape& shape, KvType type, int capa
 void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                                  std::span<const float> inverse_frequencies, int64_t layer,
                                  const CudaKv& cache) {
+  append(step, qkv, shape, inverse_frequencies, layer, cache);
+  // What the append leaves as it was.
+  const int64_t done = prefills_from_pages(step, shape, cache) ? 0 : shape.num_heads;
+  rotate(step, qkv, shape, done * shape.head_dim, shape.num_heads + shape.num_kv_heads - done,
+         rotations_, stream_, layer);
+}
+
+void ModelAttention::append(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
+                            std::span<const float> inverse_frequencies, int64_t layer,
+                            const CudaKv& cache) {
   prepare_rotations(step.max_kv_len, inverse_frequencies);
   if (is_quantized(cache.type())) {
     kernels::AppendToQuantizedKv args;
@@ -191,8 +225,6 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
       }
       args.prefill = workspace_;
       args.softmax_scale = softmax_scale(shape);
-    } else {
-      args.rotate_keys = true;  // attention reads them where sequences begin
     }
     check(kernels::append_to_quantized_kv(args, stream_), "appending to the KV cache", layer);
     return;
@@ -209,6 +241,7 @@ void ModelAttention::rope_append(const StepInputs& step, Matrix qkv, const Atten
   args.rotations = rotations_;
   args.keys = cache.keys(layer);
   args.values = cache.values(layer);
+  args.rotate_keys = false;
   check(kernels::rope_append(args, stream_), "the rotary embedding", layer);
 }
 
@@ -216,18 +249,16 @@ void ModelAttention::attention(const StepInputs& step, Matrix qkv, const Attenti
                                int64_t layer, const CudaKv& cache, Matrix out) {
   const int64_t dim = shape.head_dim;
   if (prefills_from_pages(step, shape, cache)) {
-    // The queries are where rope_append has left them.
+    // The queries are where the append has left them.
     check(kernels::prefill_from_quantized_kv({.cache = cache.quantized(layer, shape.num_heads),
                                               .step = quantized_step(step),
                                               .out = out.data,
                                               .out_stride = out.cols},
-                                             workspace_, stream_),
+                                             workspace_, workspace_bytes_, stream_),
           "the attention from the quantized cache", layer);
     return;
   }
-  if (is_quantized(cache.type()) && decode_quantized(step, qkv, shape, layer, cache, out)) {
-    return;
-  }
+  if (is_quantized(cache.type())) return decode_quantized(step, qkv, shape, layer, cache, out);
   sagelm_attention_args args = attention_args(shape, qkv.type);
   args.batch = step.num_sequences;
   args.max_q_len = step.max_q_len;
@@ -235,31 +266,14 @@ void ModelAttention::attention(const StepInputs& step, Matrix qkv, const Attenti
   args.q = {.data = qkv.data, .batch_stride = 0, .token_stride = qkv.cols, .head_stride = dim};
   args.out = {.data = out.data, .batch_stride = 0, .token_stride = out.cols, .head_stride = dim};
   args.cu_q_lens = step.cu_q_lens;
-  args.k.token_stride = shape.num_kv_heads * dim;
-  args.k.head_stride = dim;
-  if (cache.type() == KvType::kFp16) {
-    args.k.batch_stride = kPageTokens * shape.num_kv_heads * dim;
-    args.v = args.k;
-    args.k.data = cache.keys(layer);
-    args.v.data = cache.values(layer);
-    args.kv_lens = step.kv_lens;
-    args.page_table = step.page_table;
-    args.page_table_stride = step.page_table_stride;
-    args.page_tokens = static_cast<int32_t>(kPageTokens);
-  } else if (step.begins_all) {
-    // All keys and values are in this step's rows.
-    auto* rows = static_cast<std::byte*>(qkv.data);
-    const auto size = static_cast<int64_t>(dtype_size(qkv.type));
-    args.k.token_stride = qkv.cols;
-    args.v = args.k;
-    args.k.data = rows + shape.num_heads * dim * size;
-    args.v.data = rows + (shape.num_heads + shape.num_kv_heads) * dim * size;
-    args.cu_kv_lens = step.cu_kv_lens;
-  } else {
-    args.v = args.k;
-    std::tie(args.k.data, args.v.data) = expand(step, cache, qkv, shape, layer);
-    args.cu_kv_lens = step.cu_kv_lens;
-  }
+  args.k = {.data = cache.keys(layer),
+            .batch_stride = kPageTokens * shape.num_kv_heads * dim,
+            .token_stride = shape.num_kv_heads * dim,
+            .head_stride = dim};
+  args.v = args.k;
+  args.v.data = cache.values(layer);
+  args.page_table_stride = step.page_table_stride;
+  args.page_tokens = static_cast<int32_t>(kPageTokens);
   args.stream = stream_;
   const auto run = [&](sagelm_attention_status status) {
     if (status != SAGELM_ATTENTION_OK) {
@@ -278,12 +292,8 @@ void ModelAttention::attention(const StepInputs& step, Matrix qkv, const Attenti
   in_groups(step, bytes, [&](const StepInputs& part) {
     args.batch = part.num_sequences;
     args.cu_q_lens = part.cu_q_lens;
-    if (args.page_table != nullptr) {
-      args.kv_lens = part.kv_lens;
-      args.page_table = part.page_table;
-    } else {
-      args.cu_kv_lens = part.cu_kv_lens;
-    }
+    args.kv_lens = part.kv_lens;
+    args.page_table = part.page_table;
     run(sagelm_attention(&args));
   });
 }
@@ -304,7 +314,7 @@ void ModelAttention::append_and_attend(const StepInputs& step, Matrix qkv,
                                        const CudaKv& cache, Matrix out) {
   prepare_rotations(step.max_kv_len, inverse_frequencies);
   if (append_in_decode(step, qkv, shape, layer, cache, out)) return;
-  rope_append(step, qkv, shape, inverse_frequencies, layer, cache);
+  append(step, qkv, shape, inverse_frequencies, layer, cache);
   attention(step, qkv, shape, layer, cache, out);
 }
 
@@ -321,7 +331,7 @@ bool ModelAttention::append_in_decode(const StepInputs& step, Matrix qkv,
     return static_cast<std::byte*>(x.data) +
            first * x.cols * static_cast<int64_t>(dtype_size(x.type));
   };
-  if (cache.type() == KvType::kInt8) {
+  if (is_quantized(cache.type())) {
     kernels::DecodeFromQuantizedKv args = decode_args(shape, step);
     args.cache = cache.quantized(layer, shape.num_heads);
     if (!kernels::quantized_kv_decode_takes(args) ||
@@ -367,8 +377,8 @@ bool ModelAttention::append_in_decode(const StepInputs& step, Matrix qkv,
   return true;
 }
 
-// The attention of few rows, from the quantized pages themselves; false if there are too many.
-bool ModelAttention::decode_quantized(const StepInputs& step, Matrix qkv,
+// The attention of few rows, from the quantized pages themselves.
+void ModelAttention::decode_quantized(const StepInputs& step, Matrix qkv,
                                       const AttentionShape& shape, int64_t layer,
                                       const CudaKv& cache, Matrix out) {
   kernels::DecodeFromQuantizedKv args = decode_args(shape, step);
@@ -377,7 +387,6 @@ bool ModelAttention::decode_quantized(const StepInputs& step, Matrix qkv,
   args.query_stride = qkv.cols;
   args.out = out.data;
   args.out_stride = out.cols;
-  if (!kernels::quantized_kv_decode_takes(args)) return false;
   const auto bytes = [&](int32_t count) {
     args.step.num_sequences = count;
     return kernels::quantized_kv_decode_workspace_bytes(args);
@@ -387,33 +396,6 @@ bool ModelAttention::decode_quantized(const StepInputs& step, Matrix qkv,
     check(kernels::decode_from_quantized_kv(args, workspace_, stream_),
           "the attention from the quantized cache", layer);
   });
-  return true;
-}
-
-// Keys and values of a layer of the quantized cache as plain tensors.
-std::pair<void*, void*> ModelAttention::expand(const StepInputs& step, const CudaKv& cache,
-                                               Matrix qkv, const AttentionShape& shape,
-                                               int64_t layer) {
-  const auto bytes = static_cast<size_t>(step.kv_tokens * shape.num_kv_heads * shape.head_dim) *
-                     dtype_size(qkv.type);
-  grow(expanded_keys_, bytes, "the keys of a quantized cache");
-  grow(expanded_values_, bytes, "the values of a quantized cache");
-  kernels::ExpandQuantizedKv args;
-  args.cache = cache.quantized(layer, shape.num_heads);
-  args.step = quantized_step(step);
-  args.cu_kv_lens = step.cu_kv_lens;
-  args.keys = expanded_keys_.get();
-  args.values = expanded_values_.get();
-  check(kernels::expand_quantized_kv(args, stream_), "reading the quantized cache", layer);
-  return {expanded_keys_.get(), expanded_values_.get()};
-}
-
-// Makes buffer hold at least so many bytes; what it held is lost.
-void ModelAttention::grow(DeviceBuffer& buffer, size_t bytes, std::string_view what) {
-  if (bytes <= buffer.bytes()) return;
-  graphs_->clear();
-  buffer = {};  // waits for what still uses it
-  buffer = DeviceBuffer(bytes, what);
 }
 
 // Fills rotations_, which must have room for so many positions.

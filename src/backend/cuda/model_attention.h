@@ -7,15 +7,11 @@
 #include <cstdint>
 #include <span>
 #include <string>
-#include <string_view>
-#include <utility>
 #include <vector>
 
 #include "backend/backend.h"
 #include "backend/cuda/arena.h"
-#include "backend/cuda/graph_cache.h"
 #include "backend/cuda/kv_storage.h"
-#include "backend/cuda/memory.h"
 #include "backend/cuda/step_inputs.h"
 #include "base/dtype.h"
 #include "kernels/cache/quantized_kv.h"
@@ -26,8 +22,7 @@ namespace sagelm::cuda {
 // Calls for the same layers as Backend has them; step is that of the batch.
 class ModelAttention {
  public:
-  // graphs are forgotten when memory that they use moves.
-  ModelAttention(cudaStream_t stream, GraphCache& graphs) : stream_(stream), graphs_(&graphs) {}
+  explicit ModelAttention(cudaStream_t stream) : stream_(stream) {}
 
   // Why there is no kernel for the shape, with activations of that type; empty if there is one.
   static std::string problem(const AttentionShape& shape, DType type);
@@ -51,11 +46,10 @@ class ModelAttention {
  private:
   bool append_in_decode(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                         int64_t layer, const CudaKv& cache, Matrix out);
-  bool decode_quantized(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
+  void append(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
+              std::span<const float> inverse_frequencies, int64_t layer, const CudaKv& cache);
+  void decode_quantized(const StepInputs& step, Matrix qkv, const AttentionShape& shape,
                         int64_t layer, const CudaKv& cache, Matrix out);
-  std::pair<void*, void*> expand(const StepInputs& step, const CudaKv& cache, Matrix qkv,
-                                 const AttentionShape& shape, int64_t layer);
-  void grow(DeviceBuffer& buffer, size_t bytes, std::string_view what);
   void prepare_rotations(int64_t positions, std::span<const float> inverse_frequencies);
   // Calls run with the step's sequences, as many at a time as the workspace has room for;
   // bytes(count) is what so many take.
@@ -63,7 +57,6 @@ class ModelAttention {
   void in_groups(const StepInputs& step, const Bytes& bytes, const Run& run) const;
 
   cudaStream_t stream_;
-  GraphCache* graphs_;
   void* workspace_ = nullptr;
   size_t workspace_bytes_ = 0;
   float* rotations_ = nullptr;  // [num_rotations_][2][half], then the inverse frequencies and
@@ -71,7 +64,6 @@ class ModelAttention {
   int64_t num_rotations_ = 0, num_arrivals_ = 0;
   uint32_t* arrivals_ = nullptr;   // zeros between kernels
   std::vector<float> rotated_by_;  // the inverse frequencies in rotations_
-  DeviceBuffer expanded_keys_, expanded_values_;
 };
 
 }  // namespace sagelm::cuda

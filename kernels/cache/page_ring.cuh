@@ -1,0 +1,110 @@
+// How the blocks of decode (kernels/cache/decode_sm90.cu) get their pages: through a ring of bulk
+// copies into shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/attention/decode_parts.cuh"
+#include "kernels/attention/sage_tiles.cuh"
+#include "kernels/cache/int4_keys.cuh"
+#include "kernels/cache/quantized_kv.h"
+#include "kernels/common/sm90.cuh"
+
+namespace sagelm::kernels::decode {
+
+using namespace mma;
+using namespace sm90;
+
+inline constexpr int kWarps = 4;
+inline constexpr int kThreads = kWarps * 32;
+inline constexpr int kWarpKeys = kTileTokens / kWarps;
+inline constexpr int kWarpSlices = kWarpKeys / kSlice;  // of a page or tail
+
+struct DecodeCall {
+  Problem p;
+  Parts parts;
+  QuantizedKv cache;
+  const int32_t* tails;
+  const int32_t* means;
+  float scale;  // softmax_scale * log2(e)
+};
+
+template <int kDim_, bool kInt4_>
+struct PageRing {
+  static constexpr int kDim = kDim_;
+  static constexpr bool kInt4 = kInt4_;
+  static constexpr int kStages = kDim == 64 ? 4 : 2;
+  static constexpr int kTileBytes = kTileTokens * kDim;
+  static constexpr int kKeyBytes = kInt4 ? kTileBytes / 2 : kTileBytes;
+  static constexpr int kScales = kInt4 ? kInt4Scales : kTileScales;
+  static constexpr int kSliceBytes = kSlice * 2 * kDim;  // of a tail's keys or values
+
+  struct Pages {
+    int8_t keys[kStages][kKeyBytes];
+    uint8_t values[kStages][kTileBytes];
+  };
+  union {
+    Pages pages;
+    uint8_t tail[kWarps][kWarpSlices][2][kSliceBytes];
+    MergeMemory<kDim, kWarps> merge;
+  };
+  alignas(16) float scales[kStages][kScales];
+  uint64_t keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
+
+  __device__ void init_barriers() {
+    for (int s = 0; s < kStages; ++s) {
+      mbarrier_init(smem_address(&keys_full[s]), 1);
+      mbarrier_init(smem_address(&values_full[s]), 1);
+      mbarrier_init(smem_address(&keys_empty[s]), kThreads);
+      mbarrier_init(smem_address(&values_empty[s]), kThreads);
+    }
+    fence_barrier_init();
+  }
+};
+
+// What fills the ring with the pages of a part: a whole warp calls it.
+template <class Ring>
+class PageSource {
+ public:
+  // lane_page: lane i has the id of page i.
+  __device__ PageSource(const DecodeCall& call, int kv_head, int lane_page, int count, Ring& ring)
+      : call_(call), ring_(ring), kv_head_(kv_head), count_(count), lane_page_(lane_page) {}
+
+  // Keys and scales of page i, if there is one, once all warps are done with what is in its place.
+  __device__ void bring_keys(int i) const {
+    bring(i, ring_.keys_full, ring_.keys_empty, call_.cache.keys, ring_.pages.keys, true);
+  }
+  __device__ void bring_values(int i) const {
+    bring(i, ring_.values_full, ring_.values_empty, call_.cache.values, ring_.pages.values, false);
+  }
+
+ private:
+  template <typename T, int kBytes>
+  __device__ void bring(int i, uint64_t (&full)[Ring::kStages], uint64_t (&empty)[Ring::kStages],
+                        const T* from, T (&to)[Ring::kStages][kBytes], bool scales) const {
+    if (i >= count_) return;
+    const int64_t place =
+        static_cast<int64_t>(__shfl_sync(0xFFFFFFFFu, lane_page_, i)) * call_.p.num_kv_heads +
+        kv_head_;
+    if (threadIdx.x % 32 == 0) {
+      const int s = i % Ring::kStages;
+      const uint32_t barrier = smem_address(&full[s]);
+      if (i >= Ring::kStages) {
+        mbarrier_wait(smem_address(&empty[s]), (i / Ring::kStages & 1) ^ 1);
+      }
+      mbarrier_expect_bytes(barrier, kBytes + (scales ? sizeof ring_.scales[s] : 0));
+      bulk_copy(smem_address(to[s]), from + place * kBytes, kBytes, barrier);
+      if (scales) {
+        bulk_copy(smem_address(ring_.scales[s]), call_.cache.scales + place * Ring::kScales,
+                  sizeof ring_.scales[s], barrier);
+      }
+    }
+    __syncwarp();
+  }
+
+  const DecodeCall& call_;
+  Ring& ring_;
+  int kv_head_, count_, lane_page_;
+};
+
+}  // namespace sagelm::kernels::decode
