@@ -58,7 +58,7 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule
   constexpr int kQueryTile = Shared::kQueryTile;
   RingCursor ring, query_ring;
   ring.parity = query_ring.parity = 1;  // all stages start empty
-  WorkItem item;
+  WorkItem item = {};
   for (int index = blockIdx.x;
        schedule.get<kQueryTile>(p, items_per_head<kDim>(tiles), index, item); index += gridDim.x) {
     if (item.kv_tiles < 0) continue;
@@ -102,7 +102,8 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule
   }
   const int slot = query_ring.stage;
   mbarrier_wait_idle(places.queries_empty(slot), query_ring.parity);
-  shared.items[slot].kv_tiles = -1;
+  item.kv_tiles = -1;
+  shared.items[slot] = item;
   mbarrier_arrive(places.queries_full(slot));
 }
 
