@@ -1,14 +1,13 @@
 // A query row's softmax as the Hopper kernels carry it along, and how finished rows are stored.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
 #include "kernels/attention/problem.cuh"
 #include "kernels/attention/recipe.h"
 #include "kernels/attention/work_sm90.cuh"
+#include "kernels/common/ptx.cuh"
+#include "kernels/common/sm90.cuh"
 
 namespace sagelm::kernels::hopper {
 
@@ -28,28 +27,35 @@ struct RowState {
   float sum[2];  // of the weights of this thread's keys
 };
 
+// A warp's finished rows, two to a register as the accumulators lie, to `staging`.
+template <int kDim, bool kBf16>
+__device__ inline void stage_rows(const float (&out)[kDim / 2], uint16_t (&staging)[16][kDim + 8]) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t address = ptx::smem_address(&staging[(lane & 7) + (lane & 8)][lane >= 16 ? 8 : 0]);
+#pragma unroll
+  for (int j = 0; j < kDim / 8; j += 2) {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      pairs[i] = ptx::to_halves<kBf16>(out[4 * j + 2 * i], out[4 * j + 2 * i + 1]);
+    sm90::store_matrices(address + 16 * j, pairs);
+  }
+}
+
 // Divides by the sum and stores a warp's 16 rows, through shared memory for whole-row writes.
 template <int kDim>
 __device__ inline void store_rows(const Problem& p, const WorkItem& item, int first_row,
-                                  const RowState& rows, const float (&out)[kDim / 2],
+                                  const RowState& rows, float (&out)[kDim / 2],
                                   uint16_t (&staging)[16][kDim + 8], const float* biases) {
   const int lane = threadIdx.x % 32, g = lane >> 2, c = lane & 3;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(rows.sum[r]);
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
 #pragma unroll
     for (int j = 0; j < kDim / 8; ++j) {
-      const float low = out[4 * j + 2 * r] * inverse;
-      const float high = out[4 * j + 2 * r + 1] * inverse;
-      uint32_t* slot = reinterpret_cast<uint32_t*>(&staging[g + 8 * r][8 * j + 2 * c]);
-      if (p.bf16) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-        *slot = *reinterpret_cast<const uint32_t*>(&pair);
-      } else {
-        const __half2 pair = __floats2half2_rn(low, high);
-        *slot = *reinterpret_cast<const uint32_t*>(&pair);
-      }
+      out[4 * j + 2 * r] *= inverse;
+      out[4 * j + 2 * r + 1] *= inverse;
     }
     const int row = first_row + g + 8 * r;
     if (p.lse != nullptr && c == 0 && row < item.q_len) {
@@ -58,21 +64,29 @@ __device__ inline void store_rows(const Problem& p, const WorkItem& item, int fi
           sum == 0.0f ? -INFINITY : (rows.reference[r] + log2f(sum) + bias) * recipe::kLn2;
     }
   }
-  __syncwarp();
-  constexpr int kLanes = kDim / 8;
-  const int chunk = lane % kLanes;
-  if (chunk * 8 < p.head_dim) {
-#pragma unroll
-    for (int i = 0; i < 16; i += 32 / kLanes) {
-      const int row = i + lane / kLanes;
-      if (first_row + row < item.q_len) {
-        uint16_t* to = static_cast<uint16_t*>(p.out.data) +
-                       p.q_offset(p.out, item.b, first_row + row, item.head) + chunk * 8;
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&staging[row][chunk * 8]);
-      }
-    }
+  if (p.bf16) {
+    stage_rows<kDim, true>(out, staging);
+  } else {
+    stage_rows<kDim, false>(out, staging);
   }
   __syncwarp();
+  constexpr int kLanes = kDim / 8, kRows = 32 / kLanes;
+  const int chunk = lane % kLanes, first = lane / kLanes;
+  uint4 chunks[16 / kRows];
+#pragma unroll
+  for (int i = 0; i < 16 / kRows; ++i) {
+    chunks[i] = *reinterpret_cast<const uint4*>(&staging[first + i * kRows][chunk * 8]);
+  }
+  __syncwarp();
+  if (chunk * 8 < p.head_dim) {
+    uint16_t* to = static_cast<uint16_t*>(p.out.data) +
+                   p.q_offset(p.out, item.b, first_row + first, item.head) + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < 16 / kRows; ++i) {
+      if (first_row + first + i * kRows < item.q_len) *reinterpret_cast<uint4*>(to) = chunks[i];
+      to += kRows * p.out.token_stride;
+    }
+  }
 }
 
 }  // namespace sagelm::kernels::hopper

@@ -1,5 +1,6 @@
 // docs/hopper-kernel.md tells how this kernel came to be as it is, with measurements.
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/attention/recipe.h"
 #include "kernels/attention/rows_sm90.cuh"
@@ -52,24 +53,29 @@ __device__ inline void issue_pv(float (&products)[kDim / 2], float (&row_sums)[4
 
 template <int kDim>
 __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule& schedule,
-                        const Places<kDim>& places) {
+                        SharedTiles<kDim>& shared, const Places<kDim>& places) {
   using Shared = SharedTiles<kDim>;
   constexpr int kQueryTile = Shared::kQueryTile;
   RingCursor ring, query_ring;
   ring.parity = query_ring.parity = 1;  // all stages start empty
-  WorkItem item;
+  WorkItem item = {};
   for (int index = blockIdx.x;
        schedule.get<kQueryTile>(p, items_per_head<kDim>(tiles), index, item); index += gridDim.x) {
     if (item.kv_tiles < 0) continue;
     const int slot = query_ring.stage;
     mbarrier_wait_idle(places.queries_empty(slot), query_ring.parity);
     query_ring.advance(kQuerySlots);
+    shared.items[slot] = item;
     // The last item may reach beyond the tiles that the sequence has room for.
     const int padded = (item.q_len + kTileTokens - 1) / kTileTokens * kTileTokens;
     const int rows = min(kQueryTile, padded - item.tile * kQueryTile);
-    mbarrier_expect_bytes(places.queries_full(slot), rows * kDim);
-    bulk_copy(places.queries(slot), tiles.queries + first_query<kQueryTile>(p, tiles, item) * kDim,
-              rows * kDim, places.queries_full(slot));
+    const int64_t first = first_query<kQueryTile>(p, tiles, item);
+    mbarrier_expect_bytes(places.queries_full(slot),
+                          rows * kDim + rows * static_cast<int>(sizeof(float)));
+    bulk_copy(places.queries(slot), tiles.queries + first * kDim, rows * kDim,
+              places.queries_full(slot));
+    bulk_copy(places.query_scales(slot), tiles.query_scales + first,
+              rows * static_cast<int>(sizeof(float)), places.queries_full(slot));
     if (item.kv_tiles == 0) continue;
     int next = tile_place(p, tiles, item, item.tile_at(0));
     for (int i = 0; i < item.kv_tiles; ++i) {
@@ -94,11 +100,16 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule
       ring.advance(Shared::kStages);
     }
   }
+  const int slot = query_ring.stage;
+  mbarrier_wait_idle(places.queries_empty(slot), query_ring.parity);
+  item.kv_tiles = -1;
+  shared.items[slot] = item;
+  mbarrier_arrive(places.queries_full(slot));
 }
 
 template <int kDim>
-__device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule& schedule,
-                        SharedTiles<kDim>& shared, const Places<kDim>& places, int group) {
+__device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kDim>& shared,
+                        const Places<kDim>& places, int group) {
   using Shared = SharedTiles<kDim>;
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane >> 2, c = lane & 3;
   constexpr int kQueryTile = Shared::kQueryTile;
@@ -109,22 +120,22 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
   FlushedSums<kDim> flushed;
   float row_sums[4];           // of the weights in flight: row g twice, row g + 8 twice
   uint32_t even[16], odd[16];  // P of a tile and of the next
-  WorkItem item;
-  for (int index = blockIdx.x;
-       schedule.get<kQueryTile>(p, items_per_head<kDim>(tiles), index, item); index += gridDim.x) {
-    if (item.kv_tiles < 0) continue;
+  for (;; query_ring.advance(kQuerySlots)) {
+    const int slot = query_ring.stage;
+    mbarrier_wait(places.queries_full(slot), query_ring.parity);
+    const WorkItem item = shared.items[slot];
+    if (item.kv_tiles < 0) break;
     RowState rows = {};
-    const int first_row = item.tile * kQueryTile + group * 64 + warp * 16;
+    const int row = group * 64 + warp * 16;  // the warp's first of the item
+    const int first_row = item.tile * kQueryTile + row;
     const bool present = first_row < item.q_len;
-    const int64_t query = first_query<kQueryTile>(p, tiles, item) + group * 64 + warp * 16;
-    const float query_scale[2] = {present ? tiles.query_scales[query + g] : 0.0f,
-                                  present ? tiles.query_scales[query + g + 8] : 0.0f};
+    const float query_scale[2] = {present ? shared.query_scales[slot][row + g] : 0.0f,
+                                  present ? shared.query_scales[slot][row + g + 8] : 0.0f};
     // Keys from there on are masked, relative to this thread's first of tile 0.
     const int row_end[2] = {item.key_end(p, first_row + g) - 4 * c,
                             item.key_end(p, first_row + g + 8) - 4 * c};
     // Tiles from there on need masks: the warp group's first row does not see all of their keys.
     const int first_masked = item.key_end(p, item.tile * kQueryTile + group * 64) / kKeyTile;
-    const int slot = query_ring.stage;
     const uint32_t queries = places.queries(slot) + group * 64 * kDim;
     int summed = 0;  // tiles in products
     bool keys_ready = false, values_ready = false;
@@ -148,22 +159,27 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
       // From every lane: all of them read the scales.
       mbarrier_arrive(places.keys_empty(ring.stage));
     };
-    // Logits of tile j to P. Products of the tile before may be in flight; finish waits for them.
-    const auto softmax = [&](int j, uint32_t(&to)[16], const auto& finish) {
-      const int ends[2] = {row_end[0] - j * kKeyTile, row_end[1] - j * kKeyTile};
+    const auto first_end = [&](int j, int r) { return row_end[r] - j * kKeyTile; };
+    const auto weigh = [&](int j, uint32_t(&to)[16], auto masked) {
+      const int ends[2] = {first_end(j, 0), first_end(j, 1)};
       const float offset[2] = {rows.reference[0] - tile.value_bits,
                                rows.reference[1] - tile.value_bits};
+      return exponentiate<decltype(masked)::value>(logits, to, tile.scale, offset, ends);
+    };
+    // Logits of tile j to P, beside the products of the tile before; finish waits for them.
+    const auto softmax = [&](int j, uint32_t(&to)[16], const auto& finish) {
       // Asked early, so that the answer is there when it is needed.
       RingCursor next = ring;
       next.advance(Shared::kStages);
       values_ready = mbarrier_test(places.values_full(ring.stage), ring.parity);
       keys_ready = mbarrier_test(places.keys_full(next.stage), next.parity);
-      const uint32_t carries = j >= first_masked
-                                   ? exponentiate<true>(logits, to, tile.scale, offset, ends)
-                                   : exponentiate<false>(logits, to, tile.scale, offset, ends);
+      const uint32_t carries =
+          j >= first_masked ? weigh(j, to, std::true_type{}) : weigh(j, to, std::false_type{});
       finish();
       if (__any_sync(0xFFFFFFFFu, near_most(carries))) {
+        const int ends[2] = {first_end(j, 0), first_end(j, 1)};
         move_references<kDim>(logits, to, rows, products, flushed, tile, ends);
+        weigh(j, to, std::true_type{});
       }
       value_inverse = tile.value_inverse;
     };
@@ -203,17 +219,21 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
       ring.advance(Shared::kStages);
     };
 
-    mbarrier_wait(places.queries_full(slot), query_ring.parity);
-    query_ring.advance(kQuerySlots);
     if (item.kv_tiles > 0) {
       const int j = item.tile_at(0);
       mbarrier_wait(places.keys_full(ring.stage), ring.parity);
       issue_qk<kDim>(logits, queries, places.keys(ring.stage));
       wgmma_wait<0>();
       take_logits();
-      const int ends[2] = {row_end[0] - j * kKeyTile, row_end[1] - j * kKeyTile};
-      set_references(logits, rows, tile, ends);
-      softmax(j, even, [] {});
+      const int ends[2] = {first_end(j, 0), first_end(j, 1)};
+      if (item.full_tiles > 0) {
+        set_references<false>(logits, rows, tile, ends);
+        weigh(j, even, std::false_type{});
+      } else {
+        set_references<true>(logits, rows, tile, ends);
+        weigh(j, even, std::true_type{});
+      }
+      value_inverse = tile.value_inverse;
       for (int i = 1;;) {
         if (i == item.kv_tiles) {
           last_step(even);
@@ -235,8 +255,11 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, const Schedule
 #pragma unroll
       for (int i = 0; i < kDim / 2; ++i) products[i] = 0.0f;
     }
-    store_rows<kDim>(p, item, first_row, rows, products, out,
-                     tiles.query_biases != nullptr ? tiles.query_biases + query : nullptr);
+    const float* biases = nullptr;
+    if (tiles.query_biases != nullptr) {
+      biases = tiles.query_biases + first_query<kQueryTile>(p, tiles, item) + row;
+    }
+    store_rows<kDim>(p, item, first_row, rows, products, out, biases);
   }
 }
 
@@ -259,10 +282,10 @@ __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
   const int group = threadIdx.x / 128;
   if (group == 0) {
     set_fewer_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce<kDim>(p, tiles, schedule, places);
+    if (threadIdx.x == 0) produce<kDim>(p, tiles, schedule, shared, places);
   } else {
     set_more_registers<Groups<kDim>::kConsumerRegisters>();
-    consume<kDim>(p, tiles, schedule, shared, places, group - 1);
+    consume<kDim>(p, tiles, shared, places, group - 1);
   }
 }
 

@@ -96,7 +96,9 @@ struct FlushedSums {
   }
 };
 
-// The largest logit of row r, in bits, among its keys before `end`; kNothing if there is none.
+// The largest logit of row r, in bits, among its keys, with kMask those before `end`; kNothing if
+// there is none.
+template <bool kMask>
 __device__ inline float largest_logit(const int32_t (&logits)[64], int r, const TileScales& tile,
                                       int end) {
   float most = kNothing;
@@ -105,7 +107,7 @@ __device__ inline float largest_logit(const int32_t (&logits)[64], int r, const 
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int key = 16 * (j >> 1) + 2 * (j & 1) + e;
-      if (key < end) most = fmaxf(most, static_cast<float>(logits[4 * j + 2 * r + e]));
+      if (!kMask || key < end) most = fmaxf(most, static_cast<float>(logits[4 * j + 2 * r + e]));
     }
   }
   // The scale belongs to this thread's keys.
@@ -113,16 +115,17 @@ __device__ inline float largest_logit(const int32_t (&logits)[64], int r, const 
 }
 
 // References from the first keys, such that their weights fit whatever they are.
+template <bool kMask>
 __device__ inline void set_references(const int32_t (&logits)[64], RowState& rows,
                                       const TileScales& tile, const int (&ends)[2]) {
-  rows.reference[0] = largest_logit(logits, 0, tile, ends[0]) - kFirstBits;
-  rows.reference[1] = largest_logit(logits, 1, tile, ends[1]) - kFirstBits;
+  rows.reference[0] = largest_logit<kMask>(logits, 0, tile, ends[0]) - kFirstBits;
+  rows.reference[1] = largest_logit<kMask>(logits, 1, tile, ends[1]) - kFirstBits;
 }
 
-// Moves the references of rows with a weight near the most, and computes the weights again. A row
-// without a weight so far takes its reference from these keys.
+// Moves the references of rows with a weight near the most; the weights p are then to be computed
+// again. A row without a weight so far takes its reference from these keys.
 template <int kDim>
-__device__ inline void move_references(const int32_t (&logits)[64], uint32_t (&p)[16],
+__device__ inline void move_references(const int32_t (&logits)[64], const uint32_t (&p)[16],
                                        RowState& rows, float (&products)[kDim / 2],
                                        FlushedSums<kDim>& flushed, const TileScales& tile,
                                        const int (&ends)[2]) {
@@ -133,7 +136,7 @@ __device__ inline void move_references(const int32_t (&logits)[64], uint32_t (&p
     for (int i = r; i < 16; i += 2) carries |= p[i] + kNearMost;
     carries |= __shfl_xor_sync(0xFFFFFFFFu, carries, 1);
     carries |= __shfl_xor_sync(0xFFFFFFFFu, carries, 2);
-    const float largest = largest_logit(logits, r, tile, ends[r]);
+    const float largest = largest_logit<true>(logits, r, tile, ends[r]);
     const float before = rows.reference[r];
     if (near_most(carries)) rows.reference[r] = largest - kFirstBits;
     const float factor = ptx::exp2_fast(before - rows.reference[r]);
@@ -145,9 +148,6 @@ __device__ inline void move_references(const int32_t (&logits)[64], uint32_t (&p
     }
     flushed.scale_row(r, factor);
   }
-  const float offset[2] = {rows.reference[0] - tile.value_bits,
-                           rows.reference[1] - tile.value_bits};
-  exponentiate<true>(logits, p, tile.scale, offset, ends);
 }
 
 }  // namespace sagelm::kernels::sage2

@@ -39,6 +39,8 @@ struct SharedTiles {
   // Finished rows on their way out, per warp; padded against bank conflicts.
   alignas(128) uint16_t out[4 * Groups<kDim>::kConsumers][16][kDim + 8];
   alignas(16) float scales[kStages][kTileScales];
+  alignas(16) float query_scales[kQuerySlots][kQueryTile];
+  WorkItem items[kQuerySlots];  // of the queries; kv_tiles < 0 where there is no more
   uint64_t keys_full[kStages], keys_empty[kStages];
   uint64_t values_full[kStages], values_empty[kStages];
   uint64_t queries_full[kQuerySlots], queries_empty[kQuerySlots];
@@ -49,6 +51,10 @@ struct Places : TilePlaces<SharedTiles<kDim>> {
   using TilePlaces<SharedTiles<kDim>>::TilePlaces;
   __device__ uint32_t ones() const {
     return this->base + static_cast<uint32_t>(offsetof(SharedTiles<kDim>, ones));
+  }
+  __device__ uint32_t query_scales(int s) const {
+    return this->base + static_cast<uint32_t>(offsetof(SharedTiles<kDim>, query_scales) +
+                                              s * sizeof(SharedTiles<kDim>::query_scales[0]));
   }
 };
 

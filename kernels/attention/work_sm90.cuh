@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 
 #include "kernels/attention/problem.cuh"
 #include "kernels/common/ptx.cuh"
@@ -104,7 +105,7 @@ struct WorkItem {
 // block to the first: a block's items then add up to much the same. False past the last item;
 // kv_tiles < 0 for a tile beyond its sequence.
 struct Schedule {
-  static constexpr int kFewRounds = 16;
+  static constexpr int kFewRounds = 32;
 
   int section_heads;  // query heads (of all sequences) per section
 
@@ -158,13 +159,22 @@ inline cudaError_t plan_launch(const void* kernel, int shared_bytes, const Probl
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
   if (error != cudaSuccess) return error;
-  // Sections of heads whose keys and values fill about half of the L2 cache.
-  const int64_t kv_heads = std::max<int64_t>(1, l2_bytes / 2 / std::max<int64_t>(1, kv_head_bytes));
-  const int64_t heads = int64_t{p.batch} * p.num_kv_heads;
-  const int64_t sections = (heads + kv_heads - 1) / kv_heads;
-  launch.schedule.section_heads =
-      static_cast<int>((heads + sections - 1) / sections * (p.num_heads / p.num_kv_heads));
   launch.grid = static_cast<int>(std::min<int64_t>(items, processors));
+  // Sections of heads whose keys and values fill at most about 3/4 of the L2 cache, if they can be
+  // even numbers of rounds; else about half of it.
+  const int64_t heads = int64_t{p.batch} * p.num_heads, group = p.num_heads / p.num_kv_heads;
+  const int64_t heads_in_l2 = l2_bytes / std::max<int64_t>(1, kv_head_bytes) * group;
+  const int64_t two_rounds = int64_t{2} * processors;
+  const int64_t even_heads =
+      std::lcm(two_rounds / std::gcd(two_rounds, std::max<int64_t>(1, items / heads)), group);
+  if (even_heads <= heads_in_l2 * 3 / 4) {
+    launch.schedule.section_heads = static_cast<int>(even_heads);
+  } else {
+    const int64_t sections =
+        (heads + std::max(group, heads_in_l2 / 2) - 1) / std::max(group, heads_in_l2 / 2);
+    launch.schedule.section_heads =
+        static_cast<int>((heads / group + sections - 1) / sections * group);
+  }
   return cudaSuccess;
 }
 

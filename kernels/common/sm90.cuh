@@ -87,6 +87,14 @@ __device__ inline void bulk_copy(uint32_t to, const void* from, uint32_t bytes, 
       : "memory");
 }
 
+// Four 8 x 8 matrices of halves as accumulators hold them; lane l gives the address of row l % 8 of
+// matrix l / 8.
+__device__ inline void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
 // Lets asynchronous products and copies of this thread see writes of shared memory that it has seen
 // or made.
 __device__ inline void fence_proxy_async() {
