@@ -211,7 +211,7 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       softmax(j, to, [&] { finish_values(now.stage); });
     };
     const auto last_step = [&](const uint32_t(&from)[16]) {
-      release(places.queries_empty(slot));
+      mbarrier_arrive(places.queries_empty(slot));  // from every lane, as above
       mbarrier_wait(places.values_full(ring.stage), ring.parity);
       issue_pv<kDim>(products, row_sums, from, places.values(ring.stage), places.ones(),
                      summed > 0);
@@ -251,7 +251,7 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       rows.sum[0] *= 0.25f;
       rows.sum[1] *= 0.25f;
     } else {
-      release(places.queries_empty(slot));
+      mbarrier_arrive(places.queries_empty(slot));  // from every lane, as above
 #pragma unroll
       for (int i = 0; i < kDim / 2; ++i) products[i] = 0.0f;
     }

@@ -61,19 +61,19 @@ struct TilePlaces {
 };
 
 // By one thread, before the others use them. `fills` arrivals make a stage full, `releases` empty,
-// `key_releases` one of keys.
+// `read_releases` one of keys or queries, which threads also read by themselves.
 template <typename Shared>
-__device__ inline void init_barriers(const TilePlaces<Shared>& places, int fills, int key_releases,
+__device__ inline void init_barriers(const TilePlaces<Shared>& places, int fills, int read_releases,
                                      int releases) {
   for (int s = 0; s < Shared::kStages; ++s) {
     sm90::mbarrier_init(places.keys_full(s), fills);
-    sm90::mbarrier_init(places.keys_empty(s), key_releases);
+    sm90::mbarrier_init(places.keys_empty(s), read_releases);
     sm90::mbarrier_init(places.values_full(s), fills);
     sm90::mbarrier_init(places.values_empty(s), releases);
   }
   for (int s = 0; s < kQuerySlots; ++s) {
     sm90::mbarrier_init(places.queries_full(s), fills);
-    sm90::mbarrier_init(places.queries_empty(s), releases);
+    sm90::mbarrier_init(places.queries_empty(s), read_releases);
   }
   sm90::fence_barrier_init();
 }
