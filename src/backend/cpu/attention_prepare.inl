@@ -281,7 +281,7 @@ void convert_values(const KvHead& kv, const float* inverse, float* errors) {
     for (int64_t c = 0; c < kv.dim; c += kLanes) {
       VecF x = load_channels(row, c, kv.head_dim);
       if constexpr (kPv == PvKind::kE4m3) {
-        x = round_values(x * load<VecF>(inverse + c), part, errors + c);
+        x = round_values(rounded_product(x, load<VecF>(inverse + c)), part, errors + c);
       } else if constexpr (kPv == PvKind::kInt8) {
         x = round_to_integer(x * load<VecF>(inverse + c));
       }
