@@ -192,8 +192,9 @@ SAGELM_AMX_TARGET void fetch(const uint16_t* half_tile) {
 // anything is missing in the cache or not (docs/benchmarks.md).
 template <bool kTwo>
 SAGELM_AMX_TARGET void multiply_block(const uint16_t* halves, const uint16_t* panel, int64_t depth,
-                                      float* sums) {
+                                      const float* out, int64_t out_stride, float* sums) {
   constexpr int64_t kStride = 64;  // bytes
+  const int64_t rows_a_step = divide_up(kTwo ? kBlock : kTileRows, depth);
   // GCC does not know that tiles are loaded from what was written before.
   std::atomic_signal_fence(std::memory_order_seq_cst);
   _tile_zero(0);
@@ -237,7 +238,10 @@ SAGELM_AMX_TARGET void multiply_block(const uint16_t* halves, const uint16_t* pa
       _tile_dpbf16ps(2, 7, 4);
       fetch(next_panel + 4 * kFetch);
       _tile_dpbf16ps(3, 7, 5);
-      fetch(next_panel + 5 * kFetch);
+    }
+    for (int64_t row = 0; row < rows_a_step; ++row, out += out_stride) {
+      __builtin_prefetch(out, 1);
+      __builtin_prefetch(out + kTileRows, 1);
     }
     halves = next_halves;
     panel = next_panel;
@@ -332,9 +336,11 @@ void run_share(const Product& product, const Share& share, const Workspace& work
       const uint16_t* tiles = weight.tiles.data() + panel * depth * 2 * kTileHalves;
       for (int64_t block = begin; block < end; ++block) {
         const bool two = product.rows - block * kBlock > kTileRows;
+        const float* out =
+            product.out + block * kBlock * weight.out_features + panel * panel_features(weight);
         (two ? multiply_block<true>
-             : multiply_block<false>)(work.halves + (block - begin) * block_size, tiles, depth,
-                                      sums);
+             : multiply_block<false>)(work.halves + (block - begin) * block_size, tiles, depth, out,
+                                      weight.out_features, sums);
         finish_block(product, block, panel, sums);
       }
     }
