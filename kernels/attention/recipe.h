@@ -31,6 +31,14 @@ inline constexpr float kInt4Middle = 8.0f;
 inline constexpr float kE4m3Max = 448.0f;
 inline constexpr float kLog2E4m3Max = 8.80735492f;
 
+// V is rounded with feedback: in runs of so many tokens, counted from the start of the sequence, a
+// channel's next element is first moved against the sum of the run's errors so far, by one over the
+// run's length of it. Weights of neighbours have much in common, and what is common to them meets
+// the sum of the errors, which is then small (docs/accuracy.md). A run is what one thread has.
+constexpr int value_run(int head_dim) { return head_dim <= 64 ? 4 : 8; }
+template <int kDim>
+inline constexpr int kValueRun = value_run(kDim);
+
 // A group whose largest magnitude is below this is scaled as if it were this: all zeros stay zeros
 // and no scale is zero (the official CUDA quantizer's guard).
 inline constexpr float kAmaxFloor = 1e-7f;
