@@ -31,6 +31,11 @@ inline constexpr float kInt4Middle = 8.0f;
 inline constexpr float kE4m3Max = 448.0f;
 inline constexpr float kLog2E4m3Max = 8.80735492f;
 
+// The largest code of V in the pages of a cache and in Hopper's tiles, whose products the matrix
+// unit sums in halves, up to 65504 (sage2_softmax_sm90.cuh). Only numbers below 1/96 of the tile's
+// largest are rounded more coarsely than with 448.
+inline constexpr float kTileValueMax = 1.5f;
+
 // A group whose largest magnitude is below this is scaled as if it were this: all zeros stay zeros
 // and no scale is zero (the official CUDA quantizer's guard).
 inline constexpr float kAmaxFloor = 1e-7f;
