@@ -69,6 +69,7 @@ double product_ceiling(AttentionVariant variant, const Ceilings& best) {
   switch (variant) {
     case AttentionVariant::kFp16:
       return best.half_ops;
+    case AttentionVariant::kSage1:
     case AttentionVariant::kSage1T:
     case AttentionVariant::kSage1B:
       return both(best.int8_ops, best.half_ops);

@@ -4,13 +4,13 @@
 //        in the inputs' type, FP32 accumulation. Calls with at most 16 query rows per KV head
 //        (max_q_len * num_heads / num_kv_heads, decode) split each sequence into parts of 256 keys
 //        whatever the batch, and combine them in a second launch.
-// SAGE1  (arXiv:2410.02367) INT8 Q K^T, a scale per 128 queries and per 64 keys. FP16 inputs: P and
+// SAGE1  (arXiv:2410.02367, with the finer scales of 2411.10958) INT8 Q K^T, a scale per query and
+//        per keys {8i+2c, 8i+2c+1} of every 64, which are those of one thread. FP16 inputs: P and
 //        V in FP16, the 64 keys of a tile summed in FP16 (|V| stays below 1023), then in FP32. BF16
 //        inputs: P and V in BF16 with FP32 sums, since V may exceed FP16's range.
-// SAGE2  (arXiv:2411.10958, the 8-bit variant) INT8 Q K^T, a scale per queries {g, g+8, g+16, g+24}
-//        of every 32 and per keys {8i+2c, 8i+2c+1} of every 64; P * 448 and V (a scale per channel
-//        over the sequence) in e4m3, the 64 keys of a tile summed on their own. Without e4m3
-//        matrix units for mma.sync, as on sm_90, the product is emulated: right, not fast.
+// SAGE2  (arXiv:2411.10958, the 8-bit variant) INT8 Q K^T as SAGE1; P * 448 and V (a scale per
+//        channel over the sequence) in e4m3, the 64 keys of a tile summed on their own. Without
+//        e4m3 matrix units for mma.sync, as on sm_90, the product is emulated: right, not fast.
 // SAGE2_4B (arXiv:2411.10958, the 4-bit variant) SAGE2 with integers up to 7 and smoothed Q: the
 //        mean of every 64 queries (as Q's type rounds it) is taken off before Q is quantized, and
 //        its product with K as it came, in 16-bit products with FP32 sums, is added to the logits.

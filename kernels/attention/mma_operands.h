@@ -15,7 +15,7 @@ namespace sagelm::kernels {
 
 inline constexpr int kMmaQueryTile = 128;
 inline constexpr int kMmaKeyTile = 64;
-inline constexpr int kMmaKeyScales = 4;  // a tile; equal for SAGE1
+inline constexpr int kMmaKeyScales = 4;  // a tile
 inline constexpr int kMmaMeanRows = 64;  // queries that SAGE2_4B smooths by one mean
 
 struct MmaOperands {

@@ -200,7 +200,7 @@ __device__ inline float levels_of(const MmaOperands& operands) {
 
 template <int kDim>
 __device__ void quantize_queries(const Problem& p, const MmaOperands& operands, int tile, int head,
-                                 int b, bool sage2) {
+                                 int b) {
   const int begin = tile * kMmaQueryTile;
   const int length = p.q_len(b);
   if (begin >= length) return;
@@ -211,9 +211,8 @@ __device__ void quantize_queries(const Problem& p, const MmaOperands& operands, 
   const float scale = p.softmax_scale * recipe::kLog2E;
   const float* means =
       operands.query_biases != nullptr ? operands.key_means + kv_index * kDim : nullptr;
-  quantize_rows<kDim, kMmaQueryTile, 32>(
-      levels_of(operands), operands.queries + first * kDim,
-      [&](int row) { return sage2 ? row / 32 * 8 + row % 8 : 0; },
+  quantize_rows<kDim, kMmaQueryTile, kMmaQueryTile>(
+      levels_of(operands), operands.queries + first * kDim, [](int row) { return row; },
       [&](int row, int channel, float(&x)[8]) {
         Piece piece{};
         const bool inside = begin + row < length && channel < p.head_dim;
@@ -241,7 +240,7 @@ __device__ void quantize_queries(const Problem& p, const MmaOperands& operands, 
 
 template <int kDim>
 __device__ void quantize_keys(const Problem& p, const MmaOperands& operands, int tile, int head,
-                              int b, bool sage2) {
+                              int b) {
   const int begin = tile * kMmaKeyTile;
   const int length = p.kv_len(b);
   if (begin >= length) return;
@@ -251,7 +250,7 @@ __device__ void quantize_keys(const Problem& p, const MmaOperands& operands, int
       operands.key_means != nullptr ? operands.key_means + kv_index * kDim : nullptr;
   quantize_rows<kDim, kMmaKeyTile, kMmaKeyScales>(
       levels_of(operands), operands.keys + index * (kMmaKeyTile * kDim),
-      [&](int row) { return sage2 ? row % 8 / 2 : 0; },
+      [](int row) { return row % 8 / 2; },
       [&](int row, int channel, float(&x)[8]) {
         Piece piece{};
         const bool inside = begin + row < length && channel < p.head_dim;
@@ -292,17 +291,18 @@ __device__ void quantize_values(const Problem& p, const MmaOperands& operands, i
   for (int i = threadIdx.x; i < kDim * (kMmaKeyTile / 16); i += kThreads) {
     const int channel = i % kDim, chunk = i / kDim;
     const float inverse = 1.0f / operands.value_scales[kv_index * kDim + channel];
+    const auto scaled = [&](int token) {
+      return __fmul_rn(from_halves(rows[chunk * 16 + token][channel], p.bf16).x, inverse);
+    };
     uint32_t words[4];
+    float2 errors = {};
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
+      if (2 * w % recipe::kValueRun<kDim> == 0) errors = {};
       // Places 4w .. 4w + 3 hold tokens 2w, 2w + 1, 2w + 8, 2w + 9.
-      float x[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int token = chunk * 16 + 2 * w + e / 2 * 8 + e % 2;
-        x[e] = from_halves(rows[token][channel], p.bf16).x * inverse;
-      }
-      words[w] = ptx::to_e4m3(x[0], x[1], x[2], x[3]);
+      const uint32_t even = round_values<kDim>(scaled(2 * w), scaled(2 * w + 8), errors);
+      const uint32_t odd = round_values<kDim>(scaled(2 * w + 1), scaled(2 * w + 9), errors);
+      words[w] = __byte_perm(even, odd, 0x5140);
     }
     *reinterpret_cast<uint4*>(to + chunk_offset<kMmaKeyTile>(channel, chunk)) =
         make_uint4(words[0], words[1], words[2], words[3]);
@@ -314,12 +314,11 @@ template <int kDim>
 __global__ void __launch_bounds__(kThreads)
     quantize(const __grid_constant__ Problem p, const __grid_constant__ MmaOperands operands) {
   const int tile = blockIdx.x, b = blockIdx.z;
-  const bool sage2 = operands.values != nullptr;
   const int head = blockIdx.y;
   if (head < p.num_heads) {
-    quantize_queries<kDim>(p, operands, tile, head, b, sage2);
+    quantize_queries<kDim>(p, operands, tile, head, b);
   } else if (head < p.num_heads + p.num_kv_heads) {
-    quantize_keys<kDim>(p, operands, tile, head - p.num_heads, b, sage2);
+    quantize_keys<kDim>(p, operands, tile, head - p.num_heads, b);
   } else {
     quantize_values<kDim>(p, operands, tile, head - p.num_heads - p.num_kv_heads, b);
   }

@@ -151,6 +151,19 @@ __device__ inline void quantize_query_row(const float (&x)[8], int row, float lo
   if (lane == 0) scales[row] = amax * (1.0f / recipe::kInt8Max) * logit_scale;
 }
 
+// Next elements of two runs of values (recipe.h), already scaled, as e4m3, a in the low byte.
+// errors: the runs' sums of errors. Rounded step by step, so that a CPU can do the same.
+template <int kDim>
+__device__ inline uint32_t round_values(float a, float b, float2& errors) {
+  constexpr float kPart = 1.0f / static_cast<float>(recipe::kValueRun<kDim>);  // exact products
+  const uint32_t codes = ptx::to_e4m3(fmaf(-kPart, errors.x, a), fmaf(-kPart, errors.y, b));
+  const uint32_t halves = ptx::halves_from_e4m3(codes);
+  const float2 rounded = __half22float2(*reinterpret_cast<const __half2*>(&halves));
+  errors.x = __fadd_rn(errors.x, __fsub_rn(rounded.x, a));
+  errors.y = __fadd_rn(errors.y, __fsub_rn(rounded.y, b));
+  return codes;
+}
+
 // 16-bit columns of a value tile in shared memory: [64 token pairs][kDim channels], each element
 // the two e4m3 of a channel, so that 8x8 matrix loads transpose it. The chunks of a pair's row are
 // spread so that the eight rows that one matrix load takes lie in different banks.
@@ -162,7 +175,8 @@ __device__ inline void quantize_value_tile(const Load& load, uint8_t* to, float*
   constexpr int kLanes = kDim / 8;
   constexpr int kPairs = kQuantizeThreads / kLanes;
   constexpr int kSteps = kTileTokens / 2 / kPairs;
-  const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
+  static_assert(2 * kSteps == recipe::kValueRun<kDim>);
+  const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes * kSteps;
   __shared__ uint32_t tile_largest;
   __shared__ alignas(16) uint8_t pairs[kTileTokens * kDim];
   if (threadIdx.x == 0) tile_largest = __float_as_uint(recipe::kAmaxFloor);
@@ -170,7 +184,7 @@ __device__ inline void quantize_value_tile(const Load& load, uint8_t* to, float*
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) raw[i][half] = load((i * kPairs + first) * 2 + half);
+    for (int half = 0; half < 2; ++half) raw[i][half] = load((first + i) * 2 + half);
   }
   uint32_t largest = 0;
 #pragma unroll
@@ -189,20 +203,29 @@ __device__ inline void quantize_value_tile(const Load& load, uint8_t* to, float*
   __syncthreads();
   const float amax = __uint_as_float(tile_largest);
   const float inverse = recipe::kTileValueMax / amax;
+  // Two channels after two channels, to spare registers.
+  uint32_t words[kSteps][4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    float2 errors = {};
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      uint32_t codes[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4& x = raw[i][half];
+        const float2 pair = to_floats<kBf16>(w == 0 ? x.x : w == 1 ? x.y : w == 2 ? x.z : x.w);
+        codes[half] =
+            round_values<kDim>(__fmul_rn(pair.x, inverse), __fmul_rn(pair.y, inverse), errors);
+      }
+      words[i][w] = __byte_perm(codes[0], codes[1], 0x5140);
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
-    const int pair = i * kPairs + first;
-    float even[8], odd[8];
-    unpack<kBf16>(raw[i][0], even);
-    unpack<kBf16>(raw[i][1], odd);
-    uint32_t words[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      words[w] = ptx::to_e4m3(even[2 * w] * inverse, odd[2 * w] * inverse,
-                              even[2 * w + 1] * inverse, odd[2 * w + 1] * inverse);
-    }
+    const int pair = first + i;
     *reinterpret_cast<uint4*>(pairs + pair * (2 * kDim) + ((lane ^ spread(pair)) * 16)) =
-        make_uint4(words[0], words[1], words[2], words[3]);
+        make_uint4(words[i][0], words[i][1], words[i][2], words[i][3]);
   }
   __syncthreads();
   const int warp = threadIdx.x / 32, l = threadIdx.x % 32;

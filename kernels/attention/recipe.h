@@ -32,9 +32,17 @@ inline constexpr float kE4m3Max = 448.0f;
 inline constexpr float kLog2E4m3Max = 8.80735492f;
 
 // The largest code of V in the pages of a cache and in Hopper's tiles, whose products the matrix
-// unit sums in halves, up to 65504 (sage2_softmax_sm90.cuh). Only numbers below 1/96 of the tile's
+// unit sums in halves, up to 65504 (sage2_softmax_sm90.cuh). Only numbers below 1/192 of the tile's
 // largest are rounded more coarsely than with 448.
-inline constexpr float kTileValueMax = 1.5f;
+inline constexpr float kTileValueMax = 3.0f;
+
+// V is rounded with feedback: in runs of so many tokens, counted from the start of the sequence, a
+// channel's next element is first moved against the sum of the run's errors so far, by one over the
+// run's length of it. Weights of neighbours have much in common, and what is common to them meets
+// the sum of the errors, which is then small (docs/accuracy.md). A run is what one thread has.
+constexpr int value_run(int head_dim) { return head_dim <= 64 ? 4 : 8; }
+template <int kDim>
+inline constexpr int kValueRun = value_run(kDim);
 
 // A group whose largest magnitude is below this is scaled as if it were this: all zeros stay zeros
 // and no scale is zero (the official CUDA quantizer's guard).

@@ -78,7 +78,7 @@ __device__ inline __half2 as_halves(uint32_t x) {
 
 // The products of P V, summed on two levels, both in halves, packed as the accumulators lie:
 // register i is of row i % 2. The matrix unit sums those of a tile, from zero: 128 keys with
-// weights below 128 and values up to recipe::kTileValueMax, 57,344 at most. `sums`, in units of
+// weights below 128 and values up to recipe::kTileValueMax, 49,152 at most. `sums`, in units of
 // kUnit, takes them.
 template <int kDim>
 struct Accumulators {

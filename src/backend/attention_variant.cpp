@@ -19,6 +19,7 @@ struct VariantRow {
 constexpr std::array kVariants = {
     VariantRow{AttentionVariant::kFp16, "fp16", "FP16 QK and PV, FP32 softmax and accumulation",
                false},
+    VariantRow{AttentionVariant::kSage1, "sage1", "INT8 QK per thread, FP16 PV", true},
     VariantRow{AttentionVariant::kSage1T, "sage1-t", "INT8 QK per token, FP16 PV", true},
     VariantRow{AttentionVariant::kSage1B, "sage1-b", "INT8 QK per block, FP16 PV", true},
     VariantRow{AttentionVariant::kSage1VT, "sage1-vt", "INT8 QK per token, INT8 PV", true},
@@ -35,7 +36,6 @@ struct Alias {
 };
 
 constexpr std::array kAliases = {
-    Alias{"sage1", AttentionVariant::kSage1B},
     Alias{"sage2", AttentionVariant::kSage2_8b},
     Alias{"sage", AttentionVariant::kSage2_8b},
 };

@@ -13,8 +13,9 @@ namespace sagelm {
 
 enum class AttentionVariant : uint8_t {
   kFp16,      // FP16 operands, FP32 softmax and accumulation: the reference
+  kSage1,     // INT8 QK per thread, FP16 PV
   kSage1T,    // INT8 QK per token, FP16 PV
-  kSage1B,    // INT8 QK per block, FP16 PV (SageAttention's published default)
+  kSage1B,    // INT8 QK per block, FP16 PV (the SageAttention paper's default)
   kSage1VT,   // INT8 QK per token, INT8 PV
   kSage1VB,   // INT8 QK per block, INT8 PV
   kSage2_8b,  // INT8 QK per thread, FP8 e4m3 PV with two-level accumulation
@@ -33,8 +34,8 @@ bool reads_quantized_kv(AttentionVariant variant, KvType type);
 // Canonical name, as --attention takes it ("sage2-8b").
 std::string_view attention_variant_name(AttentionVariant variant);
 
-// Accepts canonical names and the aliases sage1 (= sage1-b), sage2 (= sage2-8b) and sage (the best
-// for the device). Throws UsageError listing the names.
+// Accepts canonical names and the aliases sage2 (= sage2-8b) and sage (the best for the device).
+// Throws UsageError listing the names.
 AttentionVariant parse_attention_variant(std::string_view name);
 
 // One sentence for reports: which kernel runs, its operand types, granularity and smoothing,

@@ -133,7 +133,7 @@ for key in '"tokens_per_second"' '"percent_of_linear_layers"' '"percent_of_copy"
 done
 run 0 bench attention --device cpu --threads 1 --tokens 70 --head-dim 64 --heads 2 --kv-heads 1 \
   --mask both --runs 1 --json "$work/bench.json"
-holds "$work/out" "sage1-b"
+holds "$work/out" "sage1"
 holds "$work/bench.json" '"relative_l1"'
 [ "$(grep -cE '"cosine": (0\.99|1\.)' "$work/bench.json")" = 6 ] ||
   fail "bench attention's error: $(grep cosine "$work/bench.json")"

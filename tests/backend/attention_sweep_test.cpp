@@ -40,9 +40,9 @@ TEST(AttentionSweep, RandomShapesComputeTheirRecipeExactly) {
                                        shape.num_kv_heads, shape.head_dim, shape.causal},
                                       inputs, static_cast<uint32_t>(sweep.uniform(1, 1 << 30))));
     }
-    constexpr AttentionVariant kAll[] = {kFp16,    kSage1T,   kSage1B,  kSage1VT,
-                                         kSage1VB, kSage2_8b, kSage2_4b};
-    const AttentionSpec spec{kAll[cases % 7], !sweep.one_in(4)};
+    constexpr AttentionVariant kAll[] = {kFp16,    kSage1,   kSage1T,   kSage1B,
+                                         kSage1VT, kSage1VB, kSage2_8b, kSage2_4b};
+    const AttentionSpec spec{kAll[cases % 8], !sweep.one_in(4)};
     std::vector<AttentionResult> results(problems.size());
     std::vector<PreparedArgs> prepared;
     std::vector<cpu::AttentionArgs> batch;

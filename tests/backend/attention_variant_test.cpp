@@ -9,15 +9,14 @@ namespace {
 
 TEST(AttentionVariant, EveryNameParsesToItself) {
   for (const auto variant :
-       {AttentionVariant::kFp16, AttentionVariant::kSage1T, AttentionVariant::kSage1B,
-        AttentionVariant::kSage1VT, AttentionVariant::kSage1VB, AttentionVariant::kSage2_8b,
-        AttentionVariant::kSage2_4b}) {
+       {AttentionVariant::kFp16, AttentionVariant::kSage1, AttentionVariant::kSage1T,
+        AttentionVariant::kSage1B, AttentionVariant::kSage1VT, AttentionVariant::kSage1VB,
+        AttentionVariant::kSage2_8b, AttentionVariant::kSage2_4b}) {
     EXPECT_EQ(parse_attention_variant(attention_variant_name(variant)), variant);
   }
 }
 
 TEST(AttentionVariant, AliasesNameThePublishedDefaults) {
-  EXPECT_EQ(parse_attention_variant("sage1"), AttentionVariant::kSage1B);
   EXPECT_EQ(parse_attention_variant("sage2"), AttentionVariant::kSage2_8b);
   EXPECT_EQ(parse_attention_variant("sage"), AttentionVariant::kSage2_8b);
 }
@@ -60,7 +59,7 @@ TEST(AttentionVariant, DescriptionSaysWhichLayersHaveWhich) {
             describe_attention({AttentionVariant::kFp16, true}));
   EXPECT_EQ(
       describe_layer_attention(parse_layer_attention("sage2/sage2/fp16/sage1/sage2", 5, true)),
-      "fp16 in layer 2; sage1-b in layer 3; sage2-8b in layers 0-1, 4 (smoothed K)");
+      "fp16 in layer 2; sage1 in layer 3; sage2-8b in layers 0-1, 4 (smoothed K)");
   EXPECT_EQ(describe_layer_attention(parse_layer_attention("sage2/fp16", 2, false)),
             "fp16 in layer 1; sage2-8b in layer 0 (K not smoothed)");
 }

@@ -15,6 +15,7 @@
 #include "kernels/attention/recipe.h"
 #include "support/attention_inputs.h"
 #include "support/float64_attention.h"
+#include "support/value_rounder.h"
 
 namespace sagelm::testing {
 namespace {
@@ -62,11 +63,13 @@ Page reference_page(const uint16_t* k, const uint16_t* v, const float* mean, int
     page.amax[group] = std::max(page.amax[group], std::abs(key));
     page.amax[4] = std::max(page.amax[4], std::abs(value));
   });
-  each([&page](size_t group, float key, float value) {
+  std::vector<ValueRounder> rounders(static_cast<size_t>(head_dim), ValueRounder(head_dim));
+  each([&page, &rounders](size_t group, float key, float value) {
     // The product of two floats is exact in double.
     page.k.push_back(static_cast<int>(
         std::nearbyint(static_cast<double>(key) * static_cast<double>(127.0F / page.amax[group]))));
-    page.v.push_back(float_to_e4m3(value * (recipe::kTileValueMax / page.amax[4])));
+    const size_t channel = page.v.size() % rounders.size();
+    page.v.push_back(rounders[channel].next(value * (recipe::kTileValueMax / page.amax[4])));
   });
   return page;
 }

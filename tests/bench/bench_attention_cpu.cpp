@@ -11,10 +11,10 @@
 namespace sagelm::testing {
 namespace {
 
-constexpr AttentionVariant kVariants[] = {AttentionVariant::kFp16,    AttentionVariant::kSage1T,
-                                          AttentionVariant::kSage1B,  AttentionVariant::kSage1VT,
-                                          AttentionVariant::kSage1VB, AttentionVariant::kSage2_8b,
-                                          AttentionVariant::kSage2_4b};
+constexpr AttentionVariant kVariants[] = {AttentionVariant::kFp16,     AttentionVariant::kSage1,
+                                          AttentionVariant::kSage1T,   AttentionVariant::kSage1B,
+                                          AttentionVariant::kSage1VT,  AttentionVariant::kSage1VB,
+                                          AttentionVariant::kSage2_8b, AttentionVariant::kSage2_4b};
 
 double median_seconds(const AttentionProblem& problem, const AttentionSpec& spec) {
   using Clock = std::chrono::steady_clock;

@@ -42,8 +42,8 @@ TEST(LayerAttention, InfoNamesTheKernelsAndTheCacheThatAllCanRead) {
   Model model = load(kMixed);
   ModelInfo info = model.info();
   EXPECT_EQ(info.attention,
-            "fp16 in layers 0, 2, 4; sage1-b in layer 3; sage2-8b in layers 1, 5 (smoothed K)");
-  EXPECT_EQ(info.layer_attention[3], "sage1-b");
+            "fp16 in layers 0, 2, 4; sage1 in layer 3; sage2-8b in layers 1, 5 (smoothed K)");
+  EXPECT_EQ(info.layer_attention[3], "sage1");
   EXPECT_EQ(info.kv_cache, "fp16");
   EXPECT_EQ(info.adaptive_attention.back(), "fp16");
   EXPECT_THROW(model.set_attention(kMixed, true, "int8"), UsageError);

@@ -16,6 +16,7 @@
 #include "kernels/attention/sage_quantize_sm90.h"
 #include "kernels/ops/probe.h"
 #include "support/sweep.h"
+#include "support/value_rounder.h"
 
 namespace sagelm::testing {
 namespace {
@@ -82,6 +83,7 @@ GpuQuantizedKv::Page quantized(const GpuQuantizedKv& cache, const KvShape& shape
     }
   }
   GpuQuantizedKv::Page page;
+  std::vector<ValueRounder> rounders(static_cast<size_t>(dim), ValueRounder(dim));
   for (int token = 0; token < kPage; ++token) {
     const float inverse = recipe::kInt8Max / key_amax[token / 4 % 4];
     std::vector<float> smoothed;
@@ -92,8 +94,9 @@ GpuQuantizedKv::Page quantized(const GpuQuantizedKv& cache, const KvShape& shape
       if (!shape.int4_keys) {
         page.keys.push_back(static_cast<int8_t>(std::bit_cast<uint32_t>(rounded) & 0xFF));
       }
-      page.values.push_back(
-          c < dim ? float_to_e4m3(value(token, 1, c) * (recipe::kTileValueMax / value_amax)) : 0);
+      page.values.push_back(c < dim ? rounders[static_cast<size_t>(c)].next(
+                                          value(token, 1, c) * (recipe::kTileValueMax / value_amax))
+                                    : 0);
     }
     if (shape.int4_keys) append_int4_key(std::move(smoothed), page);
   }

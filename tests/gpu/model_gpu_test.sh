@@ -43,7 +43,7 @@ mixed=fp16/sage2/sage1/sage2/fp16/sage2-4b
 run 0 "${perplexity[@]}" "${gpu[@]}" --attention fp16
 fp16=$(number perplexity)
 run 0 "${perplexity[@]}" "${gpu[@]}" --attention $mixed
-holds "$work/out" '"attention": "fp16 in layers 0, 4; sage1-b in layer 2; sage2-8b in layers 1, 3; '
+holds "$work/out" '"attention": "fp16 in layers 0, 4; sage1 in layer 2; sage2-8b in layers 1, 3; '
 within 0.05 "$(number perplexity)" "$fp16" "perplexity with $mixed"
 run 0 calibrate "${gpu[@]}" --threshold 0.9997 --file "$work/text" --windows 1 \
   --calibration "$work/own.json" --json
@@ -56,7 +56,7 @@ within 0.02 "$(number perplexity)" "$fp16" "perplexity with sage-adaptive, $chos
 run 0 compare perplexity "${gpu[@]}" --file "$work/text" --ctx 512 --limit 2 --layers \
   --attention "fp16,sage-adaptive,$mixed" --calibration "$work/own.json" --json
 holds "$work/out" "\"attention\": \"$chosen\""
-holds "$work/out" "sage1-b in layer 2"
+holds "$work/out" "sage1 in layer 2"
 
 # The cosine of every layer with float64, in every cache: that of queries and keys as rotated.
 run 0 compare perplexity "${gpu[@]}" --file "$work/text" --ctx 512 --limit 1 --layers \

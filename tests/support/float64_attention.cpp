@@ -7,6 +7,7 @@
 
 #include "base/dtype.h"
 #include "base/fp8.h"
+#include "support/value_rounder.h"
 
 namespace sagelm::testing {
 namespace {
@@ -89,9 +90,7 @@ struct Recipe {
   enum { kHalf, kHalfAccumulated, kInt8, kE4m3 } pv = kHalf;
 
   int64_t q_group(int64_t position) const {
-    if (granularity == kToken) return position;
-    if (granularity == kBlock) return position / 128;
-    return position / 32 * 8 + position % 8;  // rows g, g+8, g+16, g+24 of a warp's 32
+    return granularity == kBlock ? position / 128 : position;
   }
   int64_t k_group(int64_t key) const {
     if (granularity == kToken) return key;
@@ -105,6 +104,10 @@ Recipe recipe_of(AttentionVariant variant) {
   switch (variant) {
     case AttentionVariant::kFp16:
       r.levels = 0;
+      break;
+    case AttentionVariant::kSage1:
+      r.granularity = Recipe::kThread;
+      r.pv = Recipe::kHalfAccumulated;
       break;
     case AttentionVariant::kSage1T:
       r.pv = Recipe::kHalfAccumulated;
@@ -186,9 +189,10 @@ QuantizedHead quantize_head(const AttentionProblem& problem, const Recipe& recip
       double amax = 1e-7;
       for (const auto& row : h.v) amax = std::max(amax, std::abs(row[c]));
       h.v_scale[c] = amax / levels;
+      ValueRounder rounder(s.head_dim);
       for (auto& row : h.v) {
         const double x = row[c] / h.v_scale[c];
-        row[c] = recipe.pv == Recipe::kE4m3 ? e4m3_to_float(float_to_e4m3(static_cast<float>(x)))
+        row[c] = recipe.pv == Recipe::kE4m3 ? e4m3_to_float(rounder.next(static_cast<float>(x)))
                                             : std::nearbyint(x);
       }
     }

@@ -81,15 +81,14 @@ struct AttentionArgs {
 // Numbers, all variants: Q is rounded to FP16 first; softmax, its sum (of unrounded P) and O are
 // FP32; each tile of 64 keys is summed in a fresh accumulator that is then added to O.
 //   fp16      QK and PV of FP16 values in FP32, P rounded to FP16.
-//   sage1-*   K minus its mean over all kv_len keys; integers rounded half to even; scales per
-//   token
-//             (-t) or per 128 queries and 64 keys (-b); P and V in FP16, the tile's accumulator
-//             rounded to FP16 every 16 keys. With INT8 PV (-vt, -vb) P has the scale 1/127 and V
-//             one per channel.
-//   sage2-*   the same with the scale groups of one thread's mma fragments: rows {g, g+8, g+16,
-//             g+24} of every 32 queries, keys {8i+2c, 8i+2c+1} of every 64; e4m3 P (times 448) and
-//             V (one scale per channel). sage2-4b also subtracts the mean of every 64 queries and
-//             adds its exact product with the smoothed keys.
+//   sage1*    K minus its mean over all kv_len keys; integers rounded half to even; scales per
+//             query and per keys {8i+2c, 8i+2c+1} of every 64, which one thread has in mma
+//             fragments, per token (-t) or per 128 queries and 64 keys (-b); P and V in FP16, the
+//             tile's accumulator rounded to FP16 every 16 keys. With INT8 PV (-vt, -vb) P has the
+//             scale 1/127 and V one per channel.
+//   sage2-*   the same with sage1's scales; e4m3 P (times 448) and V (one scale per channel,
+//             rounded with feedback: recipe.h). sage2-4b also subtracts the mean of every 64
+//             queries and adds its exact product with the smoothed keys.
 // When causal, query groups and blocks are counted from the start of the sequence.
 // With a quantized cache: Q is INT8 and has a scale per row; the keys and values of quantized pages
 // are used as they are stored, a page being one tile with e4m3 P; those of the tail are FP16 (K
@@ -101,8 +100,8 @@ void attention(std::span<const AttentionArgs> sequences, const AttentionSpec& sp
 // Quantizes a full page of one head, FP16 k and v [kPageTokens][head_dim], into operands and scales
 // as QuantizedKv has them. mean [head_dim] is subtracted from K. Bit for bit the same on every
 // instruction set: INT8 K to the nearest integer of (k - mean) * (127 / amax), ties to even,
-// rounded once; V to the nearest e4m3 of v * (448 / amax). INT4 K, of the 16 steps from the least
-// to the largest element of a rotated key, to the nearest.
+// rounded once; V to e4m3 of v * (448 / amax), with feedback (recipe.h). INT4 K, of the 16 steps
+// from the least to the largest element of a rotated key, to the nearest.
 void quantize_page(KvType type, const uint16_t* k, const uint16_t* v, const float* mean,
                    int64_t head_dim, uint8_t* operands, float* scales);
 

@@ -96,10 +96,15 @@ inline float write_values(const uint16_t* v, int64_t head_dim, int64_t dim, uint
   }
   const Quantizer values =
       make_quantizer(reduce_max(amax), recipe::kTileValueMax, recipe::kAmaxFloor);
+  const int run = recipe::value_run(static_cast<int>(head_dim));
+  float errors[kMaxHeadDim];
   for (int64_t key = 0; key < kPageTokens; ++key) {
+    if (key % run == 0) zero_row(errors, dim);
     for (int64_t c = 0; c < dim; c += kLanes) {
-      const VecF value = load_channels(v + key * head_dim, c, head_dim);
-      store_e4m3(codes + key * dim + c, round_to_e4m3(value * values.inverse));
+      const VecF value =
+          rounded_product(load_channels(v + key * head_dim, c, head_dim), VecF{} + values.inverse);
+      store_e4m3(codes + key * dim + c,
+                 round_values(value, 1.0f / static_cast<float>(run), errors + c));
     }
   }
   return values.scale;

@@ -27,11 +27,9 @@ void set_groups(Plan& plan, Granularity granularity) {
       plan.num_k_groups = 1;
       return;
     case Granularity::kThread:
-      plan.num_q_groups = 16;
+      plan.num_q_groups = plan.query_block;
       plan.num_k_groups = 4;
-      for (int r = 0; r < plan.query_block; ++r) {
-        plan.q_group[r] = static_cast<uint8_t>(r / 32 * 8 + r % 8);
-      }
+      for (int r = 0; r < plan.query_block; ++r) plan.q_group[r] = static_cast<uint8_t>(r);
       for (int r = 0; r < plan.key_tile; ++r) plan.k_group[r] = static_cast<uint8_t>(r % 8 / 2);
       return;
   }
@@ -50,6 +48,10 @@ Plan make_plan(const AttentionSpec& spec, KvType cache) {
       plan.qk_levels = 0;
       plan.smooth_k = false;
       plan.pv = PvKind::kHalf;
+      break;
+    case AttentionVariant::kSage1:
+      set_groups(plan, Granularity::kThread);
+      plan.pv = PvKind::kHalfAccHalf;
       break;
     case AttentionVariant::kSage1T:
     case AttentionVariant::kSage1VT:
@@ -112,6 +114,7 @@ double attention_split_bound(const AttentionSpec& spec, KvType cache) {
   switch (spec.variant) {
     case AttentionVariant::kFp16:
       return 0.0;
+    case AttentionVariant::kSage1:
     case AttentionVariant::kSage1T:
       return 0.03;
     case AttentionVariant::kSage1VT:

@@ -256,35 +256,52 @@ void scale_values(const Plan& plan, const KvHead& kv, float* amax, float* invers
   }
 }
 
-template <PvKind kPv>
-inline VecF quantize_values(VecF x, VecF inverse) {
-  if constexpr (kPv == PvKind::kHalf) return x;
-  return kPv == PvKind::kE4m3 ? round_to_e4m3(x * inverse) : round_to_integer(x * inverse);
+// The next elements of runs of values (recipe.h), x already scaled, as e4m3 numbers. errors: the
+// sums of the runs' errors.
+inline VecF round_values(VecF x, float part, float* errors) {
+  VecF sum = load<VecF>(errors);
+  VecF wanted = x - sum * part;
+  wanted = wanted > recipe::kE4m3Max ? VecF{} + recipe::kE4m3Max : wanted;
+  wanted = wanted < -recipe::kE4m3Max ? VecF{} - recipe::kE4m3Max : wanted;
+  const VecF rounded = round_to_e4m3(wanted);
+  sum += rounded - x;
+  store(errors, sum);
+  return rounded;
 }
 
+// errors: scratch, [dim].
 template <PvKind kPv>
-void convert_values(const KvHead& kv, const float* inverse) {
+void convert_values(const KvHead& kv, const float* inverse, float* errors) {
+  const int run = recipe::value_run(static_cast<int>(kv.head_dim));
+  const float part = 1.0f / static_cast<float>(run);
   RowCursor cursor = rows_of(kv, kv.v_pages);
   for (int64_t j = 0; j < kv.kv_len - kv.first_prepared; ++j) {
     const uint16_t* row = cursor.next();
+    if (kPv == PvKind::kE4m3 && j % run == 0) zero_row(errors, kv.dim);
     for (int64_t c = 0; c < kv.dim; c += kLanes) {
-      const VecF x = load_channels(row, c, kv.head_dim);
-      store(kv.v + j * kv.dim + c, quantize_values<kPv>(x, load<VecF>(inverse + c)));
+      VecF x = load_channels(row, c, kv.head_dim);
+      if constexpr (kPv == PvKind::kE4m3) {
+        x = round_values(rounded_product(x, load<VecF>(inverse + c)), part, errors + c);
+      } else if constexpr (kPv == PvKind::kInt8) {
+        x = round_to_integer(x * load<VecF>(inverse + c));
+      }
+      store(kv.v + j * kv.dim + c, x);
     }
   }
 }
 
 void prepare_values(const Plan& plan, const KvHead& kv, const Workspace& work) {
   float* inverse = work.channel;
+  float* other = work.channel + kv.dim;
   if (plan.pv == PvKind::kE4m3 && !plan.paged) {
-    scale_values(plan, kv, work.channel + kv.dim, inverse);
-    convert_values<PvKind::kE4m3>(kv, inverse);
+    scale_values(plan, kv, other, inverse);
+    convert_values<PvKind::kE4m3>(kv, inverse, other);
   } else if (plan.pv == PvKind::kInt8) {
-    scale_values(plan, kv, work.channel + kv.dim, inverse);
-    convert_values<PvKind::kInt8>(kv, inverse);
+    scale_values(plan, kv, other, inverse);
+    convert_values<PvKind::kInt8>(kv, inverse, other);
   } else {
-    for (int64_t c = 0; c < kv.dim; ++c) kv.v_scale[c] = inverse[c] = 1.0f;
-    convert_values<PvKind::kHalf>(kv, inverse);
+    for (int64_t c = 0; c < kv.dim; ++c) kv.v_scale[c] = 1.0f;
+    convert_values<PvKind::kHalf>(kv, inverse, other);
   }
   const int64_t length = kv.kv_len - kv.first_prepared;
   const int64_t padded = (length + kKeyPadding - 1) / kKeyPadding * kKeyPadding;

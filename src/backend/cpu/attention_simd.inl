@@ -46,6 +46,15 @@ inline VecI lane_ids() {
 #endif
 }
 
+// a * b, rounded: compilers may not fuse the product with an addition.
+inline VecF rounded_product(VecF a, VecF b) {
+#if defined(__clang__)  // fuses within one expression only
+  return a * b;
+#else
+  return __builtin_assoc_barrier(a * b);
+#endif
+}
+
 // b where a is NaN.
 inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
 inline VecI max(VecI a, VecI b) { return a > b ? a : b; }

@@ -114,7 +114,7 @@ class CpuBackend : public Backend {
 
   void check_attention(const AttentionShape& /*shape*/) const override {}  // every variant is here
   std::vector<AttentionVariant> adaptive_variants() const override {
-    return {AttentionVariant::kSage2_8b, AttentionVariant::kSage1B, AttentionVariant::kFp16};
+    return {AttentionVariant::kSage2_8b, AttentionVariant::kSage1, AttentionVariant::kFp16};
   }
   bool reads_kv(const AttentionShape& shape, KvType type) const override {
     return type == KvType::kFp16 || reads_quantized_kv(shape.spec.variant, type);

@@ -93,14 +93,14 @@ sagelm_attention_variant attention_variant(AttentionVariant variant) {
   switch (variant) {
     case AttentionVariant::kFp16:
       return SAGELM_ATTENTION_FP16;
-    case AttentionVariant::kSage1B:
+    case AttentionVariant::kSage1:
       return SAGELM_ATTENTION_SAGE1;
     case AttentionVariant::kSage2_8b:
       return SAGELM_ATTENTION_SAGE2;
     case AttentionVariant::kSage2_4b:
       return SAGELM_ATTENTION_SAGE2_4B;
     default:
-      fail_usage("--attention {} has no CUDA kernel: fp16, sage1-b, sage2-8b and sage2-4b have",
+      fail_usage("--attention {} has no CUDA kernel: fp16, sage1, sage2-8b and sage2-4b have",
                  attention_variant_name(variant));
   }
 }

@@ -150,8 +150,8 @@ class CudaBackend : public Backend {
   std::vector<AttentionVariant> adaptive_variants() const override {
     // On Hopper sage1 has the MMA kernel only, and fp16's warp-group kernel is faster than that.
     if (properties_.capability == 90) return {AttentionVariant::kSage2_8b, AttentionVariant::kFp16};
-    if (properties_.capability < 89) return {AttentionVariant::kSage1B, AttentionVariant::kFp16};
-    return {AttentionVariant::kSage2_8b, AttentionVariant::kSage1B, AttentionVariant::kFp16};
+    if (properties_.capability < 89) return {AttentionVariant::kSage1, AttentionVariant::kFp16};
+    return {AttentionVariant::kSage2_8b, AttentionVariant::kSage1, AttentionVariant::kFp16};
   }
 
   bool reads_kv(const AttentionShape& shape, KvType type) const override {

@@ -1,0 +1,29 @@
+// Elements of one channel of V, in order, as e4m3: the recipe's runs, one element at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "base/fp8.h"
+#include "kernels/attention/recipe.h"
+
+namespace sagelm::testing {
+
+class ValueRounder {
+ public:
+  explicit ValueRounder(int64_t head_dim) : run_(recipe::value_run(static_cast<int>(head_dim))) {}
+
+  // The code of the next element, which is scaled already.
+  uint8_t next(float x) {
+    if (count_++ % run_ == 0) errors_ = 0;
+    const uint8_t code = float_to_e4m3(x - errors_ / static_cast<float>(run_));
+    errors_ += e4m3_to_float(code) - x;
+    return code;
+  }
+
+ private:
+  int run_;
+  int64_t count_ = 0;
+  float errors_ = 0;
+};
+
+}  // namespace sagelm::testing
