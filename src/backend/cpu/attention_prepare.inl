@@ -260,10 +260,7 @@ void scale_values(const Plan& plan, const KvHead& kv, float* amax, float* invers
 // sums of the runs' errors.
 inline VecF round_values(VecF x, float part, float* errors) {
   VecF sum = load<VecF>(errors);
-  VecF wanted = x - sum * part;
-  wanted = wanted > recipe::kE4m3Max ? VecF{} + recipe::kE4m3Max : wanted;
-  wanted = wanted < -recipe::kE4m3Max ? VecF{} - recipe::kE4m3Max : wanted;
-  const VecF rounded = round_to_e4m3(wanted);
+  const VecF rounded = round_to_e4m3(x - sum * part);
   sum += rounded - x;
   store(errors, sum);
   return rounded;
