@@ -270,7 +270,7 @@ __device__ inline void quantize_value_tile(const Load& load, uint8_t* to, float*
   if (threadIdx.x % 32 == 0) atomicMax(&tile_largest, largest);
   __syncthreads();
   const float amax = __uint_as_float(tile_largest);
-  const float inverse = recipe::kE4m3Max / amax;
+  const float inverse = recipe::kTileValueMax / amax;
   // Two channels after two channels, to spare registers.
   uint32_t words[kSteps][4];
 #pragma unroll
@@ -312,7 +312,7 @@ __device__ inline void quantize_value_tile(const Load& load, uint8_t* to, float*
         make_uint4(tokens[0], tokens[1], tokens[2], tokens[3]);
   }
   if (threadIdx.x == 0) {
-    const float scale = amax * (1.0f / recipe::kE4m3Max);
+    const float scale = amax * (1.0f / recipe::kTileValueMax);
     scales[kKeyGroups] = scale;
     scales[kKeyGroups + 1] = log2f(scale);
     scales[kKeyGroups + 2] = 1.0f / scale;

@@ -31,6 +31,11 @@ inline constexpr float kInt4Middle = 8.0f;
 inline constexpr float kE4m3Max = 448.0f;
 inline constexpr float kLog2E4m3Max = 8.80735492f;
 
+// The largest code of V in the pages of a cache and in Hopper's tiles, whose products the matrix
+// unit sums in halves, up to 65504 (sage2_softmax_sm90.cuh). Only numbers below 1/192 of the tile's
+// largest are rounded more coarsely than with 448.
+inline constexpr float kTileValueMax = 3.0f;
+
 // V is rounded with feedback: in runs of so many tokens, counted from the start of the sequence, a
 // channel's next element is first moved against the sum of the run's errors so far, by one over the
 // run's length of it. Weights of neighbours have much in common, and what is common to them meets

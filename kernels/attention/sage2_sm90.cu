@@ -1,6 +1,5 @@
 // docs/hopper-kernel.md tells how this kernel came to be as it is, with measurements.
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/attention/recipe.h"
 #include "kernels/attention/rows_sm90.cuh"
@@ -18,10 +17,6 @@ namespace {
 using namespace sm90;
 using namespace sage2;
 
-// Two-level accumulation: products of so many tiles are summed by the matrix unit, the sums of them
-// in FlushedSums.
-constexpr int kFlushTiles = 4;
-
 template <int kDim>
 __device__ inline void issue_qk(int32_t (&logits)[64], uint32_t queries, uint32_t keys) {
   constexpr Swizzle kSwizzle = kDim == 128 ? Swizzle::k128B : Swizzle::k64B;
@@ -36,18 +31,12 @@ __device__ inline void issue_qk(int32_t (&logits)[64], uint32_t queries, uint32_
 
 // P V, and the sums of the rows of P.
 template <int kDim>
-__device__ inline void issue_pv(float (&products)[kDim / 2], float (&row_sums)[4],
-                                const uint32_t (&p)[16], uint32_t values, uint32_t ones,
-                                bool accumulate) {
+__device__ inline void issue_pv(uint32_t (&products)[kDim / 4 + 2], const uint32_t (&p)[16],
+                                uint32_t values) {
   const uint64_t b = wgmma_descriptor(values, Swizzle::k128B);
   wgmma_fence();
-  wgmma_e4m3(products, p, b, accumulate);
 #pragma unroll
-  for (int k = 1; k < kKeyTile / 32; ++k) wgmma_e4m3(products, p + 4 * k, b + 2 * k, true);
-  const uint64_t b_ones = wgmma_descriptor(ones, Swizzle::k128B);
-  wgmma_e4m3<true>(row_sums, p, b_ones);
-#pragma unroll
-  for (int k = 1; k < kKeyTile / 32; ++k) wgmma_e4m3<false>(row_sums, p + 4 * k, b_ones);
+  for (int k = 0; k < kKeyTile / 32; ++k) wgmma_e4m3(products, p + 4 * k, b + 2 * k, k > 0);
   wgmma_commit();
 }
 
@@ -116,9 +105,7 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
   auto& out = shared.out[group * 4 + warp];
   RingCursor ring, query_ring;
   int32_t logits[64];
-  float products[kDim / 2];
-  FlushedSums<kDim> flushed;
-  float row_sums[4];           // of the weights in flight: row g twice, row g + 8 twice
+  Accumulators<kDim> sums;
   uint32_t even[16], odd[16];  // P of a tile and of the next
   for (;; query_ring.advance(kQuerySlots)) {
     const int slot = query_ring.stage;
@@ -137,9 +124,8 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
     // Tiles from there on need masks: the warp group's first row does not see all of their keys.
     const int first_masked = item.key_end(p, item.tile * kQueryTile + group * 64) / kKeyTile;
     const uint32_t queries = places.queries(slot) + group * 64 * kDim;
-    int summed = 0;  // tiles in products
     bool keys_ready = false, values_ready = false;
-    flushed.clear();
+    sums.clear();
     TileScales tile;
     float value_inverse = 0.0f;  // of the tile whose products are in flight
 
@@ -160,11 +146,13 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       mbarrier_arrive(places.keys_empty(ring.stage));
     };
     const auto first_end = [&](int j, int r) { return row_end[r] - j * kKeyTile; };
-    const auto weigh = [&](int j, uint32_t(&to)[16], auto masked) {
-      const int ends[2] = {first_end(j, 0), first_end(j, 1)};
+    const auto weigh = [&](int j, uint32_t(&to)[16]) {
       const float offset[2] = {rows.reference[0] - tile.value_bits,
                                rows.reference[1] - tile.value_bits};
-      return exponentiate<decltype(masked)::value>(logits, to, tile.scale, offset, ends);
+      const uint32_t carries = exponentiate(logits, to, tile.scale, offset);
+      if (j < first_masked) return carries;
+      const int ends[2] = {first_end(j, 0), first_end(j, 1)};
+      return mask_weights(to, ends);
     };
     // Logits of tile j to P, beside the products of the tile before; finish waits for them.
     const auto softmax = [&](int j, uint32_t(&to)[16], const auto& finish) {
@@ -173,24 +161,23 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       next.advance(Shared::kStages);
       values_ready = mbarrier_test(places.values_full(ring.stage), ring.parity);
       keys_ready = mbarrier_test(places.keys_full(next.stage), next.parity);
-      const uint32_t carries =
-          j >= first_masked ? weigh(j, to, std::true_type{}) : weigh(j, to, std::false_type{});
+      const uint32_t carries = weigh(j, to);
       finish();
       if (__any_sync(0xFFFFFFFFu, near_most(carries))) {
         const int ends[2] = {first_end(j, 0), first_end(j, 1)};
-        move_references<kDim>(logits, to, rows, products, flushed, tile, ends);
-        weigh(j, to, std::true_type{});
+        move_references<kDim>(logits, to, rows, sums, tile, ends);
+        weigh(j, to);
       }
       value_inverse = tile.value_inverse;
     };
     // Waits for the products of the tile at `stage`.
     const auto finish_values = [&](int stage) {
       wgmma_wait<0>();
-      pin(products);
-      pin(row_sums);
+      pin(sums.products);
       release(places.values_empty(stage));
-      rows.sum[0] = fmaf(row_sums[0], value_inverse, rows.sum[0]);
-      rows.sum[1] = fmaf(row_sums[2], value_inverse, rows.sum[1]);
+      rows.sum[0] = fmaf(sums.weights_of(0), value_inverse, rows.sum[0]);
+      rows.sum[1] = fmaf(sums.weights_of(1), value_inverse, rows.sum[1]);
+      sums.take();
     };
     // From P of a tile to P of the next one, j.
     const auto step = [&](int j, const uint32_t(&from)[16], uint32_t(&to)[16]) {
@@ -198,14 +185,8 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       ring.advance(Shared::kStages);
       if (!keys_ready) mbarrier_wait(places.keys_full(ring.stage), ring.parity);
       issue_qk<kDim>(logits, queries, places.keys(ring.stage));
-      // Here the matrix unit has QK to do meanwhile.
-      if (summed == kFlushTiles) {
-        flushed.take(products);
-        summed = 0;
-      }
       if (!values_ready) mbarrier_wait(places.values_full(now.stage), now.parity);
-      issue_pv<kDim>(products, row_sums, from, places.values(now.stage), places.ones(), summed > 0);
-      ++summed;
+      issue_pv<kDim>(sums.products, from, places.values(now.stage));
       wgmma_wait<1>();
       take_logits();
       softmax(j, to, [&] { finish_values(now.stage); });
@@ -213,8 +194,7 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
     const auto last_step = [&](const uint32_t(&from)[16]) {
       mbarrier_arrive(places.queries_empty(slot));  // from every lane, as above
       mbarrier_wait(places.values_full(ring.stage), ring.parity);
-      issue_pv<kDim>(products, row_sums, from, places.values(ring.stage), places.ones(),
-                     summed > 0);
+      issue_pv<kDim>(sums.products, from, places.values(ring.stage));
       finish_values(ring.stage);
       ring.advance(Shared::kStages);
     };
@@ -226,13 +206,8 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       wgmma_wait<0>();
       take_logits();
       const int ends[2] = {first_end(j, 0), first_end(j, 1)};
-      if (item.full_tiles > 0) {
-        set_references<false>(logits, rows, tile, ends);
-        weigh(j, even, std::false_type{});
-      } else {
-        set_references<true>(logits, rows, tile, ends);
-        weigh(j, even, std::true_type{});
-      }
+      set_references(logits, rows, tile, ends);
+      weigh(j, even);
       value_inverse = tile.value_inverse;
       for (int i = 1;;) {
         if (i == item.kv_tiles) {
@@ -246,20 +221,19 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
         }
         step(item.tile_at(i++), odd, even);
       }
-      flushed.add_to(products);
       // store_rows adds those of four threads, which here are the same.
       rows.sum[0] *= 0.25f;
       rows.sum[1] *= 0.25f;
     } else {
       mbarrier_arrive(places.queries_empty(slot));  // from every lane, as above
-#pragma unroll
-      for (int i = 0; i < kDim / 2; ++i) products[i] = 0.0f;
     }
+    float totals[kDim / 2];
+    sums.total(totals);
     const float* biases = nullptr;
     if (tiles.query_biases != nullptr) {
       biases = tiles.query_biases + first_query<kQueryTile>(p, tiles, item) + row;
     }
-    store_rows<kDim>(p, item, first_row, rows, products, out, biases);
+    store_rows<kDim>(p, item, first_row, rows, totals, out, biases);
   }
 }
 
@@ -272,8 +246,9 @@ __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
   const Places<kDim> places(shared);
   if (threadIdx.x == 0)
     init_barriers(places, 1, 32 * Groups<kDim>::kReleases, Groups<kDim>::kReleases);
-  for (int i = threadIdx.x; i < static_cast<int>(sizeof shared.ones); i += blockDim.x) {
-    shared.ones[i] = 0x38;  // 1 in e4m3
+  using Shared = SharedTiles<kDim>;
+  for (int i = threadIdx.x; i < Shared::kStages * Shared::kOnesBytes; i += blockDim.x) {
+    shared.values[i / Shared::kOnesBytes][Shared::kTileBytes + i % Shared::kOnesBytes] = 0x38;
   }
   fence_proxy_async();
   __syncthreads();

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/attention/recipe.h"
 #include "kernels/attention/rows_sm90.cuh"
@@ -16,7 +17,7 @@ using namespace hopper;
 
 // The exponentials of a tile are taken against a row's reference. It is moved only when a weight
 // comes near the largest e4m3 number, to where the tile's largest weight has so many bits.
-constexpr float kFirstBits = recipe::kLog2E4m3Max - 5.0f;
+constexpr float kFirstBits = recipe::kLog2E4m3Max - 6.0f;
 // The reference of a row that has seen no key: any logit is infinitely above it.
 constexpr float kNothing = -1e30f;
 
@@ -27,29 +28,23 @@ struct TileScales {
   float value_inverse;  // 1 / scale of V
 };
 
-// Whether a weight of e4m3 numbers, to whose codes kNearMost has been added, is 256 (the code 0x78)
+// Whether a weight of e4m3 numbers, to whose codes kNearMost has been added, is 128 (the code 0x70)
 // or more, or NaN. If none is, then none has saturated.
-constexpr uint32_t kNearMost = 0x08080808u;
+constexpr uint32_t kNearMost = 0x10101010u;
 __device__ inline bool near_most(uint32_t carries) { return (carries & 0x80808080u) != 0; }
 
-// A tile's logits to P. ends: keys from there on are masked, relative to the first key of this
-// thread (4c of the tile). Returns the union of what near_most takes.
-template <bool kMask>
+// A tile's logits to P. Returns the union of what near_most takes.
 __device__ __forceinline__ uint32_t exponentiate(const int32_t (&logits)[64], uint32_t (&p)[16],
-                                                 const float (&scale)[2], const float (&offset)[2],
-                                                 const int (&ends)[2]) {
+                                                 const float (&scale)[2],
+                                                 const float (&offset)[2]) {
   uint32_t carries = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     float x[16];
 #pragma unroll
     for (int k = 0; k < 16; ++k) {
-      const int r = (k >> 1) & 1, at = 16 * i + k;
-      x[k] = ptx::exp2_fast(fmaf(static_cast<float>(logits[at]), scale[r], -offset[r]));
-      if constexpr (kMask) {
-        const int key = 16 * (at >> 3) + 2 * ((at >> 2) & 1) + (at & 1);
-        if (key >= ends[r]) x[k] = 0.0f;
-      }
+      const int r = (k >> 1) & 1;
+      x[k] = ptx::exp2_fast(fmaf(static_cast<float>(logits[16 * i + k]), scale[r], -offset[r]));
     }
     p[4 * i] = ptx::to_e4m3(x[0], x[1], x[4], x[5]);
     p[4 * i + 1] = ptx::to_e4m3(x[2], x[3], x[6], x[7]);
@@ -61,44 +56,69 @@ __device__ __forceinline__ uint32_t exponentiate(const int32_t (&logits)[64], ui
   return carries;
 }
 
-// The second level of accumulation: sums of the matrix unit's sums, in halves of 2^-20 of them,
-// packed as the accumulators lie: element i is of row i % 2. A row's weights add up to about 14 at
-// least (kFirstBits) and to 2^8 a key at most, so that these stay in the range of halves.
+// Makes the weights of masked keys zero: of those from `ends` of their row on, relative to the
+// first key of this thread (4c of the tile). Returns what exponentiate does.
+__device__ inline uint32_t mask_weights(uint32_t (&p)[16], const int (&ends)[2]) {
+  uint32_t carries = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    // Four keys from 16 (i / 2) on, of row i % 2.
+    const int bits = max(0, 8 * ends[i & 1] - 128 * (i >> 1));
+    p[i] &= __funnelshift_lc(~0u, 0u, bits);
+    carries |= p[i] + kNearMost;
+  }
+  return carries;
+}
+
+__device__ inline __half2 as_halves(uint32_t x) {
+  __half2 halves;
+  memcpy(&halves, &x, sizeof halves);
+  return halves;
+}
+
+// The products of P V, summed on two levels, both in halves, packed as the accumulators lie:
+// register i is of row i % 2. The matrix unit sums those of a tile, from zero: 128 keys with
+// weights below 128 and values up to recipe::kTileValueMax, 49,152 at most. `sums`, in units of
+// kUnit, takes them.
 template <int kDim>
-struct FlushedSums {
-  __half2 sums[kDim / 4];
+struct Accumulators {
+  static constexpr int kCount = kDim / 4;
+  static constexpr float kUnit = 0x1p12f;
+
+  // The last two are the sums of the weights of row g and of row g + 8: P is multiplied by ones
+  // too.
+  uint32_t products[kCount + 2];
+  __half2 sums[kCount];
 
   __device__ void clear() {
 #pragma unroll
-    for (int i = 0; i < kDim / 4; ++i) sums[i] = __floats2half2_rn(0.0f, 0.0f);
+    for (int i = 0; i < kCount; ++i) sums[i] = __float2half2_rn(0.0f);
   }
-  __device__ void take(const float (&products)[kDim / 2]) {
+  __device__ float weights_of(int r) const { return __low2float(as_halves(products[kCount + r])); }
+  // Adds a tile's products.
+  __device__ void take() {
+    const __half2 inverse = __float2half2_rn(1.0f / kUnit);
 #pragma unroll
-    for (int i = 0; i < kDim / 4; ++i) {
-      sums[i] = __hadd2(
-          sums[i], __floats2half2_rn(products[2 * i] * 0x1p-20f, products[2 * i + 1] * 0x1p-20f));
-    }
+    for (int i = 0; i < kCount; ++i) sums[i] = __hfma2(as_halves(products[i]), inverse, sums[i]);
   }
   __device__ void scale_row(int r, float factor) {
 #pragma unroll
-    for (int i = r; i < kDim / 4; i += 2) {
+    for (int i = r; i < kCount; i += 2) {
       const float2 x = __half22float2(sums[i]);
       sums[i] = __floats2half2_rn(x.x * factor, x.y * factor);
     }
   }
-  __device__ void add_to(float (&products)[kDim / 2]) const {
+  __device__ void total(float (&totals)[kDim / 2]) const {
 #pragma unroll
-    for (int i = 0; i < kDim / 4; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const float2 x = __half22float2(sums[i]);
-      products[2 * i] = fmaf(x.x, 0x1p20f, products[2 * i]);
-      products[2 * i + 1] = fmaf(x.y, 0x1p20f, products[2 * i + 1]);
+      totals[2 * i] = x.x * kUnit;
+      totals[2 * i + 1] = x.y * kUnit;
     }
   }
 };
 
-// The largest logit of row r, in bits, among its keys, with kMask those before `end`; kNothing if
-// there is none.
-template <bool kMask>
+// The largest logit of row r, in bits, among its keys before `end`; kNothing if there is none.
 __device__ inline float largest_logit(const int32_t (&logits)[64], int r, const TileScales& tile,
                                       int end) {
   float most = kNothing;
@@ -107,7 +127,7 @@ __device__ inline float largest_logit(const int32_t (&logits)[64], int r, const 
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int key = 16 * (j >> 1) + 2 * (j & 1) + e;
-      if (!kMask || key < end) most = fmaxf(most, static_cast<float>(logits[4 * j + 2 * r + e]));
+      if (key < end) most = fmaxf(most, static_cast<float>(logits[4 * j + 2 * r + e]));
     }
   }
   // The scale belongs to this thread's keys.
@@ -115,20 +135,18 @@ __device__ inline float largest_logit(const int32_t (&logits)[64], int r, const 
 }
 
 // References from the first keys, such that their weights fit whatever they are.
-template <bool kMask>
 __device__ inline void set_references(const int32_t (&logits)[64], RowState& rows,
                                       const TileScales& tile, const int (&ends)[2]) {
-  rows.reference[0] = largest_logit<kMask>(logits, 0, tile, ends[0]) - kFirstBits;
-  rows.reference[1] = largest_logit<kMask>(logits, 1, tile, ends[1]) - kFirstBits;
+  rows.reference[0] = largest_logit(logits, 0, tile, ends[0]) - kFirstBits;
+  rows.reference[1] = largest_logit(logits, 1, tile, ends[1]) - kFirstBits;
 }
 
 // Moves the references of rows with a weight near the most; the weights p are then to be computed
 // again. A row without a weight so far takes its reference from these keys.
 template <int kDim>
 __device__ inline void move_references(const int32_t (&logits)[64], const uint32_t (&p)[16],
-                                       RowState& rows, float (&products)[kDim / 2],
-                                       FlushedSums<kDim>& flushed, const TileScales& tile,
-                                       const int (&ends)[2]) {
+                                       RowState& rows, Accumulators<kDim>& sums,
+                                       const TileScales& tile, const int (&ends)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     uint32_t carries = 0;
@@ -136,17 +154,12 @@ __device__ inline void move_references(const int32_t (&logits)[64], const uint32
     for (int i = r; i < 16; i += 2) carries |= p[i] + kNearMost;
     carries |= __shfl_xor_sync(0xFFFFFFFFu, carries, 1);
     carries |= __shfl_xor_sync(0xFFFFFFFFu, carries, 2);
-    const float largest = largest_logit<true>(logits, r, tile, ends[r]);
+    const float largest = largest_logit(logits, r, tile, ends[r]);
     const float before = rows.reference[r];
     if (near_most(carries)) rows.reference[r] = largest - kFirstBits;
     const float factor = ptx::exp2_fast(before - rows.reference[r]);
     rows.sum[r] *= factor;
-#pragma unroll
-    for (int j = 0; j < kDim / 8; ++j) {
-      products[4 * j + 2 * r] *= factor;
-      products[4 * j + 2 * r + 1] *= factor;
-    }
-    flushed.scale_row(r, factor);
+    sums.scale_row(r, factor);
   }
 }
 

@@ -31,11 +31,12 @@ struct SharedTiles {
   static constexpr int kStages = kDim == 128 ? 4 : 6;
   static constexpr int kQueryTile = Groups<kDim>::kQueryTile;
   static constexpr int kTileBytes = kKeyTile * kDim;
+  static constexpr int kOnesBytes = kKeyTile * 8;
 
   alignas(1024) int8_t keys[kStages][kTileBytes];
-  alignas(1024) uint8_t values[kStages][kTileBytes];
+  // Eight channels of ones in e4m3 follow: P times them is the sum of a row's weights.
+  alignas(1024) uint8_t values[kStages][kTileBytes + kOnesBytes];
   alignas(1024) int8_t queries[kQuerySlots][kQueryTile * kDim];
-  alignas(1024) uint8_t ones[8 * 128];  // e4m3: P times them is the sum of a row's weights
   // Finished rows on their way out, per warp; padded against bank conflicts.
   alignas(128) uint16_t out[4 * Groups<kDim>::kConsumers][16][kDim + 8];
   alignas(16) float scales[kStages][kTileScales];
@@ -49,8 +50,9 @@ struct SharedTiles {
 template <int kDim>
 struct Places : TilePlaces<SharedTiles<kDim>> {
   using TilePlaces<SharedTiles<kDim>>::TilePlaces;
-  __device__ uint32_t ones() const {
-    return this->base + static_cast<uint32_t>(offsetof(SharedTiles<kDim>, ones));
+  __device__ uint32_t values(int s) const {
+    return this->base + static_cast<uint32_t>(offsetof(SharedTiles<kDim>, values) +
+                                              s * sizeof(SharedTiles<kDim>::values[0]));
   }
   __device__ uint32_t query_scales(int s) const {
     return this->base + static_cast<uint32_t>(offsetof(SharedTiles<kDim>, query_scales) +

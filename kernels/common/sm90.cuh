@@ -227,43 +227,28 @@ __device__ inline void wgmma_s8(int32_t (&d)[64], uint64_t a, uint64_t b) {
   }
 }
 
-// D[64 x 128] (+)= A[64 x 32] B[128 x 32]^T, e4m3, A in registers, B in shared memory; from zero
-// unless accumulate.
-__device__ inline void wgmma_e4m3(float (&d)[64], const uint32_t* a, uint64_t b, bool accumulate) {
+// D[64 x 136] (+)= A[64 x 32] B[136 x 32]^T, e4m3, A in registers, B in shared memory, from zero
+// unless accumulate; sums in halves, two columns to a register, of row g and of row g + 8 in turn.
+__device__ inline void wgmma_e4m3(uint32_t (&d)[34], const uint32_t* a, uint64_t b,
+                                  bool accumulate) {
   asm volatile(
-      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " SAGELM_TEXT_64
-      "}, {%64, %65, %66, %67}, %68, accumulate, 1, 1;\n}"
-      : SAGELM_BIND_64("+f")
+      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %39, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n136k32.f16.e4m3.e4m3 " SAGELM_TEXT_32
+      ", %32, %33}, {%34, %35, %36, %37}, %38, accumulate, 1, 1;\n}"
+      : SAGELM_BIND_32("+r", 0), "+r"(d[32]), "+r"(d[33])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 
-// D[64 x 64] (+)= A[64 x 32] B[64 x 32]^T, likewise.
-__device__ inline void wgmma_e4m3(float (&d)[32], const uint32_t* a, uint64_t b, bool accumulate) {
+// D[64 x 72] (+)= A[64 x 32] B[72 x 32]^T, likewise.
+__device__ inline void wgmma_e4m3(uint32_t (&d)[18], const uint32_t* a, uint64_t b,
+                                  bool accumulate) {
   asm volatile(
-      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 " SAGELM_TEXT_32
-      "}, {%32, %33, %34, %35}, %36, accumulate, 1, 1;\n}"
-      : SAGELM_BIND_32("+f", 0)
+      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %23, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n72k32.f16.e4m3.e4m3 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17}, "
+      "{%18, %19, %20, %21}, %22, accumulate, 1, 1;\n}"
+      : SAGELM_BIND_8("+r", 0), SAGELM_BIND_8("+r", 8), "+r"(d[16]), "+r"(d[17])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
-}
-
-// D[64 x 8] (+)= A[64 x 32] B[8 x 32]^T, likewise.
-template <bool kFirst>
-__device__ inline void wgmma_e4m3(float (&d)[4], const uint32_t* a, uint64_t b) {
-  if constexpr (kFirst) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0, %1, %2, %3}, "
-        "{%4, %5, %6, %7}, %8, 0, 1, 1;"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  } else {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0, %1, %2, %3}, "
-        "{%4, %5, %6, %7}, %8, 1, 1, 1;"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
 }
 
 // The type of FP16 or BF16 operands, as it stands in an instruction's name.

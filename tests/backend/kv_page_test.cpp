@@ -12,6 +12,7 @@
 #include "base/dtype.h"
 #include "base/error.h"
 #include "base/fp8.h"
+#include "kernels/attention/recipe.h"
 #include "support/attention_inputs.h"
 #include "support/float64_attention.h"
 #include "support/value_rounder.h"
@@ -68,7 +69,7 @@ Page reference_page(const uint16_t* k, const uint16_t* v, const float* mean, int
     page.k.push_back(static_cast<int>(
         std::nearbyint(static_cast<double>(key) * static_cast<double>(127.0F / page.amax[group]))));
     const size_t channel = page.v.size() % rounders.size();
-    page.v.push_back(rounders[channel].next(value * (448.0F / page.amax[4])));
+    page.v.push_back(rounders[channel].next(value * (recipe::kTileValueMax / page.amax[4])));
   });
   return page;
 }
@@ -111,7 +112,7 @@ TEST(KvPage, Int4KeysAreTheSameOnEveryInstructionSet) {
         std::vector<float> scales(static_cast<size_t>(shape.scales), -1.0F);
         kernels->quantize_page(KvType::kInt4, problem.k.data(), problem.v.data(), mean.data(),
                                head_dim, operands.data(), scales.data());
-        EXPECT_FLOAT_EQ(scales[4], expected.amax[4] / 448.0F);
+        EXPECT_FLOAT_EQ(scales[4], expected.amax[4] / recipe::kTileValueMax);
         for (int64_t key = 0; key < kPageTokens; ++key) {
           const auto at = static_cast<size_t>(key);
           const auto word = std::bit_cast<uint32_t>(scales[kPageScales + at]);
@@ -152,7 +153,7 @@ TEST(KvPage, HoldsTheSameNumbersOnEveryInstructionSet) {
         kernels->quantize_page(KvType::kInt8, problem.k.data(), problem.v.data(), mean.data(),
                                head_dim, operands.data(), scales.data());
         for (size_t g = 0; g < scales.size(); ++g) {
-          EXPECT_FLOAT_EQ(scales[g], expected.amax[g] / (g == 4 ? 448.0F : 127.0F));
+          EXPECT_FLOAT_EQ(scales[g], expected.amax[g] / (g == 4 ? recipe::kTileValueMax : 127.0F));
         }
         for (int64_t key = 0; key < kPageTokens; ++key) {
           for (int64_t c = 0; c < dim; ++c) {
@@ -313,10 +314,10 @@ Float64Result exact_attention(const AttentionProblem& problem, KvType type = KvT
                                            : half_to_float(float_to_half(scaled));
           for (int64_t c = 0; c < s.head_dim; ++c) {
             const auto i = static_cast<size_t>((j - first) * s.head_dim + c);
-            const double value = quantized
-                                     ? static_cast<double>(e4m3_to_float(page->v[i])) *
-                                           static_cast<double>(page->amax[4]) / 448
-                                     : static_cast<double>(half_to_float(v[j * s.head_dim + c]));
+            const double value =
+                quantized ? static_cast<double>(e4m3_to_float(page->v[i])) *
+                                static_cast<double>(page->amax[4] / recipe::kTileValueMax)
+                          : static_cast<double>(half_to_float(v[j * s.head_dim + c]));
             out[static_cast<size_t>(c)] += rounded / 448 * value;
           }
         }

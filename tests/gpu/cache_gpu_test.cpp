@@ -95,13 +95,13 @@ GpuQuantizedKv::Page quantized(const GpuQuantizedKv& cache, const KvShape& shape
         page.keys.push_back(static_cast<int8_t>(std::bit_cast<uint32_t>(rounded) & 0xFF));
       }
       page.values.push_back(c < dim ? rounders[static_cast<size_t>(c)].next(
-                                          value(token, 1, c) * (recipe::kE4m3Max / value_amax))
+                                          value(token, 1, c) * (recipe::kTileValueMax / value_amax))
                                     : 0);
     }
     if (shape.int4_keys) append_int4_key(std::move(smoothed), page);
   }
   for (const float amax : key_amax) page.scales.push_back(amax * (1.0f / recipe::kInt8Max));
-  page.scales.push_back(value_amax * (1.0f / recipe::kE4m3Max));
+  page.scales.push_back(value_amax * (1.0f / recipe::kTileValueMax));
   page.scales.push_back(std::log2(page.scales[4]));
   page.scales.push_back(1.0f / page.scales[4]);
   return page;

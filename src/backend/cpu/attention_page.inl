@@ -94,7 +94,8 @@ inline float write_values(const uint16_t* v, int64_t head_dim, int64_t dim, uint
       amax = max(amax, magnitude_bits(load_channels(v + key * head_dim, c, head_dim)));
     }
   }
-  const Quantizer values = make_quantizer(reduce_max(amax), recipe::kE4m3Max, recipe::kAmaxFloor);
+  const Quantizer values =
+      make_quantizer(reduce_max(amax), recipe::kTileValueMax, recipe::kAmaxFloor);
   const int run = recipe::value_run(static_cast<int>(head_dim));
   float errors[kMaxHeadDim];
   for (int64_t key = 0; key < kPageTokens; ++key) {
