@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < chain.stages; ++i) {
       sm90::mbarrier_init(ptx::smem_address(&memory.full[i]), kCopyThreads);
-      sm90::mbarrier_init(ptx::smem_address(&memory.empty[i]), kWarps);
+      sm90::mbarrier_init(ptx::smem_address(&memory.empty[i]), kThreads);
     }
   }
   __syncthreads();
@@ -355,10 +355,8 @@ __global__ void __launch_bounds__(kThreads + kCopyThreads, 1)
           low[half] = ptx::load_chunk(step + lane_offsets[half]);
           high[half] = ptx::load_chunk(step + lane_offsets[half] + kToHigh);
         }
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) {
-          sm90::mbarrier_arrive(ptx::smem_address(&memory.empty[place.stage]));
-        }
+        // From every lane: all of them have read the stage.
+        sm90::mbarrier_arrive(ptx::smem_address(&memory.empty[place.stage]));
         place.advance();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
