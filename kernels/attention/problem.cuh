@@ -34,6 +34,11 @@ struct Problem {
   // Of decode steps that attention itself appends to the cache (decode_parts.cuh); else null.
   const float* rotations;  // [positions][2][head_dim / 2], as kernels/ops/rope_append.h has them
   uint32_t* arrivals;      // [batch][num_kv_heads], zeros before and after
+  // Of sequences whose keys several items share (work_sm90.cuh); else null and 0.
+  int32_t key_parts;  // of any sequence at most
+  int32_t part_rows;  // of a sequence, of all its parts together
+  void* part_out;     // [batch][part_rows][num_heads][head_dim], as out
+  float* part_lse;    // [batch][part_rows][num_heads]
 
 #ifdef __CUDACC__
   __device__ int q_len(int b) const {

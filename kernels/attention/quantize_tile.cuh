@@ -2,9 +2,11 @@
 // rows come from.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/attention/recipe.h"
 #include "kernels/attention/sage_tiles.cuh"
@@ -84,71 +86,140 @@ __device__ inline void load_mean(const float* from, int chunk, float (&mean)[8])
   mean[4] = high.x, mean[5] = high.y, mean[6] = high.z, mean[7] = high.w;
 }
 
-// Threads of a block of kQuantizeThreads hold chunks of 8 channels, chunk threadIdx.x % (kDim / 8)
-// each: load(token) gives that chunk of a token, zeros from token `count` on and beyond the head's
-// channels; load.finish(token, chunk) changes a chunk of keys that has come in. All threads call
-// both in step. mean: of the thread's channels.
-template <int kDim, bool kBf16, typename Load>
-__device__ inline void quantize_key_tile(const Load& load, int count, const float (&mean)[8],
-                                         int8_t* to, float* scales) {
-  constexpr int kLanes = kDim / 8;
-  constexpr int kRows = kQuantizeThreads / kLanes;
-  static_assert(kRows % 16 == 0);  // so that a thread's keys are of one group
-  constexpr int kSteps = kTileTokens / kRows;
-  const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
+// The larger and the smaller of each half of two words; NaN if either is.
+template <bool kBf16>
+using HalfPair = std::conditional_t<kBf16, __nv_bfloat162, __half2>;
+template <bool kBf16>
+__device__ inline uint32_t max_halves(uint32_t a, uint32_t b) {
+  using Pair = HalfPair<kBf16>;
+  const Pair most = __hmax2_nan(*reinterpret_cast<Pair*>(&a), *reinterpret_cast<Pair*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&most);
+}
+template <bool kBf16>
+__device__ inline uint32_t min_halves(uint32_t a, uint32_t b) {
+  using Pair = HalfPair<kBf16>;
+  const Pair least = __hmin2_nan(*reinterpret_cast<Pair*>(&a), *reinterpret_cast<Pair*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&least);
+}
+// Of 8 channels; magnitude's bits of the largest.
+template <bool kBf16>
+__device__ inline uint32_t largest_of(const uint4& raw) {
+  constexpr uint32_t kMagnitudes = 0x7FFF7FFFu;
+  const uint32_t most =
+      max_halves<kBf16>(max_halves<kBf16>(raw.x & kMagnitudes, raw.y & kMagnitudes),
+                        max_halves<kBf16>(raw.z & kMagnitudes, raw.w & kMagnitudes));
+  const float2 pair = to_floats<kBf16>(most);
+  return max(magnitude(pair.x), magnitude(pair.y));
+}
+
+// How a block of kQuantizeThreads shares the rows of a tile of queries or keys: kRows at a time,
+// each by kLanes neighbouring lanes, of which lane l has the chunks of 8 channels l and l + kLanes.
+// Where heads have kDim channels those are turned together by the rotary embedding.
+template <int kDim>
+struct RowShare {
+  static constexpr int kLanes = kDim / 16;
+  static constexpr int kRows = kQuantizeThreads / kLanes;
+  static constexpr int kSteps = kTileTokens / kRows;
+
+  __device__ static int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
+  __device__ static int chunk(int half) { return lane() + half * kLanes; }
+  // The thread's row of the i-th kRows.
+  __device__ static int row(int i) { return i * kRows + static_cast<int>(threadIdx.x) / kLanes; }
+};
+
+template <int kDim>
+__device__ inline void load_means(const float* from, float (&mean)[2][8]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) load_mean(from, RowShare<kDim>::chunk(half), mean[half]);
+}
+
+// A tile of keys, of which the thread has its share of the rows as 16-bit numbers: those from
+// `count` on, and channels beyond the head's, are zeros. mean: of the thread's channels.
+template <int kDim, bool kBf16>
+__device__ __forceinline__ void quantize_key_tile(const uint4 (&raw)[RowShare<kDim>::kSteps][2],
+                                                  int count, const float (&mean)[2][8], int8_t* to,
+                                                  float* scales) {
+  using Share = RowShare<kDim>;
+  static_assert(Share::kRows % 16 == 0);  // so that a thread's keys are of one group
   __shared__ uint32_t group_largest[kKeyGroups];
   if (threadIdx.x < kKeyGroups) {
     group_largest[threadIdx.x] = __float_as_uint(recipe::kAmaxFloor);
   }
-  uint4 raw[kSteps];
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) raw[i] = load(i * kRows + first);
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) load.finish(i * kRows + first, raw[i]);
-  // Rows past the end hold zeros, not minus the mean: they take no part in the scale.
+  // The largest magnitude after smoothing is that of a channel's largest or smallest key. Rows past
+  // the end hold zeros, not minus the mean: they take no part.
   uint32_t largest = 0;
+  if (Share::row(0) < count) {
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    if (i * kRows + first < count) {
-      float x[8];
-      unpack<kBf16>(raw[i], x);
+    for (int half = 0; half < 2; ++half) {
+      uint4 most = raw[0][half], least = most;
 #pragma unroll
-      for (int e = 0; e < 8; ++e) largest = max(largest, magnitude(x[e] - mean[e]));
+      for (int i = 1; i < Share::kSteps; ++i) {
+        if (Share::row(i) >= count) break;
+        const uint4& row = raw[i][half];
+        most = make_uint4(max_halves<kBf16>(most.x, row.x), max_halves<kBf16>(most.y, row.y),
+                          max_halves<kBf16>(most.z, row.z), max_halves<kBf16>(most.w, row.w));
+        least = make_uint4(min_halves<kBf16>(least.x, row.x), min_halves<kBf16>(least.y, row.y),
+                           min_halves<kBf16>(least.z, row.z), min_halves<kBf16>(least.w, row.w));
+      }
+      float x[8], y[8];
+      unpack<kBf16>(most, x);
+      unpack<kBf16>(least, y);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        largest =
+            max(largest, max(magnitude(x[e] - mean[half][e]), magnitude(y[e] - mean[half][e])));
+      }
     }
   }
   __syncthreads();
-  largest = max_over_lanes<32>(largest);
-  const int group = (first >> 2) & 3;
-  if (threadIdx.x % 32 == 0) atomicMax(&group_largest[group], largest);
+  constexpr int kGroupLanes = 4 * Share::kLanes;  // of four keys in a row, which are of one group
+  static_assert(kGroupLanes <= 32);
+  largest = max_over_lanes<kGroupLanes>(largest);
+  const int group = (Share::row(0) >> 2) & 3;
+  if (threadIdx.x % kGroupLanes == 0) atomicMax(&group_largest[group], largest);
   __syncthreads();
   const float inverse = recipe::kInt8Max / __uint_as_float(group_largest[group]);
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int key = i * kRows + first;
-    float x[8];
-    unpack<kBf16>(raw[i], x);
+  for (int i = 0; i < Share::kSteps; ++i) {
+    const int key = Share::row(i);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = key < count ? x[e] - mean[e] : 0.0f;
-    store_half_chunk<kDim>(to, row_of_key(key), lane, to_int8(x, inverse));
+    for (int half = 0; half < 2; ++half) {
+      float x[8];
+      unpack<kBf16>(raw[i][half], x);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[e] = key < count ? x[e] - mean[half][e] : 0.0f;
+      store_half_chunk<kDim>(to, row_of_key(key), Share::chunk(half), to_int8(x, inverse));
+    }
   }
   if (threadIdx.x < kKeyGroups) {
     scales[threadIdx.x] = __uint_as_float(group_largest[threadIdx.x]) * (1.0f / recipe::kInt8Max);
   }
 }
 
-// Row `row` of a tile of queries, of which this thread has the channels of its chunk, with a scale
-// of its own: the product of a row's and a key's integers, times both scales, is a logit in bits.
+// Row `row` of a tile of queries, of which this thread has the channels x, with a scale of its own:
+// the product of a row's and a key's integers, times both scales, is a logit in bits. largest: of
+// the magnitudes of x.
 template <int kDim>
-__device__ inline void quantize_query_row(const float (&x)[8], int row, float logit_scale,
-                                          int8_t* to, float* scales) {
-  constexpr int kLanes = kDim / 8;
-  const int lane = threadIdx.x % kLanes;
-  uint32_t largest = __float_as_uint(recipe::kAmaxFloor);
+__device__ inline void quantize_query_row(const float (&x)[2][8], uint32_t largest, int row,
+                                          float logit_scale, int8_t* to, float* scales) {
+  using Share = RowShare<kDim>;
+  const float amax = __uint_as_float(
+      max_over_lanes<Share::kLanes>(max(largest, __float_as_uint(recipe::kAmaxFloor))));
+  const float inverse = recipe::kInt8Max / amax;
 #pragma unroll
-  for (int e = 0; e < 8; ++e) largest = max(largest, magnitude(x[e]));
-  const float amax = __uint_as_float(max_over_lanes<kLanes>(largest));
-  store_half_chunk<kDim>(to, row, lane, to_int8(x, recipe::kInt8Max / amax));
-  if (lane == 0) scales[row] = amax * (1.0f / recipe::kInt8Max) * logit_scale;
+  for (int half = 0; half < 2; ++half) {
+    store_half_chunk<kDim>(to, row, Share::chunk(half), to_int8(x[half], inverse));
+  }
+  if (Share::lane() == 0) scales[row] = amax * (1.0f / recipe::kInt8Max) * logit_scale;
+}
+template <int kDim, bool kBf16>
+__device__ inline void quantize_query_row(const uint4 (&raw)[2], int row, float logit_scale,
+                                          int8_t* to, float* scales) {
+  float x[2][8];
+  unpack<kBf16>(raw[0], x[0]);
+  unpack<kBf16>(raw[1], x[1]);
+  quantize_query_row<kDim>(x, max(largest_of<kBf16>(raw[0]), largest_of<kBf16>(raw[1])), row,
+                           logit_scale, to, scales);
 }
 
 // Next elements of two runs of values (recipe.h), already scaled, as e4m3, a in the low byte.
@@ -169,7 +240,9 @@ __device__ inline uint32_t round_values(float a, float b, float2& errors) {
 // spread so that the eight rows that one matrix load takes lie in different banks.
 __device__ inline int spread(int pair) { return (pair & 1) | (((pair >> 3) & 3) << 1); }
 
-// As quantize_key_tile; load has no finish.
+// A tile of values. Threads of a block of kQuantizeThreads hold chunks of 8 channels, chunk
+// threadIdx.x % (kDim / 8) each: load(token) gives that chunk of a token, zeros past the last one
+// and beyond the head's channels.
 template <int kDim, bool kBf16, typename Load>
 __device__ inline void quantize_value_tile(const Load& load, uint8_t* to, float* scales) {
   constexpr int kLanes = kDim / 8;
@@ -190,12 +263,7 @@ __device__ inline void quantize_value_tile(const Load& load, uint8_t* to, float*
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float x[8];
-      unpack<kBf16>(raw[i][half], x);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) largest = max(largest, magnitude(x[e]));
-    }
+    for (int half = 0; half < 2; ++half) largest = max(largest, largest_of<kBf16>(raw[i][half]));
   }
   __syncthreads();
   largest = max_over_lanes<32>(largest);

@@ -58,10 +58,14 @@ __device__ inline void store_rows(const Problem& p, const WorkItem& item, int fi
       out[4 * j + 2 * r + 1] *= inverse;
     }
     const int row = first_row + g + 8 * r;
-    if (p.lse != nullptr && c == 0 && row < item.q_len) {
+    if ((p.lse != nullptr || item.parts > 1) && c == 0 && row < item.q_len) {
       const float bias = biases != nullptr ? biases[g + 8 * r] : 0.0f;
-      p.lse[(static_cast<int64_t>(item.b) * p.num_heads + item.head) * p.max_q_len + row] =
-          sum == 0.0f ? -INFINITY : (rows.reference[r] + log2f(sum) + bias) * recipe::kLn2;
+      float* lse =
+          item.parts > 1
+              ? p.part_lse + item.part_place(p, row)
+              : p.lse + (static_cast<int64_t>(item.b) * p.num_heads + item.head) * p.max_q_len +
+                    row;
+      *lse = sum == 0.0f ? -INFINITY : (rows.reference[r] + log2f(sum) + bias) * recipe::kLn2;
     }
   }
   if (p.bf16) {
@@ -79,12 +83,18 @@ __device__ inline void store_rows(const Problem& p, const WorkItem& item, int fi
   }
   __syncwarp();
   if (chunk * 8 < p.head_dim) {
-    uint16_t* to = static_cast<uint16_t*>(p.out.data) +
-                   p.q_offset(p.out, item.b, first_row + first, item.head) + chunk * 8;
+    const int row = first_row + first;
+    const bool is_part = item.parts > 1;
+    uint16_t* to =
+        is_part ? static_cast<uint16_t*>(p.part_out) + item.part_place(p, row) * p.head_dim
+                : static_cast<uint16_t*>(p.out.data) + p.q_offset(p.out, item.b, row, item.head);
+    to += chunk * 8;
+    const int64_t stride =
+        is_part ? static_cast<int64_t>(p.num_heads) * p.head_dim : p.out.token_stride;
 #pragma unroll
     for (int i = 0; i < 16 / kRows; ++i) {
-      if (first_row + first + i * kRows < item.q_len) *reinterpret_cast<uint4*>(to) = chunks[i];
-      to += kRows * p.out.token_stride;
+      if (row + i * kRows < item.q_len) *reinterpret_cast<uint4*>(to) = chunks[i];
+      to += kRows * stride;
     }
   }
 }

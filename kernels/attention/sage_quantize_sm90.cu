@@ -54,71 +54,84 @@ __global__ void __launch_bounds__(kThreads) key_means(Problem p, float* means) {
 template <int kDim, bool kBf16>
 __device__ void quantize_queries(const Problem& p, const SageTiles& tiles, int tile, int head,
                                  int b) {
-  constexpr int kLanes = kDim / 8;
-  constexpr int kRows = kThreads / kLanes;
-  constexpr int kSteps = kTileTokens / kRows;
+  using Share = RowShare<kDim>;
   const int length = p.q_len(b), first = tile * kTileTokens;
   if (first >= length) return;
-  const int lane = threadIdx.x % kLanes, first_row = threadIdx.x / kLanes;
   const int64_t place = tiles.first_query(p.cu_q_lens, b, head) + first;
-  float mean[8] = {};
+  float mean[2][8] = {};
   if (tiles.query_biases != nullptr) {
     const int kv_head = head / (p.num_heads / p.num_kv_heads);
-    load_mean(tiles.key_means + (static_cast<int64_t>(b) * p.num_kv_heads + kv_head) * kDim, lane,
-              mean);
+    load_means<kDim>(tiles.key_means + (static_cast<int64_t>(b) * p.num_kv_heads + kv_head) * kDim,
+                     mean);
   }
-  uint4 raw[kSteps];
+  uint4 raw[Share::kSteps][2];
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int token = first + i * kRows + first_row;
-    raw[i] = lane * 8 < p.head_dim && token < length
-                 ? __ldg(row_chunk(p.q, p.q_offset(p.q, b, token, head), lane))
-                 : make_uint4(0, 0, 0, 0);
+  for (int i = 0; i < Share::kSteps; ++i) {
+    const int token = first + Share::row(i);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int chunk = Share::chunk(half);
+      raw[i][half] = chunk * 8 < p.head_dim && token < length
+                         ? __ldg(row_chunk(p.q, p.q_offset(p.q, b, token, head), chunk))
+                         : make_uint4(0, 0, 0, 0);
+    }
   }
   const float logit_scale = p.softmax_scale * recipe::kLog2E;
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int row = i * kRows + first_row;
-    float x[8];
-    unpack<kBf16>(raw[i], x);
-    quantize_query_row<kDim>(x, row, logit_scale, tiles.queries + place * kDim,
-                             tiles.query_scales + place);
+  for (int i = 0; i < Share::kSteps; ++i) {
+    const int row = Share::row(i);
+    quantize_query_row<kDim, kBf16>(raw[i], row, logit_scale, tiles.queries + place * kDim,
+                                    tiles.query_scales + place);
     if (tiles.query_biases != nullptr) {
       float bias = 0;
 #pragma unroll
-      for (int e = 0; e < 8; ++e) bias = fmaf(x[e], mean[e], bias);
-      bias = over_lanes<kLanes>(bias, [](float a, float b) { return a + b; });
-      if (lane == 0) tiles.query_biases[place + row] = bias * logit_scale;
+      for (int half = 0; half < 2; ++half) {
+        float x[8];
+        unpack<kBf16>(raw[i][half], x);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) bias = fmaf(x[e], mean[half][e], bias);
+      }
+      bias = over_lanes<Share::kLanes>(bias, [](float a, float b) { return a + b; });
+      if (Share::lane() == 0) tiles.query_biases[place + row] = bias * logit_scale;
     }
   }
 }
 
-// Of a tile of K or V: the thread's chunk of token `token`; zeros past the sequence's end.
+// Of a tile of K or V: a chunk of token `token`; zeros past the sequence's end.
 template <int kDim>
 struct LoadRows {
   const Problem& p;
   const Tensor& x;
   int b, first_token, length, head;
 
-  __device__ uint4 operator()(int token) const {
-    const int chunk = threadIdx.x % (kDim / 8);
+  __device__ uint4 load(int token, int chunk) const {
     return chunk * 8 < p.head_dim && first_token + token < length
                ? __ldg(row_chunk(x, p.kv_offset(x, b, first_token + token, head), chunk))
                : make_uint4(0, 0, 0, 0);
   }
-  __device__ void finish(int /*token*/, uint4& /*chunk*/) const {}
+  __device__ uint4 operator()(int token) const { return load(token, threadIdx.x % (kDim / 8)); }
 };
 
 template <int kDim, bool kBf16>
 __device__ void quantize_keys(const Problem& p, const SageTiles& tiles, int tile, int head, int b) {
+  using Share = RowShare<kDim>;
   const int length = p.kv_len(b), first = tile * kTileTokens;
   if (first >= length) return;
   const int64_t sequence_head = static_cast<int64_t>(b) * p.num_kv_heads + head;
   const int64_t index = sequence_head * tiles.kv_tiles + tile;
-  float mean[8] = {};
-  if (p.smooth_k) load_mean(tiles.key_means + sequence_head * kDim, threadIdx.x % (kDim / 8), mean);
-  quantize_key_tile<kDim, kBf16>(LoadRows<kDim>{p, p.k, b, first, length, head}, length - first,
-                                 mean, tiles.keys + index * (kTileTokens * kDim),
+  const LoadRows<kDim> rows{p, p.k, b, first, length, head};
+  uint4 raw[Share::kSteps][2];
+#pragma unroll
+  for (int i = 0; i < Share::kSteps; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      raw[i][half] = rows.load(Share::row(i), Share::chunk(half));
+    }
+  }
+  float mean[2][8] = {};
+  if (p.smooth_k) load_means<kDim>(tiles.key_means + sequence_head * kDim, mean);
+  quantize_key_tile<kDim, kBf16>(raw, length - first, mean,
+                                 tiles.keys + index * (kTileTokens * kDim),
                                  tiles.scales + index * kTileScales);
 }
 

@@ -78,12 +78,29 @@ __device__ inline void init_barriers(const TilePlaces<Shared>& places, int fills
   sm90::fence_barrier_init();
 }
 
-// One unit of work: a tile of a head's query rows.
+// Few rows behind many keys: so many items share a sequence's keys as would not fill the device by
+// its rows alone, and are merged afterwards. That depends on the sequence, not on its neighbours.
+constexpr int kFillingItems = 132;  // the multiprocessors of an H200
+constexpr int kLeastPartTiles = 8;
+__host__ __device__ inline int key_parts(int num_heads, int query_tiles, int key_tiles) {
+  const int by_rows = query_tiles > 0 ? kFillingItems / (num_heads * query_tiles) : 1;
+  const int by_keys = key_tiles / kLeastPartTiles;
+  const int parts = by_rows < by_keys ? by_rows : by_keys;
+  return parts > 1 ? parts : 1;
+}
+// Rows of all parts of such a sequence at most.
+inline int most_part_rows(int num_heads, int query_tile) {
+  return kFillingItems / num_heads * query_tile;
+}
+
+// One unit of work: a tile of a head's query rows, and a part of the keys that they see.
 struct WorkItem {
   int b, head, kv_head, tile;
   int q_len, kv_len;
-  int kv_tiles;    // key tiles that a row of this item sees
-  int full_tiles;  // of them, those that all of its rows see in full
+  int part, parts;
+  int first_tile;  // of the part's key tiles
+  int kv_tiles;    // of them, those that a row of this item sees
+  int full_tiles;  // likewise, that all of its rows see in full
 
   // The key after the last one that query row `row` sees.
   __device__ int key_end(const Problem& p, int row) const {
@@ -94,8 +111,12 @@ struct WorkItem {
   // rows see in full, if there is any; then come those with masks, then the others. Tile 0, where
   // attention sinks lie, is last: weights before it have then been rounded against their own size.
   __device__ int tile_at(int i) const {
-    if (full_tiles == 0 || i > kv_tiles - full_tiles) return kv_tiles - 1 - i;
-    return i == 0 ? full_tiles - 1 : kv_tiles - i;
+    if (full_tiles == 0 || i > kv_tiles - full_tiles) return first_tile + kv_tiles - 1 - i;
+    return first_tile + (i == 0 ? full_tiles - 1 : kv_tiles - i);
+  }
+  // Index in Problem::part_lse of a query row, if it is one of several parts.
+  __device__ int64_t part_place(const Problem& p, int row) const {
+    return (static_cast<int64_t>(b) * p.part_rows + part * q_len + row) * p.num_heads + head;
   }
 };
 
@@ -103,7 +124,7 @@ struct WorkItem {
 // cache together; within a section the longest rows of all heads first, so that the short ones fill
 // the end. Blocks take them round by round, where the rounds are few every other one from the last
 // block to the first: a block's items then add up to much the same. False past the last item;
-// kv_tiles < 0 for a tile beyond its sequence.
+// kv_tiles < 0 for a tile or a part beyond its sequence.
 struct Schedule {
   static constexpr int kFewRounds = 32;
 
@@ -111,17 +132,19 @@ struct Schedule {
 
   template <int kQueryTile>
   __device__ bool get(const Problem& p, int query_tiles, int index, WorkItem& item) const {
+    const int most_parts = max(1, p.key_parts), head_items = query_tiles * most_parts;
     const int heads = p.batch * p.num_heads;
     const int blocks = static_cast<int>(gridDim.x), round = index / blocks;
-    const bool few = heads * query_tiles <= kFewRounds * blocks;
+    const bool few = heads * head_items <= kFewRounds * blocks;
     if (few && round % 2 == 1) index = (2 * round + 1) * blocks - 1 - index;
-    if (index >= heads * query_tiles) return false;
-    const int section = index / (section_heads * query_tiles);
+    if (index >= heads * head_items) return false;
+    const int section = index / (section_heads * head_items);
     const int first = section * section_heads;
     const int width = min(section_heads, heads - first);
-    const int rest = index - first * query_tiles;
+    const int rest = index - first * head_items;
     const int sequence_head = first + rest % width;
-    item.tile = query_tiles - 1 - rest / width;
+    item.tile = query_tiles - 1 - rest / width / most_parts;
+    item.part = rest / width % most_parts;
     item.b = sequence_head / p.num_heads;
     item.head = sequence_head % p.num_heads;
     item.kv_head = item.head / (p.num_heads / p.num_kv_heads);
@@ -135,12 +158,23 @@ struct Schedule {
     const int last = item.tile * kQueryTile + rows - 1;
     item.kv_tiles = (max(0, item.key_end(p, last)) + kKeyTile - 1) / kKeyTile;
     item.full_tiles = max(0, item.key_end(p, item.tile * kQueryTile)) / kKeyTile;
+    item.parts = 1;
+    item.first_tile = 0;
+    if (most_parts > 1) {
+      const int tiles = (item.kv_len + kKeyTile - 1) / kKeyTile;
+      item.parts = key_parts(p.num_heads, (item.q_len + kQueryTile - 1) / kQueryTile, tiles);
+      const int each = (tiles + item.parts - 1) / item.parts;
+      item.first_tile = item.part * each;
+      item.kv_tiles = min(each, max(0, item.kv_tiles - item.first_tile));
+      item.full_tiles = min(each, max(0, item.full_tiles - item.first_tile));
+      if (item.part >= item.parts) item.kv_tiles = -1;
+    }
     return true;
   }
 };
 
-// How to launch a persistent kernel of so many items over `heads` query heads of all sequences,
-// whose keys and values take kv_head_bytes per key head; lets it have its shared memory.
+// How to launch a persistent kernel of so many items, of all keys each, whose keys and values take
+// kv_head_bytes per key head; lets it have its shared memory.
 struct Launch {
   Schedule schedule;
   int grid;
@@ -159,6 +193,7 @@ inline cudaError_t plan_launch(const void* kernel, int shared_bytes, const Probl
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
   if (error != cudaSuccess) return error;
+  items *= std::max(1, p.key_parts);
   launch.grid = static_cast<int>(std::min<int64_t>(items, processors));
   // Sections of heads whose keys and values fill at most about 3/4 of the L2 cache, if they can be
   // even numbers of rounds; else about half of it.

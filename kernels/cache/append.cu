@@ -69,112 +69,118 @@ __device__ inline uint4 pack(const float (&x)[8]) {
   return make_uint4(ptx::to_halves<kBf16>(x[0], x[1]), ptx::to_halves<kBf16>(x[2], x[3]),
                     ptx::to_halves<kBf16>(x[4], x[5]), ptx::to_halves<kBf16>(x[6], x[7]));
 }
+__device__ inline uint4 shuffle(const uint4& x, int lane) {
+  return make_uint4(__shfl_sync(0xFFFFFFFFu, x.x, lane), __shfl_sync(0xFFFFFFFFu, x.y, lane),
+                    __shfl_sync(0xFFFFFFFFu, x.z, lane), __shfl_sync(0xFFFFFFFFu, x.w, lane));
+}
 
 enum class Part { kQuery, kKey, kValue };
 
 // Where the tokens of a sequence are while its tiles are being filled: before the step's first row
-// in the tail, then in QKV. As the loads of quantize_tile.cuh; queries and keys are rotated.
+// in the tail, then in QKV. Queries and keys come as RowShare shares them.
 template <int kDim, bool kBf16>
 struct StepTokens {
-  static constexpr int kLanes = kDim / 8;
+  using Share = RowShare<kDim>;
 
-  const uint16_t* tail;  // token 0 of its page, this thread's chunk; not of queries
-  const uint16_t* rows;  // the step's first row, likewise
-  const float* angles;   // of position 0, of this chunk's pairs; null for values
+  const uint16_t* tail;  // token 0 of its page; not of queries
+  const uint16_t* rows;  // the step's first row
+  const float* angles;   // of position 0; null for values
   int64_t row_stride;    // elements
   int head_dim;
   int start, end;      // positions of the step's tokens
   int first_position;  // of token 0
-  bool inside;         // whether the head has this chunk
 
   // head: among the query or the KV heads.
   __device__ StepTokens(const AppendToQuantizedKv& args, int b, int head, Part part)
       : head_dim(args.cache.head_dim) {
     const QuantizedKv& cache = args.cache;
     const QuantizedKvStep& step = args.step;
-    const int chunk = threadIdx.x % kLanes;
     const int first_row = step.cu_q_lens[b];
     const bool is_value = part == Part::kValue;
     const int column_head =
         head + (part == Part::kQuery ? 0 : cache.num_heads + (is_value ? cache.num_kv_heads : 0));
-    const int half_chunks = head_dim / 16;
     row_stride = static_cast<int64_t>(cache.num_heads + 2 * cache.num_kv_heads) * head_dim;
     end = step.kv_lens[b];
     start = end - (step.cu_q_lens[b + 1] - first_row);
     first_position = 0;
-    inside = chunk * 8 < head_dim;
-    tail = static_cast<const uint16_t*>(cache.tails) +
-           tail_offset(cache, step.tails[b], is_value, head) + chunk * 8;
-    rows = static_cast<const uint16_t*>(args.qkv) + first_row * row_stride +
-           column_head * head_dim + chunk * 8;
-    angles = is_value ? nullptr : args.rotations + chunk % half_chunks * 8;
+    tail = part == Part::kQuery ? nullptr
+                                : static_cast<const uint16_t*>(cache.tails) +
+                                      tail_offset(cache, step.tails[b], is_value, head);
+    rows = static_cast<const uint16_t*>(args.qkv) + first_row * row_stride + column_head * head_dim;
+    angles = is_value ? nullptr : args.rotations;
   }
 
   __device__ bool is_row(int token) const {
     const int position = first_position + token;
-    return inside && position >= start && position < end;
+    return position >= start && position < end;
   }
-  __device__ uint4 operator()(int token) const { return of_head(token, 0); }
-  // Of the query head that many further.
-  __device__ uint4 of_head(int token, int heads) const {
+  __device__ bool inside(int chunk) const { return chunk * 8 < head_dim; }
+  // 8 channels, of the query head that many further; zeros past the end and beyond the head's.
+  __device__ uint4 load_chunk(int token, int chunk, int heads = 0) const {
     const int position = first_position + token;
-    if (!inside || position >= end) return make_uint4(0, 0, 0, 0);
+    if (!inside(chunk) || position >= end) return make_uint4(0, 0, 0, 0);
     const uint16_t* from = position < start
                                ? tail + token * head_dim
                                : rows + (position - start) * row_stride + heads * head_dim;
-    return *reinterpret_cast<const uint4*>(from);
+    return *reinterpret_cast<const uint4*>(from + chunk * 8);
   }
-  __device__ void finish(int token, uint4& raw) const {
-    float cosine[8], sine[8];
-    load_angles(token, cosine, sine);
-    rotate(raw, is_row(token), cosine, sine);
-  }
-  __device__ void load_angles(int token, float (&cosine)[8], float (&sine)[8]) const {
-    if (!is_row(token)) return;
-    const float* angle = angles + static_cast<int64_t>(first_position + token) * head_dim;
-    load(angle, cosine);
-    load(angle + head_dim / 2, sine);
-  }
-  // The partners are in a lane of the same warp.
-  __device__ void rotate(uint4& raw, bool wanted, const float (&cosine)[8],
-                         const float (&sine)[8]) const {
-    const int chunk = threadIdx.x % kLanes, half_chunks = head_dim / 16;
-    const bool second = chunk >= half_chunks;
-    const int lane = threadIdx.x % 32 + (second ? -half_chunks : half_chunks);
-    uint4 other;
-    other.x = __shfl_sync(0xFFFFFFFFu, raw.x, lane);
-    other.y = __shfl_sync(0xFFFFFFFFu, raw.y, lane);
-    other.z = __shfl_sync(0xFFFFFFFFu, raw.z, lane);
-    other.w = __shfl_sync(0xFFFFFFFFu, raw.w, lane);
-    if (!wanted) return;
-    float x[8], partner[8];
-    unpack<kBf16>(raw, x);
-    unpack<kBf16>(other, partner);
+  __device__ void load_row(int token, uint4 (&raw)[2], int heads = 0) const {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      x[e] = second ? rotate_second(x[e], partner[e], cosine[e], sine[e])
-                    : rotate_first(x[e], partner[e], cosine[e], sine[e]);
+    for (int half = 0; half < 2; ++half) {
+      raw[half] = load_chunk(token, Share::chunk(half), heads);
     }
-    raw = pack<kBf16>(x);
   }
-};
-
-// Keys as those of INT4 pages are before they are rounded, smoothed and rotated, in FP16.
-template <int kDim, bool kBf16>
-struct RotatedKeys {
-  const StepTokens<kDim, kBf16>& tokens;
-  const float (&mean)[8];
-  int count;
-
-  __device__ uint4 operator()(int token) const { return tokens(token); }
-  __device__ void finish(int token, uint4& raw) const {
-    tokens.finish(token, raw);
-    float x[8];
-    unpack<kBf16>(raw, x);
+  // Rows of kHeads heads by their token's angles, if they are the step's.
+  template <int kHeads>
+  __device__ void rotate(int token, uint4 (*raw)[2]) const {
+    const float* angle = angles + static_cast<int64_t>(first_position + token) * head_dim;
+    const bool wanted = is_row(token);
+    float cosine[8], sine[8];
+    if (head_dim == kDim) {
+      if (!wanted) return;
+      load(angle + Share::lane() * 8, cosine);
+      load(angle + kDim / 2 + Share::lane() * 8, sine);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = token < count ? x[e] - mean[e] : 0.0f;
-    rotate_row<kDim>(x, recipe::kRotatedKeyFactor<kDim>);
-    raw = pack<false>(x);
+      for (int h = 0; h < kHeads; ++h) {
+        float a[8], b[8];
+        unpack<kBf16>(raw[h][0], a);
+        unpack<kBf16>(raw[h][1], b);
+        rotate_pairs(a, b, cosine, sine);
+        raw[h][0] = pack<kBf16>(a);
+        raw[h][1] = pack<kBf16>(b);
+      }
+      return;
+    }
+    // The partners are in other lanes.
+    const int half_chunks = head_dim / 16;
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      uint4 rotated[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int chunk = Share::chunk(half);
+        const bool second = chunk >= half_chunks;
+        const int partner_chunk = second ? chunk - half_chunks : chunk + half_chunks;
+        const int lane = static_cast<int>(threadIdx.x) % 32 / Share::kLanes * Share::kLanes +
+                         partner_chunk % Share::kLanes;
+        const uint4 low = shuffle(raw[h][0], lane), high = shuffle(raw[h][1], lane);
+        rotated[half] = raw[h][half];
+        if (!wanted || !inside(chunk)) continue;
+        float x[8], partner[8];
+        unpack<kBf16>(raw[h][half], x);
+        unpack<kBf16>(partner_chunk < Share::kLanes ? low : high, partner);
+        load(angle + chunk % half_chunks * 8, cosine);
+        load(angle + head_dim / 2 + chunk % half_chunks * 8, sine);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          x[e] = second ? rotate_second(x[e], partner[e], cosine[e], sine[e])
+                        : rotate_first(x[e], partner[e], cosine[e], sine[e]);
+        }
+        rotated[half] = pack<kBf16>(x);
+      }
+      raw[h][0] = rotated[0];
+      raw[h][1] = rotated[1];
+    }
   }
 };
 
@@ -184,70 +190,134 @@ __device__ inline float* mean_of(const AppendToQuantizedKv& args, int b, int kv_
              args.cache.head_dim;
 }
 
-// Whether the step begins with first_page_means.
-__host__ __device__ inline bool needs_means(const AppendToQuantizedKv& args) {
-  return args.prefill != nullptr ? args.step.begins_in_first_page : args.step.closes_first_page;
-}
-
-// Mean keys of the first pages that this step fills; for prefill_from_quantized_kv also those of
-// tails that no page precedes yet. Sums of so few FP16 numbers are exact in float64: the order is
-// of no account.
+// The mean of the first `count` keys of a tile to `mean`. Sums of so few FP16 numbers are exact in
+// float64: the order is of no account.
 template <int kDim, bool kBf16>
-__global__ void __launch_bounds__(kQuantizeThreads)
-    first_page_means(const __grid_constant__ AppendToQuantizedKv args) {
-  constexpr int kLanes = kDim / 8;
-  constexpr int kRows = kQuantizeThreads / kLanes;
-  constexpr int kSteps = kTileTokens / kRows;
-  // In this order: blocks of the next kernel that need no means do not wait for anything.
-  wait_for_previous_kernel();
-  allow_next_kernel();
-  const int kv_head = blockIdx.x, b = blockIdx.y;
-  const StepTokens<kDim, kBf16> tokens(args, b, kv_head, Part::kKey);
-  const int count = min(tokens.end, kTileTokens);
-  if (tokens.start >= kTileTokens || (count < kTileTokens && args.prefill == nullptr)) return;
-  float* mean = mean_of(args, b, kv_head);
-  if (!args.smooth_k) {
-    if (threadIdx.x < args.cache.head_dim) mean[threadIdx.x] = 0.0f;
-    return;
+__device__ void mean_of_keys(const uint4 (&raw)[RowShare<kDim>::kSteps][2], int count,
+                             float (&mean)[kDim]) {
+  using Share = RowShare<kDim>;
+  __shared__ double partial[kQuantizeThreads / 32][kDim];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    double sum[8] = {};
+#pragma unroll
+    for (int i = 0; i < Share::kSteps; ++i) {  // those from `count` on are zeros
+      float x[8];
+      unpack<kBf16>(raw[i][half], x);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sum[e] += static_cast<double>(x[e]);
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+#pragma unroll
+      for (int step = Share::kLanes; step < 32; step *= 2) {
+        sum[e] += __shfl_xor_sync(0xFFFFFFFFu, sum[e], step);
+      }
+      if (threadIdx.x % 32 < Share::kLanes) {
+        partial[threadIdx.x / 32][Share::chunk(half) * 8 + e] = sum[e];
+      }
+    }
   }
-  const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
-  uint4 raw[kSteps];
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) raw[i] = tokens(i * kRows + first);
-  double sum[8] = {};
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    tokens.finish(i * kRows + first, raw[i]);
-    float x[8];
-    unpack<kBf16>(raw[i], x);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) sum[e] += static_cast<double>(x[e]);
-  }
-  __shared__ double partial[kRows][kDim];
-#pragma unroll
-  for (int e = 0; e < 8; ++e) partial[first][lane * 8 + e] = sum[e];
   __syncthreads();
-  if (threadIdx.x < args.cache.head_dim) {
+  if (threadIdx.x < kDim) {
     double total = 0;
-    for (int row = 0; row < kRows; ++row) total += partial[row][threadIdx.x];
+#pragma unroll
+    for (const auto& warp : partial) total += warp[threadIdx.x];
     mean[threadIdx.x] = count > 0 ? static_cast<float>(total / count) : 0.0f;
   }
+  __syncthreads();
 }
 
-// Tile blockIdx.y of those that the step adds tokens of a KV head to: the pages that it fills,
+// What the blocks of a sequence's and KV head's tiles tell each other: its first page's block that
+// the mean is there, the others that they have read it; the last one leaves zero again.
+constexpr uint32_t kMeanIsThere = 1u << 31;
+__device__ inline void announce_mean(uint32_t* news) {
+  __threadfence();
+  atomicOr(news, kMeanIsThere);
+}
+__device__ inline void await_mean(uint32_t* news) {
+  while ((*static_cast<volatile uint32_t*>(news) & kMeanIsThere) == 0) {
+  }
+  __threadfence();
+}
+__device__ inline void leave_mean(uint32_t* news, int readers) {
+  if (atomicAdd(news, 1u) == kMeanIsThere + static_cast<uint32_t>(readers) - 1) *news = 0;
+}
+
+// What smooths tile `tile` of `tiles` that the step adds tokens to: the mean of the sequence's
+// first page, which is computed here if the page had not been filled before the step, for
+// prefill_from_quantized_kv also if the step does not fill it. Blocks of other tiles wait for that
+// of the first one, which begins before them.
+template <int kDim, bool kBf16>
+__device__ void find_mean(const AppendToQuantizedKv& args, const StepTokens<kDim, kBf16>& tokens,
+                          int b, int kv_head, int tile, int tiles,
+                          const uint4 (&raw)[RowShare<kDim>::kSteps][2], float (&mean)[2][8]) {
+  using Share = RowShare<kDim>;
+  float* kept = mean_of(args, b, kv_head);
+  __shared__ alignas(16) float found[kDim];
+  const float* from = kept;
+  if (tokens.start < kTileTokens && !args.smooth_k) {
+    if (tile == 0 && threadIdx.x < args.cache.head_dim) kept[threadIdx.x] = 0.0f;
+    return;
+  }
+  if (tokens.start < kTileTokens) {
+    uint32_t* news = args.arrivals + static_cast<int64_t>(b) * args.cache.num_kv_heads + kv_head;
+    if (tile == 0) {
+      mean_of_keys<kDim, kBf16>(raw, min(tokens.end, kTileTokens), found);
+      if (threadIdx.x < args.cache.head_dim) kept[threadIdx.x] = found[threadIdx.x];
+      if (tiles > 1) {
+        __syncthreads();
+        if (threadIdx.x == 0) announce_mean(news);
+      }
+    } else {
+      if (threadIdx.x == 0) await_mean(news);
+      __syncthreads();
+      if (threadIdx.x < args.cache.head_dim) found[threadIdx.x] = __ldcg(kept + threadIdx.x);
+      __syncthreads();
+      if (threadIdx.x == 0) leave_mean(news, tiles - 1);
+    }
+    from = found;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (tokens.inside(Share::chunk(half))) load_mean(from, Share::chunk(half), mean[half]);
+  }
+}
+
+// Keys as those of INT4 pages are before they are rounded, smoothed and rotated, in FP16.
+template <int kDim, bool kBf16>
+__device__ void rotate_keys(uint4 (&raw)[RowShare<kDim>::kSteps][2], int count,
+                            const float (&mean)[2][8]) {
+  using Share = RowShare<kDim>;
+#pragma unroll
+  for (int i = 0; i < Share::kSteps; ++i) {
+    float x[2][8];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      unpack<kBf16>(raw[i][half], x[half]);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        x[half][e] = Share::row(i) < count ? x[half][e] - mean[half][e] : 0.0f;
+      }
+    }
+    rotate_row<kDim>(x, recipe::kRotatedKeyFactor<kDim>);
+    raw[i][0] = pack<false>(x[0]);
+    raw[i][1] = pack<false>(x[1]);
+  }
+}
+
+// Tile `tile` of those that the step adds tokens of a KV head to: the pages that it fills,
 // then, where the tiles have room for it, the tail. The first one has the tail's old tokens, and
 // its block then puts the new ones there.
 template <int kDim, bool kBf16, bool kInt4, bool kIsValue>
 __device__ void add_tokens(const AppendToQuantizedKv& args, const SageTiles& tiles, int b,
-                           int kv_head) {
-  constexpr int kLanes = kDim / 8;
-  constexpr int kRows = kQuantizeThreads / kLanes;
+                           int kv_head, int tile) {
   constexpr int kTileBytes = kTileTokens * kDim;
   const QuantizedKv& cache = args.cache;
   const QuantizedKvStep& step = args.step;
   StepTokens<kDim, kBf16> tokens(args, b, kv_head, kIsValue ? Part::kValue : Part::kKey);
-  const int page = tokens.start / kTileTokens + blockIdx.y, pages = tokens.end / kTileTokens;
-  const int rest = tokens.end - pages * kTileTokens;
+  const int first_page = tokens.start / kTileTokens, page = first_page + tile;
+  const int pages = tokens.end / kTileTokens, rest = tokens.end - pages * kTileTokens;
   const bool with_tail = args.prefill != nullptr && rest > 0;
   if (page > pages || (page == pages && !with_tail)) return;
   int64_t place = static_cast<int64_t>(b) * cache.num_kv_heads + kv_head;
@@ -264,124 +334,181 @@ __device__ void add_tokens(const AppendToQuantizedKv& args, const SageTiles& til
   }
   tokens.first_position = page * kTileTokens;
   scales += place * (int4_page ? kInt4Scales : kTileScales);
+  uint16_t* tail =
+      static_cast<uint16_t*>(cache.tails) + tail_offset(cache, step.tails[b], kIsValue, kv_head);
   if constexpr (kIsValue) {
-    quantize_value_tile<kDim, kBf16>(tokens, values + place * kTileBytes, scales);
+    constexpr int kLanes = kDim / 8;
+    const int chunk = static_cast<int>(threadIdx.x) % kLanes;
+    quantize_value_tile<kDim, kBf16>([&](int token) { return tokens.load_chunk(token, chunk); },
+                                     values + place * kTileBytes, scales);
+    if (tile > 0) return;
+    __syncthreads();
+    tokens.first_position = pages * kTileTokens;
+    for (int token = static_cast<int>(threadIdx.x) / kLanes; token < rest;
+         token += kQuantizeThreads / kLanes) {
+      if (!tokens.is_row(token) || !tokens.inside(chunk)) continue;
+      *reinterpret_cast<uint4*>(tail + token * cache.head_dim + chunk * 8) =
+          tokens.load_chunk(token, chunk);
+    }
   } else {
-    float mean[8] = {};
-    if (tokens.inside) load_mean(mean_of(args, b, kv_head), threadIdx.x % kLanes, mean);
+    using Share = RowShare<kDim>;
+    uint4 raw[Share::kSteps][2];
+#pragma unroll
+    for (int i = 0; i < Share::kSteps; ++i) tokens.load_row(Share::row(i), raw[i]);
+#pragma unroll
+    for (int i = 0; i < Share::kSteps; ++i) {
+      tokens.template rotate<1>(Share::row(i), &raw[i]);
+    }
+    float mean[2][8] = {};
+    find_mean<kDim, kBf16>(args, tokens, b, kv_head, tile, pages - first_page + (with_tail ? 1 : 0),
+                           raw, mean);
+    const int count = min(kTileTokens, tokens.end - page * kTileTokens);
+    int8_t* to = keys + place * kTileBytes;
     if (int4_page) {
       quantize_int4_key_tile<kDim, kBf16>(
-          tokens, mean, reinterpret_cast<uint8_t*>(keys) + place * (kTileBytes / 2),
+          raw, mean, reinterpret_cast<uint8_t*>(keys) + place * (kTileBytes / 2),
           reinterpret_cast<uint32_t*>(scales) + kInt4Words);
+    } else if constexpr (kInt4) {
+      rotate_keys<kDim, kBf16>(raw, count, mean);
+      quantize_key_tile<kDim, false>(raw, count, {}, to, scales);
     } else {
-      const int count = min(kTileTokens, tokens.end - page * kTileTokens);
-      int8_t* to = keys + place * kTileBytes;
-      if constexpr (kInt4) {
-        const RotatedKeys<kDim, kBf16> rotated{tokens, mean, count};
-        quantize_key_tile<kDim, false>(rotated, count, {}, to, scales);
-      } else {
-        quantize_key_tile<kDim, kBf16>(tokens, count, mean, to, scales);
+      quantize_key_tile<kDim, kBf16>(raw, count, mean, to, scales);
+    }
+    if (tile > 0) return;
+    __syncthreads();
+    tokens.first_position = pages * kTileTokens;
+    for (int i = 0; i * Share::kRows < rest; ++i) {
+      const int token = Share::row(i);
+      uint4 row[2];
+      tokens.load_row(token, row);
+      tokens.template rotate<1>(token, &row);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int chunk = Share::chunk(half);
+        if (!tokens.is_row(token) || !tokens.inside(chunk)) continue;
+        *reinterpret_cast<uint4*>(tail + token * cache.head_dim + chunk * 8) = row[half];
       }
     }
   }
-  if (blockIdx.y > 0) return;
-  __syncthreads();
-  tokens.first_position = pages * kTileTokens;
-  uint16_t* to = static_cast<uint16_t*>(cache.tails) +
-                 tail_offset(cache, step.tails[b], kIsValue, kv_head) + threadIdx.x % kLanes * 8;
-  for (int base = 0; base < rest; base += kRows) {
-    const int token = base + static_cast<int>(threadIdx.x) / kLanes;
-    uint4 raw = tokens(token);
-    if constexpr (!kIsValue) tokens.finish(token, raw);
-    if (tokens.is_row(token)) *reinterpret_cast<uint4*>(to + token * cache.head_dim) = raw;
-  }
 }
 
-// Part `part` of the sequence's query tile blockIdx.y: rows of kQueryHeads heads, which share the
-// loads of their angles.
+// Part `part` of the sequence's query tile `tile`: a few rows of kQueryHeads heads, which share
+// the loads of their angles.
 constexpr int kQueryHeads = 4;
-constexpr int kQueryRows = kTileTokens / kQueryHeads;
-__host__ __device__ inline int num_query_parts(const QuantizedKv& cache) {
-  return (cache.num_heads + kQueryHeads - 1) / kQueryHeads * kQueryHeads;
+template <int kDim>
+int num_query_parts(const QuantizedKv& cache) {
+  return (cache.num_heads + kQueryHeads - 1) / kQueryHeads * RowShare<kDim>::kSteps;
 }
 template <int kDim, bool kBf16, bool kInt4>
 __device__ void quantize_queries(const AppendToQuantizedKv& args, const SageTiles& tiles, int b,
-                                 int part) {
-  constexpr int kLanes = kDim / 8;
-  constexpr int kRows = kQuantizeThreads / kLanes;
-  const int first_head = part / kQueryHeads * kQueryHeads;
+                                 int part, int tile) {
+  using Share = RowShare<kDim>;
+  const int first_head = part / Share::kSteps * kQueryHeads;
   const int heads = min(kQueryHeads, args.cache.num_heads - first_head);
   StepTokens<kDim, kBf16> tokens(args, b, first_head, Part::kQuery);
-  const int first_row = blockIdx.y * kTileTokens;
+  const int first_row = tile * kTileTokens;
   if (tokens.start + first_row >= tokens.end) return;
   tokens.first_position = tokens.start + first_row;
   const float logit_scale = args.softmax_scale * recipe::kLog2E;
+  const int row = Share::row(part % Share::kSteps);
+  uint4 raw[kQueryHeads][2] = {};
 #pragma unroll
-  for (int i = 0; i < kQueryRows / kRows; ++i) {
-    const int row =
-        part % kQueryHeads * kQueryRows + i * kRows + static_cast<int>(threadIdx.x) / kLanes;
-    uint4 raw[kQueryHeads];
+  for (int h = 0; h < kQueryHeads; ++h) {
+    if (h < heads) tokens.load_row(row, raw[h], h);
+  }
+  tokens.template rotate<kQueryHeads>(row, raw);
+  const int64_t at = tiles.first_query(args.step.cu_q_lens, b, first_head) + first_row;
+  const int64_t head_rows = int64_t{tiles.head_query_tiles} * kTileTokens;
 #pragma unroll
-    for (int h = 0; h < kQueryHeads; ++h) {
-      raw[h] = h < heads ? tokens.of_head(row, h) : make_uint4(0, 0, 0, 0);
-    }
-    float cosine[8], sine[8];
-    tokens.load_angles(row, cosine, sine);
+  for (int h = 0; h < kQueryHeads; ++h) {
+    if (h >= heads) break;
+    int8_t* to = tiles.queries + (at + h * head_rows) * kDim;
+    float* scales = tiles.query_scales + at + h * head_rows;
+    if constexpr (kInt4) {
+      float x[2][8];
+      unpack<kBf16>(raw[h][0], x[0]);
+      unpack<kBf16>(raw[h][1], x[1]);
+      rotate_row<kDim>(x, recipe::kRotatedQueryFactor<kDim>);
+      uint32_t largest = 0;
 #pragma unroll
-    for (int h = 0; h < kQueryHeads; ++h) {
-      if (h >= heads) break;
-      tokens.rotate(raw[h], tokens.is_row(row), cosine, sine);
-      float x[8];
-      unpack<kBf16>(raw[h], x);
-      if constexpr (kInt4) rotate_row<kDim>(x, recipe::kRotatedQueryFactor<kDim>);
-      const int64_t at = tiles.first_query(args.step.cu_q_lens, b, first_head + h) + first_row;
-      quantize_query_row<kDim>(x, row, logit_scale, tiles.queries + at * kDim,
-                               tiles.query_scales + at);
+      for (int e = 0; e < 16; ++e) largest = max(largest, magnitude(x[e / 8][e % 8]));
+      quantize_query_row<kDim>(x, largest, row, logit_scale, to, scales);
+    } else {
+      quantize_query_row<kDim, kBf16>(raw[h], row, logit_scale, to, scales);
     }
   }
 }
 
-// blockIdx.x: for prefill_from_quantized_kv the parts of query tiles; the heads of V, then those of
-// K, which wait for the means. Blocks that run at the same time share their rows' angles.
+// The blocks of a sequence: its first tiles of K, whose means others may wait for, then rounds of a
+// tile of all query heads (for prefill_from_quantized_kv) and KV heads each. Blocks that run at the
+// same time share their rows' angles, and those of different kinds complement each other.
+struct Rounds {
+  int query_parts, query_tiles;
+  int kv_heads, kv_tiles;  // tiles of keys or values at most
+  int lag;                 // rounds that a tile of K comes later, so that it finds its mean
+
+  Rounds(const AppendToQuantizedKv& args, int query_parts, int query_tiles)
+      : query_parts(query_parts),
+        query_tiles(query_tiles),
+        kv_heads(args.cache.num_kv_heads),
+        kv_tiles(args.step.max_closed_pages + (args.prefill != nullptr ? 1 : 0)),
+        lag(finds_means(args) && kv_tiles > 1 ? 3 : 0) {}
+
+  // Whether sequences may have no full page before the step that they have, or need, afterwards.
+  static bool finds_means(const AppendToQuantizedKv& args) {
+    return args.smooth_k &&
+           (args.prefill != nullptr ? args.step.begins_in_first_page : args.step.closes_first_page);
+  }
+  __host__ __device__ int width() const { return query_parts + 2 * kv_heads; }
+  int blocks() const { return kv_heads + width() * std::max(query_tiles, kv_tiles + lag); }
+};
+
+// blockIdx.y: the sequence.
 template <int kDim, bool kBf16, bool kInt4>
 __global__ void __launch_bounds__(kQuantizeThreads, 3)
     fill_tiles(const __grid_constant__ AppendToQuantizedKv args,
-               const __grid_constant__ SageTiles tiles) {
-  const int query_parts = args.prefill != nullptr ? num_query_parts(args.cache) : 0;
-  const int head = static_cast<int>(blockIdx.x) - query_parts, b = blockIdx.z;
-  if (head >= args.cache.num_kv_heads || !needs_means(args)) wait_for_previous_kernel();
+               const __grid_constant__ SageTiles tiles, const Rounds rounds) {
+  wait_for_previous_kernel();
   allow_next_kernel();
+  const int b = blockIdx.y, heads = rounds.kv_heads;
+  const int index = static_cast<int>(blockIdx.x) - heads;
+  // Among the parts of queries, then the heads of V, then those of K.
+  int place = index % rounds.width(), tile = index / rounds.width();
+  if (index < 0) {
+    place = rounds.query_parts + heads + static_cast<int>(blockIdx.x);
+    tile = 0;
+  } else if (place >= rounds.query_parts + heads) {
+    tile -= rounds.lag;
+    if (tile <= 0) return;
+  }
+  const int head = place - rounds.query_parts;
   if (head < 0) {
-    quantize_queries<kDim, kBf16, kInt4>(args, tiles, b, head + query_parts);
-  } else if (head < args.cache.num_kv_heads) {
-    add_tokens<kDim, kBf16, kInt4, true>(args, tiles, b, head);
+    quantize_queries<kDim, kBf16, kInt4>(args, tiles, b, place, tile);
+  } else if (head < heads) {
+    add_tokens<kDim, kBf16, kInt4, true>(args, tiles, b, head, tile);
   } else {
-    add_tokens<kDim, kBf16, kInt4, false>(args, tiles, b, head - args.cache.num_kv_heads);
+    add_tokens<kDim, kBf16, kInt4, false>(args, tiles, b, head - heads, tile);
   }
 }
 
 template <int kDim, bool kBf16>
 cudaError_t launch_fill(const AppendToQuantizedKv& args, cudaStream_t stream) {
-  const auto kv_heads = static_cast<unsigned>(args.cache.num_kv_heads);
-  const auto sequences = static_cast<unsigned>(args.step.num_sequences);
-  if (needs_means(args)) {
-    const cudaError_t error = launch(first_page_means<kDim, kBf16>, dim3(kv_heads, sequences),
-                                     kQuantizeThreads, stream, args);
-    if (error != cudaSuccess) return error;
-  }
   SageTiles tiles{};
-  int tiles_each = args.step.max_closed_pages;
-  unsigned heads = 2 * kv_heads;
   if (args.prefill != nullptr) {
     size_t bytes = 0;
     tiles = quantized_kv_tiles(args.cache, args.step, 0, args.prefill, &bytes);
-    tiles_each = std::max(tiles_each + 1, tiles.query_tiles);
-    heads += static_cast<unsigned>(num_query_parts(args.cache));
+  }
+  const Rounds rounds(args, args.prefill != nullptr ? num_query_parts<kDim>(args.cache) : 0,
+                      tiles.query_tiles);
+  if (Rounds::finds_means(args) && rounds.kv_tiles > 1 && args.arrivals == nullptr) {
+    return cudaErrorInvalidValue;
   }
   const auto kernel =
       args.cache.int4_keys ? fill_tiles<kDim, kBf16, true> : fill_tiles<kDim, kBf16, false>;
-  return launch(kernel, dim3(heads, static_cast<unsigned>(tiles_each), sequences), kQuantizeThreads,
-                stream, args, tiles);
+  return launch(
+      kernel,
+      dim3(static_cast<unsigned>(rounds.blocks()), static_cast<unsigned>(args.step.num_sequences)),
+      kQuantizeThreads, stream, args, tiles, rounds);
 }
 
 }  // namespace

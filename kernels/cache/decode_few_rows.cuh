@@ -113,22 +113,9 @@ __device__ __forceinline__ void attend_pages_few(const DecodeCall& call, int b, 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int group = p.num_heads / p.num_kv_heads;
   const PageSource<Ring> source(call, kv_head, lane_page, count, ring);
-  if (warp == 0) {
-    for (int i = 0; i < Ring::kStages; ++i) {
-      source.bring_keys(i);
-      source.bring_values(i);
-    }
-  }
   uint32_t queries[kDim / 32][4];
   float row_scales[2], row_sums[2];
-  const bool appends = p.rotations != nullptr;
-  if (appends) {
-    prefetch_angles(p, kv_len);
-    wait_for_previous_kernel();
-  }
-  quantize_rows<1, kBf16, kDim, Ring::kInt4>(p, b, kv_head, q_len * group, group, call.scale,
-                                             appends ? last_angles(p, kv_len) : nullptr, queries,
-                                             row_scales, row_sums);
+  start_part<1, kBf16>(call, source, b, kv_head, q_len, kv_len, queries, row_scales, row_sums);
   float query_scales[2], query_sums[2];
   int seen[2];
 #pragma unroll
@@ -142,12 +129,12 @@ __device__ __forceinline__ void attend_pages_few(const DecodeCall& call, int b, 
   const int first_of_thread = g / 2 * 4 + g % 2;  // of its keys of a slice; the other is 2 on
   result.clear();
   float value_scale = 1.0f;  // of what is in result
-  for (int i = 0; i < count; ++i) {
-    const int s = i % Ring::kStages;
-    const uint32_t parity = i / Ring::kStages & 1;
-    mbarrier_wait(smem_address(&ring.keys_full[s]), parity);
+  // Of the page at hand.
+  float logits[2][4];
+  float key_scale = 1.0f, next_value_scale, inverse_value_scale;
+  uint32_t probabilities[2][2];
+  const auto take_keys = [&](int s) {
     const uint32_t keys = smem_address(ring.pages.keys[s]);
-    float logits[2][4];
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       int32_t integers[4] = {kIntegerSeed, kIntegerSeed, kIntegerSeed, kIntegerSeed};
@@ -155,7 +142,6 @@ __device__ __forceinline__ void attend_pages_few(const DecodeCall& call, int b, 
 #pragma unroll
       for (int e = 0; e < 4; ++e) logits[t][e] = __int_as_float(integers[e]) - kIntegerZero;
     }
-    float key_scale = 1.0f;
     if constexpr (Ring::kInt4) {
       const float* words = ring.scales[s] + kInt4Words + warp * kWarpKeys + first_of_thread;
 #pragma unroll
@@ -170,12 +156,10 @@ __device__ __forceinline__ void attend_pages_few(const DecodeCall& call, int b, 
     } else {
       key_scale = ring.scales[s][g / 2];
     }
-    const float next_value_scale = ring.scales[s][kKeyGroups];
-    const float inverse_value_scale = ring.scales[s][kKeyGroups + 2];
-    if (i + Ring::kStages < count) mbarrier_arrive(smem_address(&ring.keys_empty[s]));
-    // The other warps have most probably left the page before this one.
-    if (warp == 0 && i > 0) source.bring_values(i - 1 + Ring::kStages);
-
+    next_value_scale = ring.scales[s][kKeyGroups];
+    inverse_value_scale = ring.scales[s][kKeyGroups + 2];
+  };
+  const auto weigh = [&](int i) {
     const int first_key = (first + i) * kTileTokens + warp * kWarpKeys;
     if (first_key + kWarpKeys > seen_by_all) {
 #pragma unroll
@@ -194,7 +178,6 @@ __device__ __forceinline__ void attend_pages_few(const DecodeCall& call, int b, 
     const float factor[2] = {shrink[0] * change, shrink[1] * change};
     result.multiply(factor);
     value_scale = next_value_scale;
-    uint32_t probabilities[2][2];
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
 #pragma unroll
@@ -203,7 +186,8 @@ __device__ __forceinline__ void attend_pages_few(const DecodeCall& call, int b, 
             transpose_matrix(to_halves<false>(logits[t][2 * e], logits[t][2 * e + 1]));
       }
     }
-    mbarrier_wait(smem_address(&ring.values_full[s]), parity);
+  };
+  const auto take_values = [&](int s) {
     const uint32_t values = smem_address(ring.pages.values[s]);
 #pragma unroll
     for (int m = 0; m < kDim / 16; ++m) {
@@ -218,9 +202,8 @@ __device__ __forceinline__ void attend_pages_few(const DecodeCall& call, int b, 
         multiply_half<false>(result.out[m], tile, probabilities[t][0], probabilities[t][1]);
       }
     }
-    if (i + Ring::kStages < count) mbarrier_arrive(smem_address(&ring.values_empty[s]));
-    if (warp == 0) source.bring_keys(i + Ring::kStages);
-  }
+  };
+  visit_pages(source, count, ring, take_keys, weigh, take_values);
   const float factor[2] = {value_scale, value_scale};
   result.multiply(factor);
 }

@@ -75,32 +75,19 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = p.num_heads / p.num_kv_heads;
   const PageSource<Ring> source(call, kv_head, lane_page, count, ring);
-  if (warp == 0) {
-    for (int i = 0; i < Ring::kStages; ++i) {
-      source.bring_keys(i);
-      source.bring_values(i);
-    }
-  }
   uint32_t queries[kDim / 32][4];
   float query_scales[2], query_sums[2];
-  const bool appends = p.rotations != nullptr;
-  if (appends) {
-    prefetch_angles(p, kv_len);
-    wait_for_previous_kernel();
-  }
-  quantize_rows<2, kBf16, kDim, Ring::kInt4>(p, b, kv_head, q_len * group, group, call.scale,
-                                             appends ? last_angles(p, kv_len) : nullptr, queries,
-                                             query_scales, query_sums);
+  start_part<2, kBf16>(call, source, b, kv_head, q_len, kv_len, queries, query_scales, query_sums);
   int seen[2];
   const int seen_by_all = visible_keys(p, q_len, kv_len, group, seen);
   result.clear();
   float value_scale = 1.0f;  // of what is in result
-  for (int i = 0; i < count; ++i) {
-    const int s = i % Ring::kStages;
-    const uint32_t parity = i / Ring::kStages & 1;
-    mbarrier_wait(smem_address(&ring.keys_full[s]), parity);
+  // Of the page at hand.
+  float logits[2 * kWarpSlices][4];
+  float key_scale = 1.0f, next_value_scale, inverse_value_scale;
+  uint32_t probabilities[kWarpSlices][4];
+  const auto take_keys = [&](int s) {
     const uint32_t keys = smem_address(ring.pages.keys[s]);
-    float logits[2 * kWarpSlices][4];
 #pragma unroll
     for (int h = 0; h < kWarpSlices; ++h) {
       int32_t integers[2][4];
@@ -113,7 +100,6 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
         logits[2 * h + 1][e] = __int_as_float(integers[1][e]) - kIntegerZero;
       }
     }
-    float key_scale = 1.0f;
     if constexpr (Ring::kInt4) {
       const float* words = ring.scales[s] + kInt4Words + warp * kWarpKeys + lane % 4 * 4;
 #pragma unroll
@@ -133,12 +119,10 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
     } else {
       key_scale = ring.scales[s][lane % 4];
     }
-    const float next_value_scale = ring.scales[s][kKeyGroups];
-    const float inverse_value_scale = ring.scales[s][kKeyGroups + 2];
-    if (i + Ring::kStages < count) mbarrier_arrive(smem_address(&ring.keys_empty[s]));
-    // The other warps have most probably left the page before this one.
-    if (warp == 0 && i > 0) source.bring_values(i - 1 + Ring::kStages);
-
+    next_value_scale = ring.scales[s][kKeyGroups];
+    inverse_value_scale = ring.scales[s][kKeyGroups + 2];
+  };
+  const auto weigh = [&](int i) {
     const int first_key = (first + i) * kTileTokens + warp * kWarpKeys;
     if (first_key + kWarpKeys > seen_by_all) {
 #pragma unroll
@@ -157,7 +141,6 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
     const float factor[2] = {shrink[0] * change, shrink[1] * change};
     result.multiply(factor);
     value_scale = next_value_scale;
-    uint32_t probabilities[kWarpSlices][4];
 #pragma unroll
     for (int h = 0; h < kWarpSlices; ++h) {
 #pragma unroll
@@ -166,7 +149,8 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
         probabilities[h][e] = to_halves<false>(pair[e % 2 * 2], pair[e % 2 * 2 + 1]);
       }
     }
-    mbarrier_wait(smem_address(&ring.values_full[s]), parity);
+  };
+  const auto take_values = [&](int s) {
     const uint32_t values = smem_address(ring.pages.values[s]);
     static_assert(kWarpSlices == 2);
 #pragma unroll
@@ -181,9 +165,8 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
                              halves_from_e4m3(value[m]), halves_from_e4m3(value[m] >> 16));
       }
     }
-    if (i + Ring::kStages < count) mbarrier_arrive(smem_address(&ring.values_empty[s]));
-    if (warp == 0) source.bring_keys(i + Ring::kStages);
-  }
+  };
+  visit_pages(source, count, ring, take_keys, weigh, take_values);
   const float factor[2] = {value_scale, value_scale};
   result.multiply(factor);
 }

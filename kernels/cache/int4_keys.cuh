@@ -68,61 +68,65 @@ __device__ __forceinline__ void rotate_lanes(float (&x)[kCount]) {
   }
 }
 
-// All of it, of a row of which kDim / 8 lanes have 8 neighbouring channels each.
+// All of it, of a row as RowShare shares it.
 template <int kDim>
-__device__ __forceinline__ void rotate_row(float (&x)[8], float factor) {
-  rotate_registers(x);
-  rotate_lanes<kDim / 8>(x);
+__device__ __forceinline__ void rotate_row(float (&x)[2][8], float factor) {
 #pragma unroll
-  for (float& value : x) value *= factor;
+  for (int half = 0; half < 2; ++half) {
+    rotate_registers(x[half]);
+    rotate_lanes<RowShare<kDim>::kLanes>(x[half]);
+  }
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const float a = x[0][e], b = x[1][e];
+    x[0][e] = (a + b) * factor;
+    x[1][e] = (a - b) * factor;
+  }
 }
 
-// As quantize_key_tile of a full tile.
-template <int kDim, bool kBf16, typename Load>
-__device__ inline void quantize_int4_key_tile(const Load& load, const float (&mean)[8], uint8_t* to,
-                                              uint32_t* words) {
-  constexpr int kLanes = kDim / 8;
-  constexpr int kRows = kQuantizeThreads / kLanes;
-  constexpr int kSteps = kTileTokens / kRows;
-  const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
-  uint4 raw[kSteps];
+// As quantize_key_tile, of a full tile.
+template <int kDim, bool kBf16>
+__device__ __forceinline__ void quantize_int4_key_tile(
+    const uint4 (&raw)[RowShare<kDim>::kSteps][2], const float (&mean)[2][8], uint8_t* to,
+    uint32_t* words) {
+  using Share = RowShare<kDim>;
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) raw[i] = load(i * kRows + first);
+  for (int i = 0; i < Share::kSteps; ++i) {
+    const int key = Share::row(i), row = row_of_key(key);
+    float x[2][8];
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int key = i * kRows + first;
-    load.finish(key, raw[i]);
-    float x[8];
-    unpack<kBf16>(raw[i], x);
+    for (int half = 0; half < 2; ++half) {
+      unpack<kBf16>(raw[i][half], x[half]);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] -= mean[e];
-    rotate_row<kDim>(x, recipe::kRotatedKeyFactor<kDim>);
-    float low = INFINITY, top = -INFINITY;
-    uint32_t largest = 0;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      low = fminf(low, x[e]);
-      top = fmaxf(top, x[e]);
-      largest = max(largest, magnitude(x[e]));
+      for (int e = 0; e < 8; ++e) x[half][e] -= mean[half][e];
     }
-    low = over_lanes<kLanes>(low, [](float a, float b) { return fminf(a, b); });
-    top = over_lanes<kLanes>(top, [](float a, float b) { return fmaxf(a, b); });
-    const bool finite = max_over_lanes<kLanes>(largest) < 0x7F800000u;
+    rotate_row<kDim>(x, recipe::kRotatedKeyFactor<kDim>);
+    float low = x[0][0], top = low;  // NaN if any channel is
+#pragma unroll
+    for (int e = 1; e < 16; ++e) {
+      low = ptx::min_or_nan(low, x[e / 8][e % 8]);
+      top = ptx::max_or_nan(top, x[e / 8][e % 8]);
+    }
+    low = over_lanes<Share::kLanes>(low, [](float a, float b) { return ptx::min_or_nan(a, b); });
+    top = over_lanes<Share::kLanes>(top, [](float a, float b) { return ptx::max_or_nan(a, b); });
+    const bool finite = max(magnitude(low), magnitude(top)) < 0x7F800000u;
     const float range = fmaxf(top - low, recipe::kAmaxFloor);
     const float step = to_bf16(finite ? range / recipe::kInt4Steps : NAN);
     const float middle = to_bf16(fmaf(step, recipe::kInt4Middle, low));
     const float inverse = 1.0f / step;
-    uint32_t bytes = 0;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const float integer = rintf((x[e] - middle) * inverse);
-      const int nibble = static_cast<int>(fminf(fmaxf(integer, -8.0f), 7.0f)) & 0xF;
-      bytes |= static_cast<uint32_t>(nibble) << (e % 4 * 8 + e / 4 * 4);
+    for (int half = 0; half < 2; ++half) {
+      uint32_t bytes = 0;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const float steps = fminf(fmaxf((x[half][e] - middle) * inverse, -8.0f), 7.0f);
+        bytes |= (rounded_byte(steps, 1.0f) & 0xFu) << (e % 4 * 8 + e / 4 * 4);
+      }
+      const int chunk = Share::chunk(half);
+      *reinterpret_cast<uint32_t*>(to + int4_chunk_offset<kDim>(row, chunk / 4) + chunk % 4 * 4) =
+          bytes;
     }
-    const int row = row_of_key(key);
-    *reinterpret_cast<uint32_t*>(to + int4_chunk_offset<kDim>(row, lane / 4) + lane % 4 * 4) =
-        bytes;
-    if (lane == 0) words[key] = __float_as_uint(step) >> 16 | __float_as_uint(middle);
+    if (Share::lane() == 0) words[key] = __float_as_uint(step) >> 16 | __float_as_uint(middle);
   }
 }
 

@@ -6,9 +6,11 @@
 
 #include "kernels/attention/decode_parts.cuh"
 #include "kernels/attention/sage_tiles.cuh"
+#include "kernels/cache/decode_queries.cuh"
 #include "kernels/cache/int4_keys.cuh"
 #include "kernels/cache/quantized_kv.h"
 #include "kernels/common/sm90.cuh"
+#include "kernels/ops/launch.cuh"
 
 namespace sagelm::kernels::decode {
 
@@ -106,5 +108,53 @@ class PageSource {
   Ring& ring_;
   int kv_head_, count_, lane_page_;
 };
+
+// The queries of a part in INT8 (decode_queries.cuh) while its first pages come in. kTiles: of 8
+// rows each.
+template <int kTiles, bool kBf16, class Ring>
+__device__ __forceinline__ void start_part(const DecodeCall& call, const PageSource<Ring>& source,
+                                           int b, int kv_head, int q_len, int kv_len,
+                                           uint32_t (&queries)[Ring::kDim / 32][4],
+                                           float (&scales)[2], float (&sums)[2]) {
+  const Problem& p = call.p;
+  const int group = p.num_heads / p.num_kv_heads;
+  if (threadIdx.x / 32 == 0) {
+    for (int i = 0; i < Ring::kStages; ++i) {
+      source.bring_keys(i);
+      source.bring_values(i);
+    }
+  }
+  const bool appends = p.rotations != nullptr;
+  if (appends) {
+    prefetch_angles(p, kv_len);
+    wait_for_previous_kernel();
+  }
+  quantize_rows<kTiles, kBf16, Ring::kDim, Ring::kInt4>(
+      p, b, kv_head, q_len * group, group, call.scale, appends ? last_angles(p, kv_len) : nullptr,
+      queries, scales, sums);
+}
+
+// For every page i of a part, at stage s of the ring: take_keys(s), the last that reads keys and
+// scales; weigh(i); take_values(s).
+template <class Ring, typename TakeKeys, typename Weigh, typename TakeValues>
+__device__ __forceinline__ void visit_pages(const PageSource<Ring>& source, int count, Ring& ring,
+                                            const TakeKeys& take_keys, const Weigh& weigh,
+                                            const TakeValues& take_values) {
+  const int warp = threadIdx.x / 32;
+  for (int i = 0; i < count; ++i) {
+    const int s = i % Ring::kStages;
+    const uint32_t parity = i / Ring::kStages & 1;
+    mbarrier_wait(smem_address(&ring.keys_full[s]), parity);
+    take_keys(s);
+    if (i + Ring::kStages < count) mbarrier_arrive(smem_address(&ring.keys_empty[s]));
+    // The other warps have most probably left the page before this one.
+    if (warp == 0 && i > 0) source.bring_values(i - 1 + Ring::kStages);
+    weigh(i);
+    mbarrier_wait(smem_address(&ring.values_full[s]), parity);
+    take_values(s);
+    if (i + Ring::kStages < count) mbarrier_arrive(smem_address(&ring.values_empty[s]));
+    if (warp == 0) source.bring_keys(i + Ring::kStages);
+  }
+}
 
 }  // namespace sagelm::kernels::decode

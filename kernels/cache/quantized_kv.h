@@ -67,6 +67,9 @@ struct AppendToQuantizedKv {
   void* qkv = nullptr;               // [rows, (num_heads + 2 * num_kv_heads) * head_dim]
   const float* rotations = nullptr;  // [positions][2][head_dim / 2] (kernels/ops/rope_append.h)
   bool smooth_k = true;              // false: the means of first pages are zeros
+  // [num_sequences][num_kv_heads] zeros, which they are again afterwards; needed where the tokens
+  // of a first page and of another one come in one step.
+  uint32_t* arrivals = nullptr;
   // For prefill_from_quantized_kv:
   void* prefill = nullptr;     // its workspace
   float softmax_scale = 0.0f;  // not 0 then
@@ -75,11 +78,11 @@ struct AppendToQuantizedKv {
 // Rotates the query columns of qkv in place, and appends the rotated keys and the values: pages
 // that become full are quantized from the old tail and from qkv, then the tail holds the tokens
 // past them. Pages depend on the tokens alone, not on how they were cut into steps. One launch, two
-// where a page fills, three where a first page does.
+// where a page fills.
 //
 // With a workspace of prefill_from_quantized_kv qkv stays as it is, and the workspace gets the
-// queries, rotated by their positions, in INT8 and a copy of every tail as a page of INT8 keys: one
-// launch, two where a sequence had no full page.
+// queries, rotated by their positions, in INT8 and a copy of every tail as a page of INT8 keys, in
+// one launch.
 cudaError_t append_to_quantized_kv(const AppendToQuantizedKv& args, cudaStream_t stream);
 
 // Causal attention of the step's rows over the cache by the sage2 kernel, which reads the pages as

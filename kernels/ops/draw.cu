@@ -102,6 +102,7 @@ struct Shared {
   Range range;
   Sums found;  // through the token that was looked for
   unsigned long long found_key;
+  unsigned long long last_key;  // that mass_through is asked about
   unsigned long long slice_mass[kMostBlocks];
   Sums warps[kThreads / 32];
   Peak peaks[kMostBlocks];
@@ -294,9 +295,9 @@ struct Row {
 
   // The leader's: weights of the tokens through a key of its own.
   __device__ unsigned long long mass_through(unsigned long long last) const {
-    if (Team::rank() == 0 && threadIdx.x == 0) shared->found_key = last;
+    if (Team::rank() == 0 && threadIdx.x == 0) shared->last_key = last;
     Team::sync();
-    last = Team::of(shared, 0)->found_key;
+    last = Team::of(shared, 0)->last_key;
     unsigned long long mass = 0;
     each([&](unsigned long long key, uint32_t distance) {
       if (key <= last) mass += weights::weight(distance);

@@ -88,13 +88,17 @@ std::optional<std::vector<int32_t>> Model::Impl::prefill(Sequence& sequence,
     const StepInput input{.sequence = &sequence,
                           .tokens = tokens.first(std::min(chunk, tokens.size()))};
     tokens = tokens.subspan(input.tokens.size());
-    if (tokens.empty() && !draws.empty()) {
+    if (!tokens.empty()) {
+      llama->extend({&input, 1});
+      if (!keep_going()) return {};
+      continue;
+    }
+    if (!draws.empty()) {
       std::vector<int32_t> drawn = llama->read_drawn(llama->draw({&input, 1}, draws), draws.size());
       if (std::ranges::min(drawn) < 0) llama->explain_not_finite({&input, 1});
       return drawn;
     }
     llama->step({&input, 1});
-    if (!tokens.empty() && !keep_going()) return {};
   }
   return std::vector<int32_t>();
 }

@@ -319,6 +319,11 @@ std::vector<float> Llama::step(std::span<const StepInput> inputs) {
   return logits;
 }
 
+void Llama::extend(std::span<const StepInput> inputs) {
+  run(
+      inputs, false, [](const Batch&) { return std::vector<int32_t>(); }, [](Matrix) {});
+}
+
 int32_t Llama::draw(std::span<const StepInput> inputs, std::span<const TokenDraw> draws) {
   advance(inputs, config_);
   try {

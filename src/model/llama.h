@@ -61,6 +61,9 @@ class Llama {
   // context beyond the model's) and leaves the sequences as they were, or, where a page of a
   // quantized cache was filled, as Sequence::truncate leaves them.
   std::vector<float> step(std::span<const StepInput> inputs);
+  // As step() without the logits: a GPU may still be at it afterwards, and what is not finite shows
+  // in a later step's logits.
+  void extend(std::span<const StepInput> inputs);
 
   // Appends tokens likewise and has tokens drawn by those logits (TokenDraw::row: of which input).
   // Returns before that is done: the name of the first one. On devices that run ahead, errors may

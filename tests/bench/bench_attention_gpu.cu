@@ -261,6 +261,9 @@ void bench_prefill(int kv_heads, int before, int n, bool int4_keys) {
   args.qkv = qkv.data();
   args.rotations = static_cast<const float*>(rotations.data());
   args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(kDim));
+  DeviceBuffer arrivals(sizeof(uint32_t) * static_cast<size_t>(kv_heads));
+  arrivals.fill(0);
+  args.arrivals = static_cast<uint32_t*>(arrivals.data());
   DeviceBuffer workspace(
       sagelm::kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step));
   args.prefill = workspace.data();

@@ -183,6 +183,8 @@ GpuQuantizedKv::GpuQuantizedKv(const KvShape& shape, const std::vector<int>& len
   scales_ = DeviceBuffer(tiles * static_cast<size_t>(shape.scales()) * sizeof(float));
   mean_memory_ = DeviceBuffer(room * heads * static_cast<size_t>(shape.dim) * sizeof(float));
   tail_memory_ = DeviceBuffer(room * 2 * heads * static_cast<size_t>(kPage * shape.dim) * 2);
+  arrivals_ = DeviceBuffer(static_cast<size_t>(sequences_) * heads * sizeof(uint32_t));
+  arrivals_.fill(0);
   for (DeviceBuffer* buffer : {&keys_, &values_, &scales_, &mean_memory_, &tail_memory_}) {
     buffer->fill(kPoison);
   }
@@ -247,12 +249,20 @@ kernels::AppendToQuantizedKv GpuQuantizedKv::append_args(const std::vector<int>&
   args.qkv = qkv_.data();
   args.rotations = static_cast<const float*>(rotations_.data());
   args.smooth_k = smooth_k_;
+  args.arrivals = static_cast<uint32_t*>(arrivals_.data());
   return args;
 }
 
 void GpuQuantizedKv::run(const kernels::AppendToQuantizedKv& args) {
   expect_done(kernels::append_to_quantized_kv(args, nullptr), "append_to_quantized_kv");
   download();
+  check_arrivals();
+}
+
+void GpuQuantizedKv::check_arrivals() const {
+  for (const uint32_t count : read<uint32_t>(arrivals_)) {
+    if (count != 0) throw std::runtime_error("the kernel left its counters behind");
+  }
 }
 
 GpuQuantizedKv::Output GpuQuantizedKv::prefill(int at_once) {
@@ -321,16 +331,12 @@ GpuQuantizedKv::Output GpuQuantizedKv::append_and_decode(const std::vector<int>&
   args.out = out.data();
   args.out_stride = static_cast<int64_t>(columns);
   args.rotations = static_cast<const float*>(rotations_.data());
-  DeviceBuffer arrivals(static_cast<size_t>(sequences_ * shape_.kv_heads) * sizeof(uint32_t));
-  arrivals.fill(0);
-  args.arrivals = static_cast<uint32_t*>(arrivals.data());
+  args.arrivals = static_cast<uint32_t*>(arrivals_.data());
   DeviceBuffer workspace(kernels::quantized_kv_decode_workspace_bytes(args));
   if (workspace.bytes() > 0) workspace.fill(0xFF);
   expect_done(kernels::decode_from_quantized_kv(args, workspace.data(), nullptr),
               "decode_from_quantized_kv");
-  for (const uint32_t count : read<uint32_t>(arrivals)) {
-    if (count != 0) throw std::runtime_error("the kernel left its counters behind");
-  }
+  check_arrivals();
   download();
   return {out.download(), out.raw(), {}};
 }

@@ -100,6 +100,7 @@ class GpuQuantizedKv {
   // Of the step that it prepares.
   kernels::AppendToQuantizedKv append_args(const std::vector<int>& counts);
   void run(const kernels::AppendToQuantizedKv& args);
+  void check_arrivals() const;  // throws if they are not zeros again
   // Copies the device's memory to the host.
   void download();
   size_t place(int sequence, int index, int kv_head) const;
@@ -121,7 +122,7 @@ class GpuQuantizedKv {
   std::vector<std::vector<double>> rotated_;  // likewise, by kernels/ops/rope_append.h
   std::vector<int> lengths_;                  // appended so far
   std::vector<int32_t> page_table_, tails_, means_, cu_q_lens_;
-  DeviceBuffer keys_, values_, scales_, mean_memory_, tail_memory_;
+  DeviceBuffer keys_, values_, scales_, mean_memory_, tail_memory_, arrivals_;
   std::vector<uint8_t> host_keys_, host_values_;
   std::vector<float> host_scales_, host_means_;
   std::vector<uint16_t> host_tails_;

@@ -108,7 +108,8 @@ TEST_F(PrefillGpu, ContinuesFromPages) {
                                {{256}, {300}},
                                {{130, 7}, {60, 200}, {66, 1}},
                                {{700, 3, 128, 0, 515}, {129, 130, 1, 90, 0}},
-                               {{1100, 1000}, {200, 333}}}) {
+                               {{1100, 1000}, {200, 333}},
+                               {{2400, 600}, {100, 30}}}) {
       check_prefill(shape, steps);
       if (HasFatalFailure()) return;
     }
@@ -143,10 +144,10 @@ TEST_F(PrefillGpu, PagesAreTheSame) {
 TEST_F(PrefillGpu, SequenceDoesNotDependOnItsNeighbours) {
   for (const KvShape& shape :
        {KvShape{Element::kF16, 4, 2, 128}, KvShape{Element::kF16, 4, 2, 128, true}}) {
-    GpuQuantizedKv together(shape, {900, 300, 2000, 5, 130}), alone(shape, {900});
-    together.append_for_prefill({500, 20, 1500, 0, 0});
+    GpuQuantizedKv together(shape, {2100, 300, 2000, 5, 130}), alone(shape, {2100});
+    together.append_for_prefill({1700, 20, 1500, 0, 0});
     together.append_for_prefill({400, 280, 500, 5, 130});
-    alone.append_for_prefill({500});
+    alone.append_for_prefill({1700});
     alone.append_for_prefill({400});
     const std::vector<std::byte> both = together.prefill().raw, one = alone.prefill().raw;
     EXPECT_TRUE(std::equal(one.begin(), one.end(), both.begin()));

@@ -32,12 +32,15 @@ constexpr int64_t kTileFloats = kTileRows * kTileRows;
 // Results are computed in blocks of two by two tiles: every tile that is loaded is used twice, and
 // four sums that do not wait for each other keep the unit busy.
 constexpr int64_t kBlock = 2 * kTileRows;
-constexpr int64_t kDepthStride = 4 * kTileHalves;  // of a block's split activations
+
+// Of a block's split activations: a line more than the tiles take, so that the lines of a row of x
+// do not all fall into one set of the first-level cache.
+constexpr int64_t kDepthStride = 4 * kTileHalves + 32;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Weights: [panels][depth][2] tiles, a panel being 32 features, or 16 of gate and the same 16 of
-// up. Split activations: [blocks][depth][high, low][2] tiles.
+// up. Split activations: [blocks][depth][high, low][2] tiles, and room.
 int64_t depth_of(const AmxWeight& weight) { return divide_up(weight.in_features, kTileDepth); }
 int64_t panel_features(const AmxWeight& weight) { return weight.gate_up ? kTileRows : kBlock; }
 int64_t panels_of(const AmxWeight& weight) {
@@ -177,43 +180,90 @@ SAGELM_AMX_TARGET void split_row(const float* x, int64_t in, uint16_t* high, uin
   }
 }
 
-// sums [row half][feature half] = the tiles of a block times those of a panel; the lower row half
+// Half a tile's lines of the first-level cache.
+constexpr int64_t kFetch = kTileHalves / 2;
+
+SAGELM_AMX_TARGET void fetch(const uint16_t* half_tile) {
+  for (int64_t line = 0; line < kFetch; line += 32) _mm_prefetch(half_tile + line, _MM_HINT_T0);
+}
+
+// Where four tiles of results go: strides are in floats, between rows, between the halves of 16
+// rows and between those of 16 features.
+struct Destination {
+  float* data;
+  int64_t row_stride;
+  int64_t row_half;
+  int64_t feature_half;
+};
+
+// to [row half][feature half] = the tiles of a block times those of a panel; the lower row half
 // only if kTwo. No tile is multiplied into before its last sum is there: four sums take turns.
+//
+// Every tile instruction is followed by others that fetch what the next step reads. Without them
+// tile instructions take twice as long while another hyperthread of the core is busy, whether
+// anything is missing in the cache or not (docs/benchmarks.md).
 template <bool kTwo>
 SAGELM_AMX_TARGET void multiply_block(const uint16_t* halves, const uint16_t* panel, int64_t depth,
-                                      float* sums) {
+                                      const float* out, int64_t out_stride, const Destination& to) {
   constexpr int64_t kStride = 64;  // bytes
+  const int64_t rows_a_step = divide_up(kTwo ? kBlock : kTileRows, depth);
   // GCC does not know that tiles are loaded from what was written before.
   std::atomic_signal_fence(std::memory_order_seq_cst);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t k = 0; k < depth; ++k, halves += kDepthStride, panel += 2 * kTileHalves) {
+  for (int64_t k = 0; k < depth; ++k) {
+    const uint16_t* next_halves = halves + kDepthStride;
+    const uint16_t* next_panel = panel + 2 * kTileHalves;
     _tile_loadd(4, panel, kStride);
-    _tile_loadd(6, halves, kStride);
-    _tile_dpbf16ps(0, 6, 4);
+    fetch(next_panel);
     _tile_loadd(5, panel + kTileHalves, kStride);
-    _tile_dpbf16ps(1, 6, 5);
+    fetch(next_panel + kFetch);
+    _tile_loadd(6, halves, kStride);
+    fetch(next_panel + 2 * kFetch);
     if constexpr (kTwo) {
       _tile_loadd(7, halves + kTileHalves, kStride);
+      fetch(next_halves + 2 * kFetch);
+    }
+    _tile_dpbf16ps(0, 6, 4);
+    fetch(next_panel + 3 * kFetch);
+    _tile_dpbf16ps(1, 6, 5);
+    fetch(next_halves);
+    if constexpr (kTwo) {
       _tile_dpbf16ps(2, 7, 4);
+      fetch(next_halves + 3 * kFetch);
       _tile_dpbf16ps(3, 7, 5);
+      fetch(next_halves + 6 * kFetch);
     }
     _tile_loadd(6, halves + 2 * kTileHalves, kStride);
-    _tile_dpbf16ps(0, 6, 4);
-    _tile_dpbf16ps(1, 6, 5);
+    fetch(next_halves + kFetch);
     if constexpr (kTwo) {
       _tile_loadd(7, halves + 3 * kTileHalves, kStride);
+      fetch(next_halves + 7 * kFetch);
+    }
+    _tile_dpbf16ps(0, 6, 4);
+    fetch(next_halves + 4 * kFetch);
+    _tile_dpbf16ps(1, 6, 5);
+    fetch(next_halves + 5 * kFetch);
+    if constexpr (kTwo) {
       _tile_dpbf16ps(2, 7, 4);
+      fetch(next_panel + 4 * kFetch);
       _tile_dpbf16ps(3, 7, 5);
     }
+    for (int64_t row = 0; row < rows_a_step; ++row, out += out_stride) {
+      __builtin_prefetch(out, 1);
+      __builtin_prefetch(out + kTileRows, 1);
+    }
+    halves = next_halves;
+    panel = next_panel;
   }
-  _tile_stored(0, sums, kStride);
-  _tile_stored(1, sums + kTileFloats, kStride);
+  const int64_t row_bytes = to.row_stride * static_cast<int64_t>(sizeof(float));
+  _tile_stored(0, to.data, row_bytes);
+  _tile_stored(1, to.data + to.feature_half, row_bytes);
   if constexpr (kTwo) {
-    _tile_stored(2, sums + 2 * kTileFloats, kStride);
-    _tile_stored(3, sums + 3 * kTileFloats, kStride);
+    _tile_stored(2, to.data + to.row_half, row_bytes);
+    _tile_stored(3, to.data + to.row_half + to.feature_half, row_bytes);
   }
 }
 
@@ -298,10 +348,19 @@ void run_share(const Product& product, const Share& share, const Workspace& work
     for (int64_t panel = share.panels.begin; panel < share.panels.end; ++panel) {
       const uint16_t* tiles = weight.tiles.data() + panel * depth * 2 * kTileHalves;
       for (int64_t block = begin; block < end; ++block) {
-        const bool two = product.rows - block * kBlock > kTileRows;
-        (two ? multiply_block<true>
-             : multiply_block<false>)(work.halves + (block - begin) * block_size, tiles, depth,
-                                      sums);
+        const int64_t rows = product.rows - block * kBlock;
+        const int64_t first = panel * panel_features(weight);
+        const int64_t stride = weight.out_features;
+        float* out = product.out + block * kBlock * stride + first;
+        const bool whole = rows >= kBlock && stride - first >= kBlock;
+        const bool in_place = whole && !weight.gate_up && !product.accumulate;
+        const Destination to = in_place
+                                   ? Destination{out, stride, kTileRows * stride, kTileRows}
+                                   : Destination{sums, kTileRows, 2 * kTileFloats, kTileFloats};
+        (rows > kTileRows ? multiply_block<true>
+                          : multiply_block<false>)(work.halves + (block - begin) * block_size,
+                                                   tiles, depth, out, stride, to);
+        if (in_place) continue;
         finish_block(product, block, panel, sums);
       }
     }

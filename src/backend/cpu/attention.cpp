@@ -28,8 +28,10 @@ constexpr int64_t kAlignFloats = 16;  // 64 bytes
 // share the preparation between threads and query blocks.
 constexpr int64_t kWaveFloats = int64_t{16} << 20;
 
-// Calls whose longest sequence has at most this many query rows run one head to a thread.
+// Calls whose longest sequence has at most this many query rows run one head to a thread; so do
+// those of so many heads for every thread that none has long to wait for the others.
 constexpr int64_t kDecodeRows = 16;
+constexpr double kUnitsPerThread = 8;
 
 // Operations (roughly) that are worth waking one more thread for, some microseconds' worth.
 constexpr double kThreadWork = 32768;
@@ -266,8 +268,8 @@ void run_waves(const KernelTable& kernels, const Plan& plan, Scratch& scratch) {
   }
 }
 
-// Decode: preparing the operands is most of the work, so one thread prepares and uses a unit's
-// operands while its cache holds them, and reuses the memory for its next unit.
+// Decode and many short sequences: one thread prepares and uses a unit's operands while its cache
+// holds them, and reuses the memory for its next unit.
 void run_units(const KernelTable& kernels, const Plan& plan, Scratch& scratch) {
   int64_t floats = 0;
   for (const Unit& unit : scratch.units) floats = std::max(floats, unit.floats);
@@ -348,6 +350,7 @@ void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> s
   int64_t dim = 0;
   int64_t longest = 0;
   double work = 0;
+  double most = 0;  // of a unit
   for (size_t i = 0; i < sequences.size(); ++i) {
     const AttentionArgs& args = sequences[i];
     check(args, i, cache);
@@ -360,9 +363,13 @@ void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> s
     }
     dim = std::max(dim, padded_dim(plan, args.head_dim));
     longest = std::max(longest, args.q_len);
-    work += static_cast<double>(args.num_kv_heads * measure.used()) +
-            static_cast<double>(args.num_heads * padded_dim(plan, args.head_dim)) / 16 *
-                static_cast<double>(args.q_len) * static_cast<double>(args.kv_len);
+    const auto heads = static_cast<double>(args.num_kv_heads);
+    const double unit = static_cast<double>(measure.used()) +
+                        static_cast<double>(args.num_heads * padded_dim(plan, args.head_dim)) /
+                            (16 * heads) * static_cast<double>(args.q_len) *
+                            static_cast<double>(args.kv_len);
+    work += heads * unit;
+    most = std::max(most, unit);
   }
   if (scratch.units.empty()) return;
 
@@ -375,7 +382,7 @@ void attention_with(const KernelTable& kernels, std::span<const AttentionArgs> s
   for (int t = 0; t < threads; ++t) scratch.threads.push_back(carve_workspace(carver, dim));
 
   list_blocks(plan, scratch);
-  if (longest <= kDecodeRows) {
+  if (longest <= kDecodeRows || most * kUnitsPerThread * threads <= work) {
     run_units(kernels, plan, scratch);
   } else {
     run_waves(kernels, plan, scratch);

@@ -95,7 +95,7 @@ class LinearEngine {
   bool fuses(const Product& product);
   void run_apart(const Product& gated);
   void run_own(const Product& product, void* out);
-  // Milliseconds of several runs.
+  // Milliseconds of a run, the median of several; what is in the memory for trials is lost.
   float time(const std::function<void()>& work);
   uint64_t hash(const void* result, size_t bytes);
   void run_few_rows(const Product& product);

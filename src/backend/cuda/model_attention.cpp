@@ -219,6 +219,7 @@ void ModelAttention::append(const StepInputs& step, Matrix qkv, const AttentionS
     args.qkv = qkv.data;
     args.rotations = rotations_;
     args.smooth_k = shape.spec.smooth_k;
+    if (step.num_sequences * shape.num_kv_heads <= num_arrivals_) args.arrivals = arrivals_;
     if (prefills_from_pages(step, shape, cache)) {
       if (kernels::quantized_kv_prefill_workspace_bytes(args.cache, args.step) > workspace_bytes_) {
         fail("the attention of layer {} takes more workspace than was set aside", layer);
