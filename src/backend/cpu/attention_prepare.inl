@@ -130,8 +130,8 @@ inline void transpose_four(const char* src, int64_t src_stride, char* dst, int64
   for (int i = 0; i < 4; ++i) {
 #pragma GCC unroll 4
     for (int l = 0; l < kWords / 4; ++l) {
-      const V column = columns[i];
-      const Quad quad = {column[4 * l], column[4 * l + 1], column[4 * l + 2], column[4 * l + 3]};
+      // Not by elements: GCC would take each through a general register.
+      const auto quad = load<Quad>(reinterpret_cast<const char*>(&columns[i]) + 16 * l);
       store(dst + 4 * (4 * l + i) * dst_stride, quad);
     }
   }
