@@ -40,6 +40,7 @@ inline constexpr float kTileValueMax = 3.0f;
 // channel's next element is first moved against the sum of the run's errors so far, by one over the
 // run's length of it. Weights of neighbours have much in common, and what is common to them meets
 // the sum of the errors, which is then small (docs/accuracy.md). A run is what one thread has.
+// It moves by less than a third of a step, so no code is beyond that of the largest magnitude.
 constexpr int value_run(int head_dim) { return head_dim <= 64 ? 4 : 8; }
 template <int kDim>
 inline constexpr int kValueRun = value_run(kDim);

@@ -17,6 +17,11 @@ namespace {
 using namespace sm90;
 using namespace sage2;
 
+// In sequences of more keys than that the sums of P V are put away every so many tiles, an even
+// number (Accumulators): that costs 4 %.
+constexpr int kLongKeys = 32768;
+constexpr int kPutAwayTiles = 32;
+
 template <int kDim>
 __device__ inline void issue_qk(int32_t (&logits)[64], uint32_t queries, uint32_t keys) {
   constexpr Swizzle kSwizzle = kDim == 128 ? Swizzle::k128B : Swizzle::k64B;
@@ -96,7 +101,7 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule
   mbarrier_arrive(places.queries_full(slot));
 }
 
-template <int kDim>
+template <int kDim, bool kLong>
 __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kDim>& shared,
                         const Places<kDim>& places, int group) {
   using Shared = SharedTiles<kDim>;
@@ -106,6 +111,7 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
   RingCursor ring, query_ring;
   int32_t logits[64];
   Accumulators<kDim> sums;
+  static_assert(!kLong || sizeof out >= sizeof sums.sums * 32);
   uint32_t even[16], odd[16];  // P of a tile and of the next
   for (;; query_ring.advance(kQuerySlots)) {
     const int slot = query_ring.stage;
@@ -154,8 +160,9 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       const int ends[2] = {first_end(j, 0), first_end(j, 1)};
       return mask_weights(to, ends);
     };
-    // Logits of tile j to P, beside the products of the tile before; finish waits for them.
-    const auto softmax = [&](int j, uint32_t(&to)[16], const auto& finish) {
+    // Logits of tile j, the i-th, to P, beside the products of the tile before; finish waits for
+    // them.
+    const auto softmax = [&](int i, int j, uint32_t(&to)[16], const auto& finish) {
       // Asked early, so that the answer is there when it is needed.
       RingCursor next = ring;
       next.advance(Shared::kStages);
@@ -165,7 +172,8 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       finish();
       if (__any_sync(0xFFFFFFFFu, near_most(carries))) {
         const int ends[2] = {first_end(j, 0), first_end(j, 1)};
-        move_references<kDim>(logits, to, rows, sums, tile, ends);
+        move_references<kDim>(logits, to, rows, sums, tile, ends,
+                              kLong && i > kPutAwayTiles ? &out : nullptr);
         weigh(j, to);
       }
       value_inverse = tile.value_inverse;
@@ -179,8 +187,9 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       rows.sum[1] = fmaf(sums.weights_of(1), value_inverse, rows.sum[1]);
       sums.take();
     };
-    // From P of a tile to P of the next one, j.
-    const auto step = [&](int j, const uint32_t(&from)[16], uint32_t(&to)[16]) {
+    // From P of a tile to P of the next one, the i-th.
+    const auto step = [&](int i, const uint32_t(&from)[16], uint32_t(&to)[16]) {
+      const int j = item.tile_at(i);
       const RingCursor now = ring;
       ring.advance(Shared::kStages);
       if (!keys_ready) mbarrier_wait(places.keys_full(ring.stage), ring.parity);
@@ -189,7 +198,7 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       issue_pv<kDim>(sums.products, from, places.values(now.stage));
       wgmma_wait<1>();
       take_logits();
-      softmax(j, to, [&] { finish_values(now.stage); });
+      softmax(i, j, to, [&] { finish_values(now.stage); });
     };
     const auto last_step = [&](const uint32_t(&from)[16]) {
       mbarrier_arrive(places.queries_empty(slot));  // from every lane, as above
@@ -214,12 +223,15 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
           last_step(even);
           break;
         }
-        step(item.tile_at(i++), even, odd);
+        if constexpr (kLong) {
+          if (i > 1 && i % kPutAwayTiles == 1) sums.put_away(&out, i == kPutAwayTiles + 1);
+        }
+        step(i++, even, odd);
         if (i == item.kv_tiles) {
           last_step(odd);
           break;
         }
-        step(item.tile_at(i++), odd, even);
+        step(i++, odd, even);
       }
       // store_rows adds those of four threads, which here are the same.
       rows.sum[0] *= 0.25f;
@@ -228,6 +240,7 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       mbarrier_arrive(places.queries_empty(slot));  // from every lane, as above
     }
     float totals[kDim / 2];
+    if (kLong && item.kv_tiles > kPutAwayTiles) sums.bring_back(&out);
     sums.total(totals);
     const float* biases = nullptr;
     if (tiles.query_biases != nullptr) {
@@ -237,7 +250,7 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
   }
 }
 
-template <int kDim>
+template <int kDim, bool kLong>
 __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
     sage2_kernel(const __grid_constant__ Problem p, const __grid_constant__ SageTiles tiles,
                  const Schedule schedule) {
@@ -260,21 +273,27 @@ __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
     if (threadIdx.x == 0) produce<kDim>(p, tiles, schedule, shared, places);
   } else {
     set_more_registers<Groups<kDim>::kConsumerRegisters>();
-    consume<kDim>(p, tiles, shared, places, group - 1);
+    consume<kDim, kLong>(p, tiles, shared, places, group - 1);
   }
 }
 
-template <int kDim>
-cudaError_t attend(const Problem& p, const SageTiles& tiles, cudaStream_t stream) {
+template <int kDim, bool kLong>
+cudaError_t attend_as(const Problem& p, const SageTiles& tiles, cudaStream_t stream) {
   constexpr int kBytes = sizeof(SharedTiles<kDim>);
   const int64_t items = int64_t{p.batch} * p.num_heads * items_per_head<kDim>(tiles);
   const int64_t kv_head_bytes = int64_t{2} * tiles.kv_tiles * SharedTiles<kDim>::kTileBytes;
   Launch plan;
-  const cudaError_t error = plan_launch(reinterpret_cast<const void*>(sage2_kernel<kDim>), kBytes,
-                                        p, kv_head_bytes, items, plan);
+  const cudaError_t error = plan_launch(reinterpret_cast<const void*>(sage2_kernel<kDim, kLong>),
+                                        kBytes, p, kv_head_bytes, items, plan);
   if (error != cudaSuccess) return error;
-  return launch_with_memory(sage2_kernel<kDim>, dim3(plan.grid), Groups<kDim>::kThreads, kBytes,
-                            stream, p, tiles, plan.schedule);
+  return launch_with_memory(sage2_kernel<kDim, kLong>, dim3(plan.grid), Groups<kDim>::kThreads,
+                            kBytes, stream, p, tiles, plan.schedule);
+}
+
+template <int kDim>
+cudaError_t attend(const Problem& p, const SageTiles& tiles, cudaStream_t stream) {
+  return p.max_kv_len > kLongKeys ? attend_as<kDim, true>(p, tiles, stream)
+                                  : attend_as<kDim, false>(p, tiles, stream);
 }
 
 int padded_dim(const Problem& p) { return p.head_dim <= 64 ? 64 : 128; }

@@ -101,12 +101,30 @@ struct Accumulators {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sums[i] = __hfma2(as_halves(products[i]), inverse, sums[i]);
   }
+  // Adds the sums to those put away in a warp's room of kCount * 32 of them, which may be none yet.
+  __device__ void put_away(void* room, bool none) {
+    __half2* const to = own(room);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      to[32 * i] = none ? sums[i] : __hadd2(to[32 * i], sums[i]);
+      sums[i] = __float2half2_rn(0.0f);
+    }
+  }
+  // The room may then be used otherwise.
+  __device__ void bring_back(void* room) {
+    __half2* const from = own(room);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sums[i] = __hadd2(from[32 * i], sums[i]);
+    __syncwarp();
+  }
   __device__ void scale_row(int r, float factor) {
 #pragma unroll
-    for (int i = r; i < kCount; i += 2) {
-      const float2 x = __half22float2(sums[i]);
-      sums[i] = __floats2half2_rn(x.x * factor, x.y * factor);
-    }
+    for (int i = r; i < kCount; i += 2) sums[i] = scaled(sums[i], factor);
+  }
+  __device__ static void scale_row_away(void* room, int r, float factor) {
+    __half2* const there = own(room);
+#pragma unroll
+    for (int i = r; i < kCount; i += 2) there[32 * i] = scaled(there[32 * i], factor);
   }
   __device__ void total(float (&totals)[kDim / 2]) const {
 #pragma unroll
@@ -115,6 +133,15 @@ struct Accumulators {
       totals[2 * i] = x.x * kUnit;
       totals[2 * i + 1] = x.y * kUnit;
     }
+  }
+
+ private:
+  __device__ static __half2* own(void* room) {
+    return static_cast<__half2*>(room) + threadIdx.x % 32;
+  }
+  __device__ static __half2 scaled(__half2 halves, float factor) {
+    const float2 x = __half22float2(halves);
+    return __floats2half2_rn(x.x * factor, x.y * factor);
   }
 };
 
@@ -146,7 +173,7 @@ __device__ inline void set_references(const int32_t (&logits)[64], RowState& row
 template <int kDim>
 __device__ inline void move_references(const int32_t (&logits)[64], const uint32_t (&p)[16],
                                        RowState& rows, Accumulators<kDim>& sums,
-                                       const TileScales& tile, const int (&ends)[2]) {
+                                       const TileScales& tile, const int (&ends)[2], void* away) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     uint32_t carries = 0;
@@ -160,6 +187,7 @@ __device__ inline void move_references(const int32_t (&logits)[64], const uint32
     const float factor = ptx::exp2_fast(before - rows.reference[r]);
     rows.sum[r] *= factor;
     sums.scale_row(r, factor);
+    if (away != nullptr) sums.scale_row_away(away, r, factor);
   }
 }
 

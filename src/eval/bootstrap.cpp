@@ -9,6 +9,14 @@
 
 #include "eval/statistics.h"
 
+// Code for newer CPUs beside that for all of them.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_THREAD__)
+#define SAGELM_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define SAGELM_CLONES
+#endif
+
 namespace sagelm {
 namespace {
 
@@ -68,7 +76,7 @@ class PythonChoices {
     return word ^ (word >> 18);
   }
 
-  void refill() {
+  SAGELM_CLONES void refill() {
     for (size_t i = 0; i < kWords - kShift; ++i) {
       state_[i] = twisted(state_[i], state_[i + 1], state_[i + kShift]);
     }

@@ -133,6 +133,22 @@ TEST_P(AttentionGpu, ChunksThatBeginInTheFirstTile) {
   }
 }
 
+// Sums of so many tiles must not lose the part of one.
+TEST_P(AttentionGpu, LongSequences) {
+  for (const GpuInputs inputs :
+       {GpuInputs::kNormal, GpuInputs::kHeavyTailed, GpuInputs::kBiasedV}) {
+    for (const int dim : {64, 128}) {
+      expect_close({.q_lens = {130},
+                    .kv_lens = {50000},
+                    .num_heads = 1,
+                    .num_kv_heads = 1,
+                    .head_dim = dim,
+                    .inputs = inputs},
+                   8, 2.0);
+    }
+  }
+}
+
 TEST_P(AttentionGpu, LayoutsAgreeWithOracle) {
   for (const GpuLayout layout :
        {GpuLayout::kTokensFirst, GpuLayout::kHeadsFirst, GpuLayout::kRagged, GpuLayout::kPaged}) {

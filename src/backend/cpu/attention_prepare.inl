@@ -130,8 +130,8 @@ inline void transpose_four(const char* src, int64_t src_stride, char* dst, int64
   for (int i = 0; i < 4; ++i) {
 #pragma GCC unroll 4
     for (int l = 0; l < kWords / 4; ++l) {
-      const V column = columns[i];
-      const Quad quad = {column[4 * l], column[4 * l + 1], column[4 * l + 2], column[4 * l + 3]};
+      // Not by elements: GCC would take each through a general register.
+      const auto quad = load<Quad>(reinterpret_cast<const char*>(&columns[i]) + 16 * l);
       store(dst + 4 * (4 * l + i) * dst_stride, quad);
     }
   }
@@ -260,10 +260,7 @@ void scale_values(const Plan& plan, const KvHead& kv, float* amax, float* invers
 // sums of the runs' errors.
 inline VecF round_values(VecF x, float part, float* errors) {
   VecF sum = load<VecF>(errors);
-  VecF wanted = x - sum * part;
-  wanted = wanted > recipe::kE4m3Max ? VecF{} + recipe::kE4m3Max : wanted;
-  wanted = wanted < -recipe::kE4m3Max ? VecF{} - recipe::kE4m3Max : wanted;
-  const VecF rounded = round_to_e4m3(wanted);
+  const VecF rounded = round_to_e4m3(x - sum * part);
   sum += rounded - x;
   store(errors, sum);
   return rounded;
