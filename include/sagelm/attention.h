@@ -34,7 +34,7 @@ extern "C" {
 
 typedef enum sagelm_attention_variant {
   SAGELM_ATTENTION_FP16 = 0,  /* FP16/BF16 products, FP32 softmax and accumulation */
-  SAGELM_ATTENTION_SAGE1 = 1, /* INT8 QK, FP16 PV */
+  SAGELM_ATTENTION_SAGE1 = 1, /* INT8 QK, a scale per query and per 16 of 64 keys, FP16 PV */
   SAGELM_ATTENTION_SAGE2 = 2, /* INT8 QK, FP8 e4m3 PV accumulated in two levels; sm_89 and later */
   /* SAGE2 with Q and K of 4 bits and smoothed Q: for comparisons, its integers take INT8 products
    * (Hopper has none for INT4) and it is slower than SAGE2; sm_89 and later */
