@@ -165,9 +165,14 @@ void run_lambada_task(const CompareFlags& flags, const std::string& variant_name
       .json = file_json(file, bytes, adds_bos(tokenizer))};
   task.facts.emplace_back("variant", fmt::format("{}: {}", lambada_variant_name(variant),
                                                  describe_lambada_variant(variant)));
+  if (const int64_t shortened = num_shortened(examples); shortened > 0) {
+    task.facts.emplace_back("shortened",
+                            fmt::format("{} passages beyond the model's context", shortened));
+  }
   task.json.update({{"file_passages", file_passages},
                     {"variant", lambada_variant_name(variant)},
-                    {"variant_description", describe_lambada_variant(variant)}});
+                    {"variant_description", describe_lambada_variant(variant)},
+                    {"shortened", num_shortened(examples)}});
   run_task(flags, task, settings, output);
 }
 
