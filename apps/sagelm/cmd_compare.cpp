@@ -221,7 +221,8 @@ void add_compare_options(CLI::App& command, CompareFlags& flags, const std::stri
       .add_option("--report", flags.report,
                   "write the result with its charts as DIR/index.html, one page that needs no "
                   "network")
-      ->option_text("DIR");
+      ->option_text("DIR")
+      ->check(not_empty);
   CLI::Option* layers = command.add_flag(
       "--layers", flags.layers,
       fmt::format("also measure every layer's attention against float64 attention, on the first "
