@@ -295,7 +295,8 @@ void add_bench_attention(CLI::App& bench) {
                     "quantize K as it is, its mean left in");
   add_number_list(*command, "--tokens", flags->tokens, "lengths of the sequences",
                   "1024 to 32768 on a GPU; 512,2048 on a CPU");
-  add_number_list(*command, "--head-dim", flags->head_dims, "head sizes", "64,128");
+  add_number_list(*command, "--head-dim", flags->head_dims, "head sizes, up to 256", "64,128");
+  command->get_option("--head-dim")->check(CLI::Range(1, 256));
   const auto number = [&](const char* name, int64_t& value, const char* help, const char* text) {
     command->add_option(name, value, help)
         ->option_text(text)

@@ -24,6 +24,9 @@ struct CalibrateFlags {
 };
 
 void run_calibrate(const CalibrateFlags& flags, bool has_file) {
+  if (!(flags.threshold >= 0 && flags.threshold <= 1)) {  // nor NaN
+    fail_usage("--threshold is a cosine similarity from 0 to 1, not {}", flags.threshold);
+  }
   ResultOutput output(flags.common.json);
   CommonOptions loaded = flags.common;  // with any attention: the candidates take turns
   loaded.attention = "fp16";
@@ -80,7 +83,7 @@ void add_calibrate(CLI::App& app) {
       ->add_option("--threshold", flags->threshold,
                    "cosine similarity with exact attention that a layer needs at least")
       ->option_text(fmt::format("C (default: {})", kAdaptiveThreshold))
-      ->check(CLI::Range(0.0, 1.0));
+      ->check(not_empty);
   command->callback([flags, file] { run_calibrate(*flags, file->count() > 0); });
 }
 

@@ -309,7 +309,8 @@ void add_chat(CLI::App& app) {
   command
       ->add_option("--chat-template", flags->chat_template,
                    "one of " + ChatTemplate::known_names() + " (default: the checkpoint's own)")
-      ->option_text("NAME");
+      ->option_text("NAME")
+      ->check(not_empty);
   command->add_option("--on-full", flags->on_full, "what to do when the context is full")
       ->check(CLI::IsMember({"stop", "drop-oldest-turns"}))
       ->capture_default_str();

@@ -165,9 +165,14 @@ void run_lambada_task(const CompareFlags& flags, const std::string& variant_name
       .json = file_json(file, bytes, adds_bos(tokenizer))};
   task.facts.emplace_back("variant", fmt::format("{}: {}", lambada_variant_name(variant),
                                                  describe_lambada_variant(variant)));
+  if (const int64_t shortened = num_shortened(examples); shortened > 0) {
+    task.facts.emplace_back("shortened",
+                            fmt::format("{} passages beyond the model's context", shortened));
+  }
   task.json.update({{"file_passages", file_passages},
                     {"variant", lambada_variant_name(variant)},
-                    {"variant_description", describe_lambada_variant(variant)}});
+                    {"variant_description", describe_lambada_variant(variant)},
+                    {"shortened", num_shortened(examples)}});
   run_task(flags, task, settings, output);
 }
 
@@ -216,7 +221,8 @@ void add_compare_options(CLI::App& command, CompareFlags& flags, const std::stri
       .add_option("--report", flags.report,
                   "write the result with its charts as DIR/index.html, one page that needs no "
                   "network")
-      ->option_text("DIR");
+      ->option_text("DIR")
+      ->check(not_empty);
   CLI::Option* layers = command.add_flag(
       "--layers", flags.layers,
       fmt::format("also measure every layer's attention against float64 attention, on the first "

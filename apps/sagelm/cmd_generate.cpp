@@ -18,8 +18,7 @@ namespace {
 struct GenerateFlags {
   CommonOptions common;
   GenerationFlags generation;
-  std::string prompt;
-  std::string file;
+  TextOption prompt;
   int64_t samples = 1;
   bool logprobs = false;
   bool no_bos = false;
@@ -68,10 +67,10 @@ void report(const ModelInfo& info, std::span<const Generation> samples,
   output.json(result);
 }
 
-void run_generate(const GenerateFlags& flags, bool has_file) {
+void run_generate(const GenerateFlags& flags) {
   GenerateOptions options = effective_options(flags.generation, flags.common.seed);
   options.prompt_logprobs = flags.logprobs;
-  const std::string prompt = has_file ? read_text_file(flags.file) : flags.prompt;
+  const std::string prompt = flags.prompt.read();
   ResultOutput output(flags.common.json);
   if (flags.logprobs && !output.wants_json()) {
     throw UsageError("--logprobs writes to the JSON object only: add --json");
@@ -115,12 +114,7 @@ void add_generate(CLI::App& app) {
   add_common_options(
       *command, flags->common,
       kModelGroup | kComputeGroup | kContextGroup | kSeedGroup | kJsonGroup | kVerboseGroup);
-  CLI::Option_group* text = command->add_option_group("Text", "exactly one of:");
-  text->add_option("--prompt", flags->prompt, "the text to continue")->option_text("TEXT");
-  const CLI::Option* file =
-      text->add_option("--file", flags->file, "a file that holds it; -: standard input")
-          ->option_text("FILE");
-  text->require_option(1);
+  flags->prompt.add(*command, "--prompt", "the text to continue");
   add_generation_options(*command, flags->generation, 128);
   command
       ->add_option("--samples", flags->samples,
@@ -130,7 +124,7 @@ void add_generate(CLI::App& app) {
   command->add_flag("--logprobs", flags->logprobs,
                     "with --json: log-probability of each prompt token after the first");
   command->add_flag("--no-bos", flags->no_bos, "no beginning-of-sequence token before the text");
-  command->callback([flags, file] { run_generate(*flags, file->count() > 0); });
+  command->callback([flags] { run_generate(*flags); });
 }
 
 }  // namespace sagelm::cli

@@ -35,6 +35,9 @@ std::string describe(const Json& json, const LambadaFlags& flags, LambadaVariant
       json["file_passages"].get<size_t>(), json["bos"].get<bool>() ? "with" : "without",
       json["file_sha256"].get<std::string>(), lambada_variant_name(variant),
       describe_lambada_variant(variant));
+  if (const auto shortened = json["shortened"].get<int64_t>(); shortened > 0) {
+    text += fmt::format("shortened      {} passages beyond the model's context\n", shortened);
+  }
   text += fmt::format(
       "examples       {} of {}{}{}\n"
       "accuracy       {} ± {} ({} correct)\n"
@@ -81,6 +84,7 @@ void run(const LambadaFlags& flags) {
                {"perplexity", result.perplexity},
                {"perplexity_stderr", result.perplexity_stderr},
                {"examples", result.examples},
+               {"shortened", num_shortened(examples)},
                {"correct", result.correct},
                {"tokens_per_second", result.tokens_per_second()},
                {"tokens_run", result.tokens_run},

@@ -14,13 +14,12 @@ namespace {
 
 struct TokenizeFlags {
   CommonOptions common;
-  std::string text;
-  std::string file;
+  TextOption text;
   bool no_bos = false;
 };
 
-void run_tokenize(const TokenizeFlags& flags, bool has_file) {
-  const std::string text = has_file ? read_text_file(flags.file) : flags.text;
+void run_tokenize(const TokenizeFlags& flags) {
+  const std::string text = flags.text.read();
   ResultOutput output(flags.common.json);
   const Tokenizer tokenizer = open_tokenizer(flags.common);
   const bool bos = !flags.no_bos && tokenizer.add_bos_default();
@@ -47,14 +46,9 @@ void add_tokenize(CLI::App& app) {
   CLI::App* command = app.add_subcommand("tokenize", "Show the token ids and pieces of a text");
   auto flags = std::make_shared<TokenizeFlags>();
   add_common_options(*command, flags->common, kModelGroup | kJsonGroup | kVerboseGroup);
-  CLI::Option_group* text = command->add_option_group("Text", "exactly one of:");
-  text->add_option("--text", flags->text, "the text")->option_text("TEXT");
-  const CLI::Option* file =
-      text->add_option("--file", flags->file, "a file that holds it; -: standard input")
-          ->option_text("FILE");
-  text->require_option(1);
+  flags->text.add(*command, "--text", "the text");
   command->add_flag("--no-bos", flags->no_bos, "no beginning-of-sequence token before the text");
-  command->callback([flags, file] { run_tokenize(*flags, file->count() > 0); });
+  command->callback([flags] { run_tokenize(*flags); });
 }
 
 }  // namespace sagelm::cli

@@ -37,7 +37,8 @@ void add_resume_option(CLI::App& command, EvalFlags& flags) {
       .add_option(
           "--resume", flags.resume,
           "journal: written while the run goes on, and if it is there already, gone on from")
-      ->option_text("FILE");
+      ->option_text("FILE")
+      ->check(not_empty);
 }
 
 bool adds_bos(const Tokenizer& tokenizer) {

@@ -42,12 +42,9 @@ CLI::Option* add_switch(CLI::App& command, CommonOptions& options, const CommonF
   return command.add_flag(flag.name, options.*member, flag.help);
 }
 
-CLI::Option* add_model(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
-  // As `-m "$MODEL"` gives it where MODEL is not set; the demo model is not what was meant.
-  return add_value<&CommonOptions::model>(command, options, flag)
-      ->check([](const std::string& text) {
-        return text.empty() ? std::string("the model's name is empty") : std::string();
-      });
+template <auto member>
+CLI::Option* add_name(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
+  return add_value<member>(command, options, flag)->check(not_empty);
 }
 
 CLI::Option* add_threads(CLI::App& command, CommonOptions& options, const CommonFlag& flag) {
@@ -69,6 +66,7 @@ CLI::Option* add_seed(CLI::App& command, CommonOptions& options, const CommonFla
   // The conversion alone would take -1, and all that is larger, for 2^64 - 1.
   return add_value<&CommonOptions::seed>(command, options, flag)
       ->check([](const std::string& text) {
+        if (text.empty()) return not_empty(text);
         if (text.starts_with('-')) return "a seed is 0 or more, not " + text;
         errno = 0;
         std::strtoull(text.c_str(), nullptr, 10);
@@ -91,11 +89,12 @@ CLI::Option* add_json(CLI::App& command, CommonOptions& options, const CommonFla
 
 const std::array kCommonFlags = {
     CommonFlag{kModelGroup, "-m,--model", "MODEL", "the demo model",
-               "checkpoint: a Hugging Face directory or a .safetensors file", add_model},
+               "checkpoint: a Hugging Face directory or a .safetensors file",
+               add_name<&CommonOptions::model>},
     CommonFlag{kRandomGroup, "--random-weights", "NAME[:bf16]", "",
                "an architecture with made-up FP16 (or BF16) weights in place of a checkpoint: "
                "llama2-7b, llama2-13b, llama3-8b, llama3.2-1b, tinyllama-1.1b or llama-160m",
-               add_value<&CommonOptions::random_weights>},
+               add_name<&CommonOptions::random_weights>},
     CommonFlag{kKernelGroup, "--attention", "NAME", "sage",
                "attention kernel: fp16, sage1[-t|-b|-vt|-vb], sage2[-8b|-4b], sage (the best of "
                "them for the device), sage-adaptive (for each layer the fastest that is accurate "
@@ -105,7 +104,7 @@ const std::array kCommonFlags = {
                add_switch<&CommonOptions::no_smooth_k>},
     CommonFlag{kCalibrationGroup, "--calibration", "FILE", "in the cache directory",
                "where the choice of sage-adaptive is kept; made and written if it is not there",
-               add_value<&CommonOptions::calibration>},
+               add_name<&CommonOptions::calibration>},
     CommonFlag{kCacheGroup, "--kv-cache", "auto|fp16|int8|int4", "auto",
                "KV cache: fp16, int8 (8-bit keys and values, half the memory; with sage2), int4 "
                "(4-bit keys, 8-bit values; with sage2 and sage2-4b), or auto "
@@ -217,6 +216,8 @@ Model load_model(const CommonOptions& options, int64_t batch_tokens, int64_t ses
   return model;
 }
 
+std::string not_empty(const std::string& text) { return text.empty() ? "the value is empty" : ""; }
+
 std::string read_text_file(const std::string& path) {
   if (path == "-") return {std::istreambuf_iterator<char>(std::cin), {}};
   std::error_code error;
@@ -227,6 +228,21 @@ std::string read_text_file(const std::string& path) {
   std::string text{std::istreambuf_iterator<char>(file), {}};
   if (file.bad()) fail("cannot read {}: {}", path, std::strerror(errno));
   return text;
+}
+
+void TextOption::add(CLI::App& command, const std::string& name, const std::string& help) {
+  text_option_ = command.add_option(name, text_, help)->option_text("TEXT");
+  file_option_ =
+      command.add_option("--file", path_, "a file that holds it instead; -: standard input")
+          ->option_text("FILE");
+}
+
+std::string TextOption::read() const {
+  const bool has_file = file_option_->count() > 0;
+  if (has_file == (text_option_->count() > 0)) {
+    fail_usage("give either {} or --file", text_option_->get_name());
+  }
+  return has_file ? read_text_file(path_) : text_;
 }
 
 }  // namespace sagelm::cli

@@ -64,7 +64,27 @@ LoadOptions load_options(const CommonOptions& options);
 // likewise.
 Model load_model(const CommonOptions& options, int64_t batch_tokens = 0, int64_t sessions = 0);
 
+// A check for options whose empty value, as "$NAME" gives it where NAME is not set, cannot be
+// meant.
+std::string not_empty(const std::string& text);
+
 // All of a file, or of standard input for "-". Throws Error naming the file.
 std::string read_text_file(const std::string& path);
+
+// The text that a command is about, on the command line or in a file. (CLI11's groups could say
+// that one of the two is needed, but a group loops for ever over an empty argument.)
+class TextOption {
+ public:
+  // Adds `name` TEXT and --file FILE. this must live as long as the command.
+  void add(CLI::App& command, const std::string& name, const std::string& help);
+  // Throws UsageError unless one of the two was given, and what read_text_file throws.
+  std::string read() const;
+
+ private:
+  std::string text_;
+  std::string path_;
+  const CLI::Option* text_option_ = nullptr;
+  const CLI::Option* file_option_ = nullptr;
+};
 
 }  // namespace sagelm::cli

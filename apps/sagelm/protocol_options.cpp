@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "base/error.h"
+
 namespace sagelm::cli {
 
 void add_protocol_options(CLI::App& command, ProtocolFlags& flags) {
@@ -20,8 +22,14 @@ void add_protocol_options(CLI::App& command, ProtocolFlags& flags) {
 
 Protocol protocol_of(const ProtocolFlags& flags, const CommonOptions& common) {
   ProtocolOptions options = flags.options;
-  if (!options.ctx) options.model_ctx = Model::inspect(load_options(common)).max_context;
-  return make_protocol(flags.name, options);
+  if (options.ctx) return make_protocol(flags.name, options);
+  options.model_ctx = Model::inspect(load_options(common)).max_context;
+  Protocol protocol = make_protocol(flags.name, options);
+  if (protocol.ctx > *options.model_ctx) {
+    fail_usage("the protocol {} has windows of {} tokens, and the model's context is {}: see --ctx",
+               protocol.name, protocol.ctx, *options.model_ctx);
+  }
+  return protocol;
 }
 
 }  // namespace sagelm::cli

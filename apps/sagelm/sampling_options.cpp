@@ -2,6 +2,7 @@
 
 #include "base/error.h"
 #include "engine/sampler.h"
+#include "options.h"
 
 namespace sagelm::cli {
 namespace {
@@ -18,23 +19,29 @@ std::string or_off(T value, T off) {
 void add_sampling_options(CLI::App& command, GenerationFlags& flags) {
   SamplingOptions& sampling = flags.options.sampling;
   command.add_option("--temp", sampling.temperature, "temperature; 0: the most probable token")
+      ->check(not_empty)
       ->capture_default_str();
   command.add_option("--top-k", sampling.top_k, "draw from the K most probable; 0: off")
+      ->check(not_empty)
       ->capture_default_str();
   command.add_option("--top-p", sampling.top_p, "draw from the most probable that hold P; 1: off")
+      ->check(not_empty)
       ->capture_default_str();
   command
       .add_option("--min-p", sampling.min_p,
                   "drop tokens less probable than this part of the most probable; 0: off")
+      ->check(not_empty)
       ->capture_default_str();
   command
       .add_option("--repeat-penalty", sampling.repeat_penalty,
                   "divides the logits of recent tokens; 1: off (as without this flag at --temp 0)")
+      ->check(not_empty)
       ->capture_default_str()
       ->each([&flags](const std::string&) { flags.penalty_given = true; });
   command
       .add_option("--repeat-last-n", sampling.repeat_last_n,
                   "recent tokens that the penalty looks at; -1: all")
+      ->check(not_empty)
       ->capture_default_str();
 }
 

@@ -33,25 +33,65 @@ struct TileScales {
 constexpr uint32_t kNearMost = 0x10101010u;
 __device__ inline bool near_most(uint32_t carries) { return (carries & 0x80808080u) != 0; }
 
+__device__ inline __half2 as_halves(uint32_t x) {
+  __half2 halves;
+  memcpy(&halves, &x, sizeof halves);
+  return halves;
+}
+__device__ inline uint32_t bits_of(__half2 halves) {
+  uint32_t x;
+  memcpy(&x, &halves, sizeof x);
+  return x;
+}
+
+// The special function unit takes as long for a tile's exponentials as the matrix unit for its
+// products. Some are therefore computed as packed halves: within a range of 31 bits, from 2^-15 on,
+// whose lowest is as good as 0 and whose highest saturates.
+constexpr float kLeastBits = -15.0f;
+constexpr float kBitRange = 31.0f;
+// 2^t of two t, given as (t - kLeastBits) / kBitRange cut to [0, 1].
+__device__ __forceinline__ uint32_t exp2_halves(float low, float high) {
+  // e + f with ten bits behind the point is, as a half, (1 + f) 2^e: a chord of 2^(e + f). Added to
+  // kMagic it stands in the lowest bits of the sum, and to kMagicHigh without those of kMagic.
+  constexpr float kMagic = 0x1.8p23f;  // its bits are 0x4B400000
+  constexpr float kMagicHigh = kMagic - 0x4B40;
+  const uint32_t x = __float_as_uint(fmaf(low, kBitRange * 1024, kMagic)) +
+                     (__float_as_uint(fmaf(high, kBitRange * 1024, kMagicHigh)) << 16);
+  // The mean of two chords half an octave apart is within 1 % of 2^t, 0.45 % in the mean square.
+  const __half2 later = __hmul2(as_halves(x + 0x02000200u), __float2half2_rn(0.33967f));
+  return bits_of(__hfma2(as_halves(x), __float2half2_rn(0.48042f), later));
+}
+
+// Whether register i of P is computed so. Those of a row's first 16 keys of a tile are not: a
+// thread that sees a key of it has one there, and so a NaN passes. At head size 64 it does not pay.
+template <int kDim>
+__device__ constexpr bool in_halves(int i) {
+  return kDim == 128 && (0x6318 >> i & 1) != 0;
+}
+
 // A tile's logits to P. Returns the union of what near_most takes.
+template <int kDim>
 __device__ __forceinline__ uint32_t exponentiate(const int32_t (&logits)[64], uint32_t (&p)[16],
                                                  const float (&scale)[2],
                                                  const float (&offset)[2]) {
+  const float unit_scale[2] = {scale[0] * (1 / kBitRange), scale[1] * (1 / kBitRange)};
+  const float unit_offset[2] = {(offset[0] + kLeastBits) * (1 / kBitRange),
+                                (offset[1] + kLeastBits) * (1 / kBitRange)};
   uint32_t carries = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float x[16];
+  for (int i = 0; i < 16; ++i) {
+    const int r = i & 1;
+    float x[4];
 #pragma unroll
-    for (int k = 0; k < 16; ++k) {
-      const int r = (k >> 1) & 1;
-      x[k] = ptx::exp2_fast(fmaf(static_cast<float>(logits[16 * i + k]), scale[r], -offset[r]));
+    for (int e = 0; e < 4; ++e) {
+      const auto logit = static_cast<float>(logits[8 * (i >> 1) + 2 * r + (e & 1) + 2 * (e & 2)]);
+      x[e] = in_halves<kDim>(i) ? __saturatef(fmaf(logit, unit_scale[r], -unit_offset[r]))
+                                : ptx::exp2_fast(fmaf(logit, scale[r], -offset[r]));
     }
-    p[4 * i] = ptx::to_e4m3(x[0], x[1], x[4], x[5]);
-    p[4 * i + 1] = ptx::to_e4m3(x[2], x[3], x[6], x[7]);
-    p[4 * i + 2] = ptx::to_e4m3(x[8], x[9], x[12], x[13]);
-    p[4 * i + 3] = ptx::to_e4m3(x[10], x[11], x[14], x[15]);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) carries |= p[4 * i + k] + kNearMost;
+    p[i] = in_halves<kDim>(i)
+               ? ptx::e4m3_from_halves(exp2_halves(x[0], x[1]), exp2_halves(x[2], x[3]))
+               : ptx::to_e4m3(x[0], x[1], x[2], x[3]);
+    carries |= p[i] + kNearMost;
   }
   return carries;
 }
@@ -68,12 +108,6 @@ __device__ inline uint32_t mask_weights(uint32_t (&p)[16], const int (&ends)[2])
     carries |= p[i] + kNearMost;
   }
   return carries;
-}
-
-__device__ inline __half2 as_halves(uint32_t x) {
-  __half2 halves;
-  memcpy(&halves, &x, sizeof halves);
-  return halves;
 }
 
 // The products of P V, summed on two levels, both in halves, packed as the accumulators lie:

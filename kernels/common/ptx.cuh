@@ -163,6 +163,19 @@ __device__ __forceinline__ uint32_t to_e4m3(float a, float b, float c, float d) 
   return to_e4m3(a, b) | (to_e4m3(c, d) << 16);
 }
 
+// Four numbers from pairs of FP16, likewise.
+__device__ __forceinline__ uint32_t e4m3_from_halves(uint32_t low_pair, uint32_t high_pair) {
+#if SAGELM_HAS_E4M3
+  uint16_t low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(low) : "r"(low_pair));
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(high) : "r"(high_pair));
+  return low | (uint32_t{high} << 16);
+#else
+  __trap();
+  return 0;
+#endif
+}
+
 // Two e4m3 as FP16, exactly; the low byte becomes the low half.
 __device__ __forceinline__ uint32_t halves_from_e4m3(uint32_t low_bytes) {
 #if SAGELM_HAS_E4M3

@@ -227,6 +227,22 @@ __device__ inline void wgmma_s8(int32_t (&d)[64], uint64_t a, uint64_t b) {
   }
 }
 
+// The same, A in registers.
+template <bool kFirst>
+__device__ inline void wgmma_s8(int32_t (&d)[64], const uint32_t* a, uint64_t b) {
+  if constexpr (kFirst) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " SAGELM_TEXT_64
+                 "}, {%64, %65, %66, %67}, %68, 0;"
+                 : SAGELM_BIND_64("=r")
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  } else {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " SAGELM_TEXT_64
+                 "}, {%64, %65, %66, %67}, %68, 1;"
+                 : SAGELM_BIND_64("+r")
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+}
+
 // D[64 x 136] (+)= A[64 x 32] B[136 x 32]^T, e4m3, A in registers, B in shared memory, from zero
 // unless accumulate; sums in halves, two columns to a register, of row g and of row g + 8 in turn.
 __device__ inline void wgmma_e4m3(uint32_t (&d)[34], const uint32_t* a, uint64_t b,

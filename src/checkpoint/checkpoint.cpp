@@ -195,6 +195,11 @@ Checkpoint Checkpoint::open(const std::filesystem::path& model) {
   const MappedFile config_file = MappedFile::open(config_path);
   checkpoint.config_ = parse_config(text_of(config_file), config_path.string());
   checkpoint.config_.name = model_name(model);
+  const fs::path generation_path = location.directory / "generation_config.json";
+  if (is_there(generation_path)) {
+    const MappedFile file = MappedFile::open(generation_path);
+    read_generation_config(text_of(file), generation_path.string(), checkpoint.config_);
+  }
 
   TensorTable table;
   const auto add_file = [&](const fs::path& path, const std::set<std::string>* expected) {

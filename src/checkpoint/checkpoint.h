@@ -23,7 +23,8 @@ class Checkpoint {
  public:
   // model: an HF directory (config.json with model.safetensors, or with
   // model.safetensors.index.json and its shards), or a .safetensors file with config.json beside
-  // it. Throws Error naming file and tensor for anything that is missing or does not fit.
+  // it; generation_config.json may be there too. Throws Error naming file and tensor for anything
+  // that is missing or does not fit.
   static Checkpoint open(const std::filesystem::path& model);
   // An architecture that architecture_config knows, with made-up weights: has no directory.
   static Checkpoint random(std::string_view architecture);

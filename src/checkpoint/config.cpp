@@ -122,30 +122,27 @@ void read_rope(const Fields& config, ModelConfig& model) {
   }
 }
 
-void read_token_ids(const Fields& config, ModelConfig& model) {
-  const auto id = [&](const char* key, const json& value) {
-    // Unsigned numbers above the signed range would turn negative.
-    const bool fits =
-        value.is_number_integer() && (!value.is_number_unsigned() ||
-                                      value.get<uint64_t>() <= std::numeric_limits<int64_t>::max());
-    if (!fits || value.get<int64_t>() < 0 || value.get<int64_t>() >= model.vocab_size) {
-      fail("{}: {} is {}, not a token id from 0 to below vocab_size {}", config.where(), key,
-           Fields::shown(value), model.vocab_size);
-    }
-    return value.get<int32_t>();
-  };
-  if (config.has("bos_token_id")) {
-    model.bos_token_id = id("bos_token_id", config.at("bos_token_id"));
+int32_t token_id(const Fields& config, const char* key, const json& value, int64_t vocab_size) {
+  // Unsigned numbers above the signed range would turn negative.
+  const bool fits =
+      value.is_number_integer() &&
+      (!value.is_number_unsigned() || value.get<uint64_t>() <= std::numeric_limits<int64_t>::max());
+  if (!fits || value.get<int64_t>() < 0 || value.get<int64_t>() >= vocab_size) {
+    fail("{}: {} is {}, not a token id from 0 to below vocab_size {}", config.where(), key,
+         Fields::shown(value), vocab_size);
   }
-  if (config.has("eos_token_id")) {
-    const json& eos = config.at("eos_token_id");
-    model.eos_token_ids.clear();
-    if (eos.is_array()) {
-      for (const json& value : eos) model.eos_token_ids.push_back(id("eos_token_id", value));
-    } else {
-      model.eos_token_ids.push_back(id("eos_token_id", eos));
-    }
-  }
+  return value.get<int32_t>();
+}
+
+// One id or a list of them; null is none.
+std::vector<int32_t> end_ids(const Fields& config, int64_t vocab_size) {
+  static constexpr const char* kKey = "eos_token_id";
+  if (!config.has(kKey)) return {};
+  const json& eos = config.at(kKey);
+  if (!eos.is_array()) return {token_id(config, kKey, eos, vocab_size)};
+  std::vector<int32_t> ids;
+  for (const json& value : eos) ids.push_back(token_id(config, kKey, value, vocab_size));
+  return ids;
 }
 
 }  // namespace
@@ -206,8 +203,19 @@ ModelConfig parse_config(std::string_view text, std::string_view where) {
          where);
   }
   read_rope(config, model);
-  read_token_ids(config, model);
+  if (config.has("bos_token_id")) {
+    model.bos_token_id =
+        token_id(config, "bos_token_id", config.at("bos_token_id"), model.vocab_size);
+  }
+  // Without a word of it they are Llama's own.
+  if (object.contains("eos_token_id")) model.eos_token_ids = end_ids(config, model.vocab_size);
   return model;
+}
+
+void read_generation_config(std::string_view text, std::string_view where, ModelConfig& model) {
+  const json object = parse_json_object(text, where);
+  const Fields config(object, where);
+  if (config.has("eos_token_id")) model.eos_token_ids = end_ids(config, model.vocab_size);
 }
 
 }  // namespace sagelm

@@ -11,4 +11,9 @@ namespace sagelm {
 // its value for anything missing, contradictory, absurd or not supported.
 ModelConfig parse_config(std::string_view json, std::string_view where);
 
+// Of a generation_config.json the ids that end a text, which count more than config.json's, as they
+// do in transformers; what it says on sampling is for the user to choose. Throws Error naming
+// `where`.
+void read_generation_config(std::string_view json, std::string_view where, ModelConfig& model);
+
 }  // namespace sagelm

@@ -61,6 +61,11 @@ SafetensorsFile parse_safetensors(std::span<const std::byte> bytes, std::string_
   if (bytes.size() < 8) {
     fail("{}: only {} bytes, too short for a safetensors file", where, bytes.size());
   }
+  const auto* text = reinterpret_cast<const char*>(bytes.data());
+  if (std::string_view(text, bytes.size()).starts_with("version https://git-lfs")) {
+    fail("{} is a Git LFS pointer, not the weights themselves: fetch them with git lfs pull",
+         where);
+  }
   uint64_t header_size = 0;
   for (size_t i = 0; i < 8; ++i) {
     header_size |= static_cast<uint64_t>(std::to_integer<uint8_t>(bytes[i])) << (8 * i);
@@ -70,9 +75,8 @@ SafetensorsFile parse_safetensors(std::span<const std::byte> bytes, std::string_
     fail("{}: the header claims {} bytes, and the file has {} (truncated, or not safetensors)",
          where, header_size, bytes.size());
   }
-  const auto* header_text = reinterpret_cast<const char*>(bytes.data() + 8);
   const json header =
-      parse_json_object({header_text, header_size}, fmt::format("{}: safetensors header", where));
+      parse_json_object({text + 8, header_size}, fmt::format("{}: safetensors header", where));
   const std::span<const std::byte> data = bytes.subspan(8 + header_size);
 
   SafetensorsFile file;

@@ -143,7 +143,7 @@ Model Model::load(const LoadOptions& options) {
   impl->kv_type = check_attention(attention, options.kv_cache, config, *impl->backend);
   if (options.random_weights.empty()) {
     impl->tokenizer = std::make_unique<Tokenizer>(Tokenizer::open(checkpoint.directory()));
-    impl->tokenizer->check_fits(config.vocab_size);
+    impl->tokenizer->fit_to(config.vocab_size);
     if (!impl->backend->checks_weights()) check_weights_finite(checkpoint.weights());
   }
   check_fits(impl->memory_needs(config, attention, options.sessions), false, *impl->backend);

@@ -1,5 +1,6 @@
 #include "eval/lambada.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstddef>
@@ -72,12 +73,19 @@ LambadaExample prepare_example(const Passage& passage, const std::string& where,
   LambadaExample example{.ids = encode(passage.text)};
   const auto length = static_cast<int64_t>(example.ids.size());
   if (length < 2) fail("{}: the passage has no token to predict another from", where);
-  if (length > max_tokens) {
-    fail("{}: the passage has {} tokens, more than the context of {}", where, length, max_tokens);
-  }
   example.first_scored = variant == LambadaVariant::kWord
                              ? word_target(passage.text, example.ids.size(), where, encode)
                              : length - 1;
+  // The last token is predicted only, and so may be one more than the context holds.
+  if (const int64_t cut = length - (max_tokens + 1); cut > 0) {
+    if (cut >= example.first_scored) {
+      fail("{}: a context of {} tokens is too short for the passage's last word", where,
+           max_tokens);
+    }
+    example.ids.erase(example.ids.begin(), example.ids.begin() + static_cast<std::ptrdiff_t>(cut));
+    example.first_scored -= cut;
+    example.shortened = true;
+  }
   return example;
 }
 
@@ -125,6 +133,10 @@ std::vector<LambadaExample> prepare_lambada(std::string_view name,
   }
   if (failure) std::rethrow_exception(failure);
   return examples;
+}
+
+int64_t num_shortened(std::span<const LambadaExample> examples) {
+  return std::ranges::count(examples, true, &LambadaExample::shortened);
 }
 
 std::vector<Model::ScoreInput> inputs_of(std::span<const LambadaExample> examples) {

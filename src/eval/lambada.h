@@ -27,8 +27,9 @@ std::string_view lambada_variant_name(LambadaVariant variant);
 std::string_view describe_lambada_variant(LambadaVariant variant);  // one sentence, for reports
 
 struct LambadaExample {
-  std::vector<int32_t> ids = {};  // of the whole passage
+  std::vector<int32_t> ids = {};  // of the whole passage, or of its end
   int64_t first_scored = 0;       // the target is ids[first_scored …]
+  bool shortened = false;         // the passage was too long
 };
 
 // Ids of a text, BOS in front if the tokenizer's configuration wants it. Called by several threads
@@ -41,13 +42,16 @@ void check_last_words(std::string_view name, std::span<const Passage> passages);
 
 // kWord: the target is what the ids of the whole passage have beyond the length of the ids of the
 // text before its last space (white space before that space is the target's too); the target is
-// never tokenized alone. name is the file's. Throws Error with file and line for a passage that
-// check_last_words refuses (kWord), whose target has no tokens of its own, or of more than
-// max_tokens.
+// never tokenized alone. A passage loses its beginning, BOS and all, where it exceeds max_tokens
+// and the token predicted after them, as in lm-eval. name is the file's. Throws Error with file and
+// line for a passage that check_last_words refuses (kWord), or whose target has no tokens of its
+// own or is longer than max_tokens.
 std::vector<LambadaExample> prepare_lambada(std::string_view name,
                                             std::span<const Passage> passages,
                                             LambadaVariant variant, const Encoder& encode,
                                             int64_t max_tokens);
+
+int64_t num_shortened(std::span<const LambadaExample> examples);
 
 // As a model scores them; views of the examples.
 std::vector<Model::ScoreInput> inputs_of(std::span<const LambadaExample> examples);

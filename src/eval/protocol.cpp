@@ -61,6 +61,19 @@ void refuse_stride(std::string_view protocol, const ProtocolOptions& options) {
   if (options.stride) fail_usage("the protocol {} has no stride: use strided", protocol);
 }
 
+std::string with_plain_newlines(std::string_view text) {
+  std::string plain;
+  plain.reserve(text.size());
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (text[i] != '\r') {
+      plain += text[i];
+    } else if (i + 1 == text.size() || text[i + 1] != '\n') {
+      plain += '\n';
+    }
+  }
+  return plain;
+}
+
 std::vector<Window> cut_windows(int64_t num_ids, int64_t ctx, int64_t first) {
   if (num_ids < ctx) {
     fail("the text has {} tokens, fewer than one window of {}", num_ids, ctx);

@@ -90,6 +90,8 @@ int64_t window_size(std::string_view protocol, const ProtocolOptions& options, i
                     int64_t min_ctx = 2);
 // Throws UsageError if a stride is given.
 void refuse_stride(std::string_view protocol, const ProtocolOptions& options);
+// Every line end as "\n": Python reads text files so.
+std::string with_plain_newlines(std::string_view text);
 // Consecutive windows of ctx tokens, the incomplete last one dropped, scored from their token
 // `first` (counted from 0 in the window) on. Throws Error if there are fewer than ctx tokens.
 std::vector<Window> cut_windows(int64_t num_ids, int64_t ctx, int64_t first);

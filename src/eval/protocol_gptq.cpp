@@ -12,7 +12,9 @@ constexpr int64_t kGptqCtx = 2048;
 
 // "\n\n".join(dataset["text"]) of the Hugging Face data set made from this file: a row is a line
 // with its newline, or nothing where the line is blank.
-std::string join_rows(std::string_view text) {
+std::string join_rows(std::string_view file) {
+  const std::string plain = with_plain_newlines(file);
+  std::string_view text = plain;
   std::string joined;
   bool first = true;
   while (!text.empty()) {

@@ -40,11 +40,6 @@ std::string replace_all(std::string_view text, std::string_view from, std::strin
   return result;
 }
 
-// Every line end as "\n": Python reads text files so.
-std::string with_plain_newlines(std::string_view text) {
-  return replace_all(replace_all(text, "\r\n", "\n"), "\r", "\n");
-}
-
 bool is_title(std::string_view line) {
   const std::string joined = replace_all(replace_all(line, "= = =", "==="), "= =", "==");
   const std::string_view title = strip(joined);

@@ -6,9 +6,6 @@
 
 namespace sagelm {
 
-Detokenizer::Detokenizer(const Tokenizer& tokenizer, bool continues_text)
-    : tokenizer_(&tokenizer), printed_(continues_text) {}
-
 std::string Detokenizer::push(int32_t id) {
   const TokenKind kind = tokenizer_->kind(id);
   const std::string& surface = tokenizer_->surface(id);

@@ -14,9 +14,8 @@ namespace sagelm {
 
 class Detokenizer {
  public:
-  // `tokenizer` must outlive this. `continues_text`: the ids go on with a text that has been
-  // printed already, so their first blank is a real one.
-  explicit Detokenizer(const Tokenizer& tokenizer, bool continues_text = false);
+  // `tokenizer` must outlive this.
+  explicit Detokenizer(const Tokenizer& tokenizer) : tokenizer_(&tokenizer) {}
 
   // The bytes that became printable with `id`: always whole characters. Bytes of a character that
   // is not complete yet are held back. Throws Error for an id outside the vocabulary.
@@ -32,7 +31,7 @@ class Detokenizer {
 
   const Tokenizer* tokenizer_;
   std::string held_;          // bytes of byte pieces that may yet become a character
-  bool printed_;              // something of this text has been printed
+  bool printed_ = false;      // something of this text has been printed
   bool blank_taken_ = false;  // the first blank is gone
 };
 

@@ -29,7 +29,7 @@ constexpr std::string_view kBlankSymbol = "\xE2\x96\x81";  // U+2581, sentencepi
 constexpr uintmax_t kMaxModelBytes = uintmax_t{256} << 20;
 constexpr uintmax_t kMaxConfigBytes = uintmax_t{16} << 20;
 constexpr size_t kMaxTextBytes = size_t{1} << 30;  // sentencepiece counts bytes in int
-constexpr int64_t kMaxAddedId = 10'000'000;
+constexpr uint64_t kMaxAddedId = 10'000'000;
 
 std::string read_file(const std::filesystem::path& path, uintmax_t max_bytes) {
   std::error_code status;
@@ -111,7 +111,7 @@ class ConfigReader {
       int64_t id = -1;
       std::from_chars(key.data(), key.data() + key.size(), id);
       // One spelling per id: else two entries could be the same token.
-      if (id < 0 || id > kMaxAddedId || key != std::to_string(id)) {
+      if (id < 0 || std::cmp_greater(id, kMaxAddedId) || key != std::to_string(id)) {
         fail("{}: added_tokens_decoder has the key \"{}\", which is not a token id from 0 to {}",
              where_, excerpt(key), kMaxAddedId);
       }
@@ -149,6 +149,25 @@ class ConfigReader {
 
   std::string where_;
 };
+
+// added_tokens.json, {text: id}: where transformers before 4.34 wrote added tokens. It does not say
+// which of them are special: those in brackets, such as <|im_end|> and [PAD], are taken to be.
+std::map<int32_t, AddedToken> read_added_tokens_file(std::string_view text,
+                                                     const std::string& where) {
+  const Json json = parse_json_object(text, where);
+  std::map<int32_t, AddedToken> tokens;
+  for (const auto& [token, id] : json.items()) {
+    if (token.empty() || !id.is_number_unsigned() || id.get<uint64_t>() > kMaxAddedId) {
+      fail("{}: the id of token \"{}\" is not a number from 0 to {}", where, excerpt(token),
+           kMaxAddedId);
+    }
+    const bool special = token.front() == '<' || token.front() == '[';
+    if (!tokens.emplace(id.get<int32_t>(), AddedToken{token, special}).second) {
+      fail("{}: two tokens have the id {}", where, id.get<int32_t>());
+    }
+  }
+  return tokens;
+}
 
 TokenKind kind_of(PieceKind kind) {
   switch (kind) {
@@ -198,11 +217,11 @@ struct Tokenizer::Impl {
 
   const Token& token(int64_t id) const {
     if (id >= 0 && std::cmp_less(id, tokens.size())) return tokens[static_cast<size_t>(id)];
+    static const Token kOfTheModelOnly = {"", "", TokenKind::kControl};
     const auto found = added.find(static_cast<int32_t>(id));
-    if (found == added.end()) {
-      fail("token id {} is not in the tokenizer's vocabulary of {}", id, vocab_size);
-    }
-    return found->second;
+    if (found != added.end()) return found->second;
+    if (id >= 0 && id < model_vocab_size) return kOfTheModelOnly;
+    fail("token id {} is not in the tokenizer's vocabulary of {}", id, vocab_size);
   }
 
   std::vector<int32_t> run(const sentencepiece::SentencePieceProcessor& processor,
@@ -251,6 +270,7 @@ struct Tokenizer::Impl {
   int32_t bos = -1;
   int32_t eos = -1;
   int32_t vocab_size = 0;
+  int64_t model_vocab_size = 0;  // 0: no model is known
   mutable std::once_flag continuation_once;
   mutable std::unique_ptr<sentencepiece::SentencePieceProcessor> continuation;
 };
@@ -335,6 +355,11 @@ Tokenizer Tokenizer::open(const std::filesystem::path& model_dir) {
     if (text.empty()) fail("{} is empty", config_path.string());
     config = ConfigReader(config_path.string()).read(text);
   }
+  const auto added_path = model_dir / "added_tokens.json";
+  if (config.added_tokens.empty() && std::filesystem::exists(added_path, ignored)) {
+    config.added_tokens =
+        read_added_tokens_file(read_file(added_path, kMaxConfigBytes), added_path.string());
+  }
   // Where transformers (since 4.50) writes the template.
   const auto template_path = model_dir / "chat_template.jinja";
   if (std::filesystem::exists(template_path, ignored)) {
@@ -372,13 +397,14 @@ int32_t Tokenizer::bos_id() const { return impl_->bos; }
 int32_t Tokenizer::eos_id() const { return impl_->eos; }
 int32_t Tokenizer::vocab_size() const { return impl_->vocab_size; }
 
-void Tokenizer::check_fits(int64_t model_vocab_size) const {
+void Tokenizer::fit_to(int64_t model_vocab_size) {
   if (impl_->vocab_size > model_vocab_size) {
     fail(
         "the tokenizer has {} token ids but the model has only {} (vocab_size in config.json): "
         "they do not belong together",
         impl_->vocab_size, model_vocab_size);
   }
+  impl_->model_vocab_size = model_vocab_size;
 }
 
 const std::string& Tokenizer::piece(int32_t id) const { return impl_->token(id).piece; }

@@ -28,8 +28,9 @@ enum class TokenKind : uint8_t {
 // Move-only. All const member functions may be called from several threads at once.
 class Tokenizer {
  public:
-  // Reads tokenizer.model and, where they are there, tokenizer_config.json and chat_template.jinja
-  // of a checkpoint directory. Throws Error when one of them is missing, broken or contradictory.
+  // Reads tokenizer.model and, where they are there, tokenizer_config.json, added_tokens.json (if
+  // tokenizer_config.json lists no added tokens) and chat_template.jinja of a checkpoint directory.
+  // Throws Error when tokenizer.model is missing or one of them is broken or contradictory.
   static Tokenizer open(const std::filesystem::path& model_dir);
 
   // The same from memory; an empty `config_json` means that there is no tokenizer_config.json.
@@ -59,8 +60,10 @@ class Tokenizer {
   // One more than the largest id: pieces of the model and added tokens.
   int32_t vocab_size() const;
 
-  // Throws Error when this tokenizer has ids that a model with `model_vocab_size` rows lacks.
-  void check_fits(int64_t model_vocab_size) const;
+  // Takes the model's size for its own: ids that only the model has, such as those that pad its
+  // vocabulary to a round number, print nothing from then on. Throws Error when this tokenizer has
+  // ids that a model with `model_vocab_size` rows lacks.
+  void fit_to(int64_t model_vocab_size);
 
   // The piece as the model file spells it ("\u2581the", "<0x0A>", "</s>"). Like the two below it
   // throws Error for an id outside the vocabulary.

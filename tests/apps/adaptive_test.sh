@@ -61,6 +61,7 @@ refused 2 "sage2, sage, for a model also sage-adaptive" info --attention sage3
 refused 2 "name the kernels" bench attention --device cpu --attention fp16,sage-adaptive
 refused 2 "name the kernels" bench attention --device cpu --attention fp16/sage2
 refused 2 "--threshold" calibrate --threshold 2
+refused 2 "--threshold" calibrate --threshold nan
 refused 2 "--windows" calibrate --windows 2
 : >"$work/empty"
 refused 1 "$work/empty" calibrate --file "$work/empty"

@@ -24,7 +24,9 @@ printf 'It' >"$work/text"
 run 0 tokenize --file "$work/text" --json "$work/json"
 holds "$work/out" "558"
 holds "$work/json" '"pieces"'
-refused 2 "Exactly 1" tokenize
+refused 2 "give either --text or --file" tokenize
+run 0 tokenize --text It --json "" --no-bos  # an unset variable as the file's name
+holds "$work/out" '558'
 refused 2 "--temp" tokenize --text x --temp 1
 refused 2 "--device" tokenize --text x --device cpu
 refused 1 "$work/none" tokenize --file "$work/none"
@@ -74,6 +76,10 @@ for flags in "--temp -1" "--temp nan" "--top-p 0" "--top-p 2" "--top-k -1" "--mi
   # shellcheck disable=SC2086
   refused 2 "" generate --prompt x $flags
 done
+for flag in --model --temp --top-k --seed -n --ctx --threads --device --attention --calibration; do
+  refused 2 "" generate --prompt x "$flag" ""
+done
+refused 2 "--head-dim" bench attention --head-dim 512
 refused 2 "--json" generate --prompt x --logprobs
 refused 2 "" generate --prompt x --file "$work/text"
 refused 2 "" generate --prompt x --bogus

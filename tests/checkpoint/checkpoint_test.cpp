@@ -1,6 +1,7 @@
 #include "checkpoint/checkpoint.h"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <functional>
 #include <limits>
@@ -115,6 +116,24 @@ TEST(Checkpoint, IgnoresWhatIsSafeToIgnore) {
   expect_loaded(Checkpoint::open(dir.path()), writer, true);
 }
 
+TEST(Checkpoint, GenerationConfigNamesTheEndOfText) {
+  const TempDir dir;
+  CheckpointWriter().write(dir.path());
+  const auto ends_with = [&](std::string_view generation_config) {
+    write_file(dir.path() / "generation_config.json", generation_config);
+    return Checkpoint::open(dir.path()).config().eos_token_ids;
+  };
+  EXPECT_EQ(Checkpoint::open(dir.path()).config().eos_token_ids, std::vector<int32_t>{2});
+  EXPECT_EQ(ends_with(R"({"eos_token_id": [5, 7]})"), (std::vector<int32_t>{5, 7}));
+  EXPECT_EQ(ends_with(R"({"eos_token_id": 5, "temperature": 0.6})"), std::vector<int32_t>{5});
+  EXPECT_EQ(ends_with(R"({"eos_token_id": null})"), std::vector<int32_t>{2});
+  EXPECT_EQ(ends_with("{}"), std::vector<int32_t>{2});
+  for (const char* wrong : {"", "[]", R"({"eos_token_id": 24})", R"({"eos_token_id": "2"})"}) {
+    SCOPED_TRACE(wrong);
+    expect_error([&] { ends_with(wrong); }, {"generation_config.json"});
+  }
+}
+
 TEST(Checkpoint, LoadsTheDemoModel) {
   const Checkpoint checkpoint = Checkpoint::open(SAGELM_SOURCE_DIR "/models/demo");
   EXPECT_EQ(checkpoint.config().name, "demo");
@@ -148,6 +167,12 @@ TEST_F(WrongCheckpoint, FilesAreMissing) {
   fs::remove(at("model.safetensors"));
   fs::create_directory(at("model.safetensors"));
   expect_wrong({"model.safetensors", "regular file"});
+  fs::remove(at("model.safetensors"));
+  ASSERT_EQ(::mkfifo(at("model.safetensors").c_str(), 0600), 0);  // not waited for
+  expect_wrong({"model.safetensors", "regular file"});
+  fs::remove(at("model.safetensors"));
+  write_file(at("model.safetensors"), "version https://git-lfs.github.com/spec/v1\noid sha256:0\n");
+  expect_wrong({"model.safetensors", "git lfs pull"});
 }
 
 TEST_F(WrongCheckpoint, FilesAreEmpty) {

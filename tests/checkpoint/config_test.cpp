@@ -131,6 +131,14 @@ TEST(Config, RejectsARotationOfPartOfTheHead) {
   EXPECT_NO_THROW(parse(config));
 }
 
+TEST(Config, EndOfTextThatIsNullIsNone) {
+  json config = right_config();
+  config["eos_token_id"] = nullptr;
+  EXPECT_TRUE(parse(config).eos_token_ids.empty());
+  config.erase("eos_token_id");
+  EXPECT_EQ(parse(config).eos_token_ids, std::vector<int32_t>{2});
+}
+
 TEST(Config, RejectsTwoDifferentRotations) {
   json config = right_config();
   config["rope_scaling"] = {{"rope_type", "linear"}, {"factor", 2.0}};

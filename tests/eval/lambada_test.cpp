@@ -112,8 +112,28 @@ TEST(Lambada, PassagesThatHaveNoTargetAreNamed) {
             "f.jsonl:7: the passage has no last word: there is no space in it");
   EXPECT_EQ(error_of("aa ", word), "f.jsonl:7: the passage has no last word: it ends with a space");
   EXPECT_EQ(error_of("aaa", LambadaVariant::kLastToken), "no error");
-  EXPECT_EQ(error_of("aa aa", word, 4),
-            "f.jsonl:7: the passage has 5 tokens, more than the context of 4");
+}
+
+TEST(Lambada, PassagesBeyondTheContextLoseTheirBeginning) {
+  const auto prepared = [](LambadaVariant variant, int64_t context) {
+    return prepare({{.line = 7, .text = "aa ab"}, {.line = 8, .text = "a b"}}, variant, context);
+  };
+  for (const int64_t context : {4, 5}) {  // the last token is a target only
+    const auto whole = prepared(LambadaVariant::kWord, context);
+    EXPECT_EQ(whole[0].ids, (std::vector<int32_t>{0, 0, 0, 0, 1}));
+    EXPECT_EQ(whole[0].first_scored, 3);
+    EXPECT_EQ(num_shortened(whole), 0);
+  }
+  const auto word = prepared(LambadaVariant::kWord, 2);
+  EXPECT_EQ(word[0].ids, (std::vector<int32_t>{0, 0, 1}));
+  EXPECT_EQ(word[0].first_scored, 1);
+  EXPECT_EQ(word[1].ids, encode("a b"));
+  EXPECT_EQ(num_shortened(word), 1);
+  const auto last = prepared(LambadaVariant::kLastToken, 2);
+  EXPECT_EQ(last[0].ids, word[0].ids);
+  EXPECT_EQ(last[0].first_scored, 2);
+  EXPECT_EQ(error_of("aa ab", LambadaVariant::kWord, 1),
+            "f.jsonl:7: a context of 1 tokens is too short for the passage's last word");
 }
 
 TEST(Lambada, VariantNames) {

@@ -34,6 +34,7 @@ TEST(Protocol, GptqJoinsRowsAsTheDataSetHasThem) {
   const Protocol protocol = make_protocol("gptq", {});
   EXPECT_EQ(protocol.ctx, 2048);
   EXPECT_EQ(protocol.prepare(" \n = A = \n \n b"), "\n\n = A = \n\n\n\n\n b");
+  EXPECT_EQ(protocol.prepare("a\r\n\r\nb\rc"), protocol.prepare("a\n\nb\nc"));
   EXPECT_EQ(protocol.windows(2 * 2048 + 5), (Windows{{0, 2048, 1}, {2048, 4096, 2049}}));
 }
 

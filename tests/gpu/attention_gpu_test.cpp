@@ -147,6 +147,27 @@ TEST_P(AttentionGpu, LongSequences) {
                    8, 2.0);
     }
   }
+  // Rows that see few of so many keys, one of them 33 tiles of 128.
+  for (const int dim : {64, 128}) {
+    expect_close({.q_lens = {33000}, .kv_lens = {33000}, .head_dim = dim}, 8, 2.0);
+  }
+}
+
+TEST_P(AttentionGpu, LongNeighboursChangeNothing) {
+  for (const int dim : {64, 128}) {
+    GpuAttention call({.q_lens = {300, 200},
+                       .kv_lens = {9000, 40000},
+                       .head_dim = dim,
+                       .layout = GpuLayout::kRagged,
+                       .inputs = GpuInputs::kBiasedV});
+    if (!run(call)) return;
+    const std::vector<uint16_t> both = call.raw_out();
+    call.args.batch = 1;
+    call.args.max_kv_len = 9000;
+    call.run();
+    const int64_t own = int64_t{300} * dim;
+    EXPECT_TRUE(std::equal(both.begin(), both.begin() + own, call.raw_out().begin()));
+  }
 }
 
 TEST_P(AttentionGpu, LayoutsAgreeWithOracle) {

@@ -136,7 +136,8 @@ std::vector<TokenDraw> kinds_of_draws(std::mt19937& random, int64_t row) {
 
 using Draw = OpsGpu;
 
-void expect_draws_as_the_cpu(std::initializer_list<size_t> widths) {
+// With every `step`th kind of draw.
+void expect_draws_as_the_cpu(std::initializer_list<size_t> widths, size_t step = 1) {
   std::mt19937 random(5);
   struct Kind {
     const char* name;
@@ -157,7 +158,10 @@ void expect_draws_as_the_cpu(std::initializer_list<size_t> widths) {
     for (const Kind& kind : kinds) {
       std::vector<float> logits = normal_values(2 * cols, 1.0f, 17);
       for (size_t i = 0; i < logits.size(); ++i) logits[i] = kind.logit(logits[i], i % cols);
-      expect_same(kind.name, logits, cols, kinds_of_draws(random, random() % 2));
+      std::vector<TokenDraw> draws;
+      const std::vector<TokenDraw> all = kinds_of_draws(random, random() % 2);
+      for (size_t i = 0; i < all.size(); i += step) draws.push_back(all[i]);
+      expect_same(kind.name, logits, cols, draws);
       if (::testing::Test::HasFailure()) return;
     }
   }
@@ -166,7 +170,7 @@ void expect_draws_as_the_cpu(std::initializer_list<size_t> widths) {
 TEST_F(Draw, IsTheCpus) { expect_draws_as_the_cpu({1, 7, 33, 1000, 32000, 32001, 128256}); }
 
 // Little enough for a race checker.
-TEST_F(Draw, OfFewTokensIsTheCpus) { expect_draws_as_the_cpu({1, 7, 33, 100}); }
+TEST_F(Draw, OfFewTokensIsTheCpus) { expect_draws_as_the_cpu({33}, 17); }
 
 TEST_F(Draw, PenalizesAndBans) {
   std::mt19937 random(6);

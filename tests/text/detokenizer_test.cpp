@@ -83,14 +83,17 @@ TEST(Detokenizer, HoldsBackSplitCharacters) {
 TEST(Detokenizer, TakesTheFirstBlankOnlyFromAFreshText) {
   const Tokenizer tokenizer = Tokenizer::open(testing::demo_dir());
   const auto ids = tokenizer.encode("the old", false);
-  const auto print = [&](Detokenizer detokenizer) {
+  Detokenizer detokenizer(tokenizer);
+  const auto print = [&] {
     std::string text;
     for (const int32_t id : ids) text += detokenizer.push(id);
     return text;
   };
-  EXPECT_EQ(print(Detokenizer(tokenizer)), "the old");
-  EXPECT_EQ(print(Detokenizer(tokenizer, true)), " the old");
-  EXPECT_THROW(Detokenizer(tokenizer).push(1 << 20), Error);
+  EXPECT_EQ(print(), "the old");
+  EXPECT_EQ(print(), " the old");
+  EXPECT_EQ(detokenizer.flush(), "");
+  EXPECT_EQ(print(), "the old");
+  EXPECT_THROW(detokenizer.push(1 << 20), Error);
 }
 
 }  // namespace

@@ -106,14 +106,19 @@ TEST(Tokenizer, ReadsItsConfiguration) {
                 .chat_template(),
             "d");
 
-  const Tokenizer added = with(R"({"added_tokens_decoder": {
+  Tokenizer added = with(R"({"added_tokens_decoder": {
       "8192": {"content": "<|end|>", "special": true}, "8193": {"content": "word"}}})");
   EXPECT_EQ(added.vocab_size(), 8194);
   EXPECT_EQ(added.special_id("<|end|>"), 8192);
   EXPECT_EQ(added.decode(std::vector<int32_t>{8193, 8192}), "word");
   EXPECT_EQ(added.encode("<|end|>", false), with("").encode("<|end|>", false));
-  EXPECT_NO_THROW(added.check_fits(8194));
-  EXPECT_NE(message_of([&] { added.check_fits(8192); }).find("8194"), std::string::npos);
+  EXPECT_NE(message_of([&] { added.fit_to(8192); }).find("8194"), std::string::npos);
+  EXPECT_NE(message_of([&] { added.decode(std::vector<int32_t>{8195}); }).find("8195"),
+            std::string::npos);
+  added.fit_to(8256);  // a model whose vocabulary is padded may draw what pads it
+  EXPECT_EQ(added.decode(std::vector<int32_t>{8193, 8195, 8255, 8193}), "wordword");
+  EXPECT_EQ(added.vocab_size(), 8194);
+  EXPECT_NE(message_of([&] { added.decode(std::vector<int32_t>{8256}); }), "");
 }
 
 TEST(Tokenizer, RefusesBrokenConfigurations) {
@@ -193,7 +198,7 @@ TEST(Tokenizer, RefusesBrokenModels) {
   EXPECT_NE(message_of([&] { Tokenizer::open(demo_dir()).piece(-1); }), "");
 }
 
-TEST(Tokenizer, SaysWhichFileIsMissing) {
+TEST(Tokenizer, ReadsTheFilesOfADirectory) {
   const auto dir = std::filesystem::path(::testing::TempDir()) / "sagelm_tokenizer_test";
   std::filesystem::create_directories(dir);
   EXPECT_NE(message_of([&] { Tokenizer::open(dir); }).find("no tokenizer.model"),
@@ -204,6 +209,21 @@ TEST(Tokenizer, SaysWhichFileIsMissing) {
   EXPECT_EQ(Tokenizer::open(dir).bos_id(), 1);
   std::ofstream(dir / "chat_template.jinja") << "from a file";
   EXPECT_EQ(Tokenizer::open(dir).chat_template(), "from a file");
+
+  std::ofstream(dir / "added_tokens.json") << R"({"<|end|>": 8192, "word": 8193})";
+  EXPECT_EQ(Tokenizer::open(dir).special_id("<|end|>"), 8192);
+  EXPECT_EQ(Tokenizer::open(dir).decode(std::vector<int32_t>{8193, 8192}), "word");
+  std::ofstream(dir / "tokenizer_config.json") << R"({"added_tokens_decoder": {
+      "8192": {"content": "<|newer|>", "special": true}}})";
+  EXPECT_EQ(Tokenizer::open(dir).special_id("<|end|>"), std::nullopt);
+  std::filesystem::remove(dir / "tokenizer_config.json");
+  for (const char* wrong : {"", "[]", R"({"a": -1})", R"({"a": 1.5})", R"({"a": 10000001})",
+                            R"({"": 9000})", R"({"a": 9000, "b": 9000})", R"({"a": "9000"})"}) {
+    std::ofstream(dir / "added_tokens.json") << wrong;
+    EXPECT_NE(message_of([&] { Tokenizer::open(dir); }).find("added_tokens.json"),
+              std::string::npos)
+        << wrong;
+  }
   std::filesystem::remove_all(dir);
 }
 
