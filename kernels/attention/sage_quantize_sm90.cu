@@ -10,28 +10,34 @@ namespace sagelm::kernels {
 namespace {
 
 constexpr int kThreads = kQuantizeThreads;
-constexpr int kBlocks = 4;  // on a multiprocessor
+constexpr int kBlocks = 3;  // on a multiprocessor
+constexpr int kMeanThreads = 1024;
 constexpr int kMeanTokens = 256;
 
 __device__ inline const uint4* row_chunk(const Tensor& x, int64_t offset, int chunk) {
   return reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(x.data) + offset) + chunk;
 }
 
+// All of a head's samples at once, since quantizing waits for them.
 template <int kDim, bool kBf16>
-__global__ void __launch_bounds__(kThreads) key_means(Problem p, float* means) {
+__global__ void __launch_bounds__(kMeanThreads) key_means(Problem p, float* means) {
   // In this order: blocks of the next kernel that need no means do not wait for anything.
   wait_for_previous_kernel();
   allow_next_kernel();
   constexpr int kLanes = kDim / 8;
-  constexpr int kRows = kThreads / kLanes;
+  constexpr int kRows = kMeanThreads / kLanes;
+  constexpr int kSums = kMeanThreads / kDim;  // of a channel in the second step
+  constexpr int kWarps = kMeanThreads / 32;
   const int head = blockIdx.x, b = blockIdx.y;
   const int length = p.kv_len(b);
   const int samples = min(length, kMeanTokens);
   const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
   float sum[8] = {};
   if (lane * 8 < p.head_dim) {
-#pragma unroll 4
-    for (int i = first; i < samples; i += kRows) {
+#pragma unroll
+    for (int j = 0; j < kMeanTokens / kRows; ++j) {
+      const int i = first + j * kRows;
+      if (i >= samples) break;
       const int token = static_cast<int>(static_cast<int64_t>(i) * length / samples);
       float x[8];
       unpack<kBf16>(__ldg(row_chunk(p.k, p.kv_offset(p.k, b, token, head), lane)), x);
@@ -39,14 +45,26 @@ __global__ void __launch_bounds__(kThreads) key_means(Problem p, float* means) {
       for (int e = 0; e < 8; ++e) sum[e] += x[e];
     }
   }
-  __shared__ float partial[kRows][kDim];
+  __shared__ float partial[kWarps][kDim], sums[kSums][kDim];
 #pragma unroll
-  for (int e = 0; e < 8; ++e) partial[first][lane * 8 + e] = sum[e];
+  for (int e = 0; e < 8; ++e) {
+#pragma unroll
+    for (int step = kLanes; step < 32; step *= 2) {
+      sum[e] += __shfl_xor_sync(0xFFFFFFFFu, sum[e], step);
+    }
+    if (threadIdx.x % 32 < kLanes) partial[threadIdx.x / 32][lane * 8 + e] = sum[e];
+  }
   __syncthreads();
-  if (threadIdx.x < kDim) {
-    float total = 0;
-    for (int row = 0; row < kRows; ++row) total += partial[row][threadIdx.x];
-    means[(static_cast<int64_t>(b) * p.num_kv_heads + head) * kDim + threadIdx.x] =
+  const int channel = threadIdx.x % kDim, part = threadIdx.x / kDim;
+  float total = 0;
+#pragma unroll
+  for (int warp = part; warp < kWarps; warp += kSums) total += partial[warp][channel];
+  sums[part][channel] = total;
+  __syncthreads();
+  if (part == 0) {
+#pragma unroll
+    for (int i = 1; i < kSums; ++i) total += sums[i][channel];
+    means[(static_cast<int64_t>(b) * p.num_kv_heads + head) * kDim + channel] =
         samples > 0 ? total / static_cast<float>(samples) : 0.0f;
   }
 }
@@ -146,24 +164,25 @@ __device__ void quantize_values(const Problem& p, const SageTiles& tiles, int ti
                                    tiles.scales + index * kTileScales);
 }
 
-// blockIdx.y: the heads of Q, then those of V, then those of K, which wait for the means.
+// blockIdx.z: the heads of V, which take the longest, then those of Q, then those of K, whose means
+// are there by then.
 template <int kDim, bool kBf16>
 __global__ void __launch_bounds__(kThreads, kBlocks) quantize(Problem p, SageTiles tiles) {
-  const int tile = blockIdx.x, b = blockIdx.z;
-  int head = blockIdx.y;
+  const int tile = blockIdx.x, b = blockIdx.y;
+  int head = blockIdx.z;
   if (head >= p.num_heads + p.num_kv_heads || !p.smooth_k || tiles.query_biases != nullptr) {
     wait_for_previous_kernel();
   }
   allow_next_kernel();
-  if (head < p.num_heads) {
-    quantize_queries<kDim, kBf16>(p, tiles, tile, head, b);
-    return;
-  }
-  head -= p.num_heads;
   if (head < p.num_kv_heads) {
     quantize_values<kDim, kBf16>(p, tiles, tile, head, b);
+    return;
+  }
+  head -= p.num_kv_heads;
+  if (head < p.num_heads) {
+    quantize_queries<kDim, kBf16>(p, tiles, tile, head, b);
   } else {
-    quantize_keys<kDim, kBf16>(p, tiles, tile, head - p.num_kv_heads, b);
+    quantize_keys<kDim, kBf16>(p, tiles, tile, head - p.num_heads, b);
   }
 }
 
@@ -171,11 +190,11 @@ template <int kDim, bool kBf16>
 cudaError_t launch_quantize(const Problem& p, const SageTiles& tiles, cudaStream_t stream) {
   if (p.smooth_k) {
     const cudaError_t error = launch(key_means<kDim, kBf16>, dim3(p.num_kv_heads, p.batch),
-                                     kThreads, stream, p, tiles.key_means);
+                                     kMeanThreads, stream, p, tiles.key_means);
     if (error != cudaSuccess) return error;
   }
   const int most = std::max(tiles.query_tiles, tiles.kv_tiles);
-  return launch(quantize<kDim, kBf16>, dim3(most, p.num_heads + 2 * p.num_kv_heads, p.batch),
+  return launch(quantize<kDim, kBf16>, dim3(most, p.batch, p.num_heads + 2 * p.num_kv_heads),
                 kThreads, stream, p, tiles);
 }
 

@@ -439,20 +439,19 @@ __device__ void quantize_queries(const AppendToQuantizedKv& args, const SageTile
   }
 }
 
-// The blocks of a sequence: its first tiles of K, whose means others may wait for, then rounds of a
-// tile of all query heads (for prefill_from_quantized_kv) and KV heads each. Blocks that run at the
-// same time share their rows' angles, and those of different kinds complement each other.
+// The blocks of a sequence: rounds of a tile of all KV heads, of K, whose first tiles have means
+// that others wait for, and of V, and of all query heads (for prefill_from_quantized_kv). Blocks
+// that run at the same time share their rows' angles, and those of different kinds complement each
+// other.
 struct Rounds {
   int query_parts, query_tiles;
   int kv_heads, kv_tiles;  // tiles of keys or values at most
-  int lag;                 // rounds that a tile of K comes later, so that it finds its mean
 
   Rounds(const AppendToQuantizedKv& args, int query_parts, int query_tiles)
       : query_parts(query_parts),
         query_tiles(query_tiles),
         kv_heads(args.cache.num_kv_heads),
-        kv_tiles(args.step.max_closed_pages + (args.prefill != nullptr ? 1 : 0)),
-        lag(finds_means(args) && kv_tiles > 1 ? 3 : 0) {}
+        kv_tiles(args.step.max_closed_pages + (args.prefill != nullptr ? 1 : 0)) {}
 
   // Whether sequences may have no full page before the step that they have, or need, afterwards.
   static bool finds_means(const AppendToQuantizedKv& args) {
@@ -460,7 +459,7 @@ struct Rounds {
            (args.prefill != nullptr ? args.step.begins_in_first_page : args.step.closes_first_page);
   }
   __host__ __device__ int width() const { return query_parts + 2 * kv_heads; }
-  int blocks() const { return kv_heads + width() * std::max(query_tiles, kv_tiles + lag); }
+  int blocks() const { return width() * std::max(query_tiles, kv_tiles); }
 };
 
 // blockIdx.y: the sequence.
@@ -471,23 +470,14 @@ __global__ void __launch_bounds__(kQuantizeThreads, 3)
   wait_for_previous_kernel();
   allow_next_kernel();
   const int b = blockIdx.y, heads = rounds.kv_heads;
-  const int index = static_cast<int>(blockIdx.x) - heads;
-  // Among the parts of queries, then the heads of V, then those of K.
-  int place = index % rounds.width(), tile = index / rounds.width();
-  if (index < 0) {
-    place = rounds.query_parts + heads + static_cast<int>(blockIdx.x);
-    tile = 0;
-  } else if (place >= rounds.query_parts + heads) {
-    tile -= rounds.lag;
-    if (tile <= 0) return;
-  }
-  const int head = place - rounds.query_parts;
-  if (head < 0) {
-    quantize_queries<kDim, kBf16, kInt4>(args, tiles, b, place, tile);
-  } else if (head < heads) {
-    add_tokens<kDim, kBf16, kInt4, true>(args, tiles, b, head, tile);
+  const int tile = static_cast<int>(blockIdx.x) / rounds.width();
+  const int place = static_cast<int>(blockIdx.x) % rounds.width();
+  if (place < heads) {
+    add_tokens<kDim, kBf16, kInt4, false>(args, tiles, b, place, tile);
+  } else if (place < 2 * heads) {
+    add_tokens<kDim, kBf16, kInt4, true>(args, tiles, b, place - heads, tile);
   } else {
-    add_tokens<kDim, kBf16, kInt4, false>(args, tiles, b, head - heads, tile);
+    quantize_queries<kDim, kBf16, kInt4>(args, tiles, b, place - 2 * heads, tile);
   }
 }
 
