@@ -275,9 +275,13 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
         }
         step(i++, odd, even);
       }
-      // store_rows adds those of four threads, which here are the same.
-      rows.sum[0] *= 0.25f;
-      rows.sum[1] *= 0.25f;
+      // store_rows adds those of four threads, which here are the same, and divides by them: they
+      // come in the unit of the totals.
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        rows.sum[r] *= 0.25f / Accumulators<kDim>::kUnit;
+        rows.reference[r] += Accumulators<kDim>::kUnitBits;
+      }
     } else {
       mbarrier_arrive(places.queries_empty(slot));  // from every lane, as above
     }

@@ -117,7 +117,7 @@ __device__ inline uint32_t mask_weights(uint32_t (&p)[16], const int (&ends)[2])
 template <int kDim>
 struct Accumulators {
   static constexpr int kCount = kDim / 4;
-  static constexpr float kUnit = 0x1p12f;
+  static constexpr float kUnitBits = 12.0f, kUnit = 0x1p12f;
 
   // The last two are the sums of the weights of row g and of row g + 8: P is multiplied by ones
   // too.
@@ -160,12 +160,13 @@ struct Accumulators {
 #pragma unroll
     for (int i = r; i < kCount; i += 2) there[32 * i] = scaled(there[32 * i], factor);
   }
+  // In units of kUnit.
   __device__ void total(float (&totals)[kDim / 2]) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const float2 x = __half22float2(sums[i]);
-      totals[2 * i] = x.x * kUnit;
-      totals[2 * i + 1] = x.y * kUnit;
+      totals[2 * i] = x.x;
+      totals[2 * i + 1] = x.y;
     }
   }
 
