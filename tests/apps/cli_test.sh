@@ -85,6 +85,8 @@ refused 2 "" generate --prompt x --file "$work/text"
 refused 2 "" generate --prompt x --bogus
 refused 2 "no command 'bogus'" bogus
 refused 2 "no option '--bogus'" --bogus
+refused 2 "no 'bogus' in sagelm bench" bench bogus
+refused 2 "A subcommand is required" bench
 refused 2 "at most" generate --prompt x --seed 18446744073709551616
 refused 2 "see sagelm bench model --help" bench model --runs 0
 refused 1 "context" generate --prompt "$prompt" --ctx 8
