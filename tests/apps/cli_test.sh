@@ -76,9 +76,13 @@ for flags in "--temp -1" "--temp nan" "--top-p 0" "--top-p 2" "--top-k -1" "--mi
   # shellcheck disable=SC2086
   refused 2 "" generate --prompt x $flags
 done
-for flag in --model --temp --top-k --seed -n --ctx --threads --device --attention --calibration; do
+for flag in -n --ctx --threads --device --attention; do
   refused 2 "" generate --prompt x "$flag" ""
 done
+for flag in --model --temp --top-k --seed --calibration; do
+  refused 2 "the value is empty" generate --prompt x "$flag" ""
+done
+refused 2 "--file: the value is empty" generate --file ""
 refused 2 "--head-dim" bench attention --head-dim 512
 refused 2 "--json" generate --prompt x --logprobs
 refused 2 "" generate --prompt x --file "$work/text"
