@@ -68,7 +68,8 @@ void add_calibrate(CLI::App& app) {
       ->check(CLI::IsMember({"auto", "fp16", "int8", "int4"}));
   const CLI::Option* file =
       command->add_option("--file", flags->file, "the text to measure on; -: standard input")
-          ->option_text("FILE (default: a built-in text)");
+          ->option_text("FILE (default: a built-in text)")
+          ->check(not_empty);
   command
       ->add_option("--windows", flags->windows,
                    fmt::format("its first N windows of {} tokens", kProbedTokens))

@@ -122,7 +122,7 @@ struct StepTokens {
     const uint16_t* from = position < start
                                ? tail + token * head_dim
                                : rows + (position - start) * row_stride + heads * head_dim;
-    return *reinterpret_cast<const uint4*>(from + chunk * 8);
+    return ptx::load_once(from + chunk * 8);  // leaves the L1 cache to the angles
   }
   __device__ void load_row(int token, uint4 (&raw)[2], int heads = 0) const {
 #pragma unroll

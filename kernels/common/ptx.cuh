@@ -40,6 +40,16 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// 16 bytes of global memory that this multiprocessor does not read again: they do not take the
+// place of others in its L1 cache.
+__device__ __forceinline__ uint4 load_once(const void* from) {
+  uint4 x;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
+}
+
 // 16 bytes of shared memory.
 __device__ __forceinline__ uint4 load_chunk(uint32_t from) {
   uint4 x;
