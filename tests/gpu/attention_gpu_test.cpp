@@ -255,20 +255,26 @@ TEST_P(AttentionGpu, NeighboursAndRepeatsChangeNothing) {
 }
 
 TEST_P(AttentionGpu, NanReachesTheOutput) {
-  // Any NaN in a head's keys must show in that head's rows that see it.
-  GpuShape shape{.q_lens = {64},
-                 .kv_lens = {64},
-                 .num_heads = 1,
-                 .num_kv_heads = 1,
-                 .head_dim = 64,
-                 .causal = false};
-  GpuAttention call(shape);
+  // Any NaN in a head's keys or values must show in that head's rows that see it.
   const uint16_t nan = 0x7E00;
-  check_cuda(cudaMemcpy(static_cast<uint16_t*>(call.args.k.data) + 5 * 64 + 3, &nan, 2,
-                        cudaMemcpyHostToDevice),
-             "nan");
-  if (!run(call)) GTEST_SKIP() << sagelm_attention_last_error();
-  EXPECT_TRUE(std::isnan(call.out(0, 10, 0)[0]));
+  for (const int head_dim : {64, 128}) {
+    for (const int token : {5, 140, 699}) {
+      for (const bool in_keys : {true, false}) {
+        GpuAttention call({.q_lens = {64},
+                           .kv_lens = {700},
+                           .num_heads = 1,
+                           .num_kv_heads = 1,
+                           .head_dim = head_dim,
+                           .causal = false});
+        auto* values = static_cast<uint16_t*>(in_keys ? call.args.k.data : call.args.v.data);
+        check_cuda(cudaMemcpy(values + token * head_dim + 3, &nan, 2, cudaMemcpyHostToDevice),
+                   "nan");
+        if (!run(call)) GTEST_SKIP() << sagelm_attention_last_error();
+        EXPECT_TRUE(std::isnan(call.out(0, 10, 0)[3]))
+            << "head size " << head_dim << ", token " << token << (in_keys ? " of K" : " of V");
+      }
+    }
+  }
 }
 
 TEST_P(AttentionGpu, RefusesWhatItCannotDo) {
