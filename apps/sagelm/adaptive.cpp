@@ -42,15 +42,6 @@ Calibration read_calibration(const fs::path& file, const CalibrationKey& key, in
   return calibration;
 }
 
-// Options whose attention can be loaded before a choice is made.
-CommonOptions before_choice(const CommonOptions& options) {
-  CommonOptions plain = options;
-  plain.attention = "fp16";
-  plain.kv_cache = "auto";
-  plain.calibration.clear();
-  return plain;
-}
-
 // Switches the model to a candidate with the cache of the key, or FP16 if it cannot read that.
 void use_candidate(Model& model, const std::string& candidate, const CalibrationKey& key) {
   try {
@@ -75,6 +66,14 @@ CalibrationText make_text(const Model& model, std::string name, std::string_view
 }
 
 }  // namespace
+
+CommonOptions before_choice(const CommonOptions& options) {
+  CommonOptions plain = options;
+  plain.attention = "fp16";
+  plain.kv_cache = "auto";
+  plain.calibration.clear();
+  return plain;
+}
 
 void check_calibration_option(const CommonOptions& options,
                               std::span<const std::string> attentions) {

@@ -23,6 +23,9 @@ inline bool is_adaptive(const CommonOptions& options) { return options.attention
 void check_calibration_option(const CommonOptions& options,
                               std::span<const std::string> attentions);
 
+// The options with an attention that every model can be loaded with, before a choice is made.
+CommonOptions before_choice(const CommonOptions& options);
+
 // What a choice for options and the model that info describes depends on. Reads the model's files.
 CalibrationKey calibration_key(const CommonOptions& options, const ModelInfo& info);
 

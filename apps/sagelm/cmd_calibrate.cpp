@@ -28,11 +28,7 @@ void run_calibrate(const CalibrateFlags& flags, bool has_file) {
     fail_usage("--threshold is a cosine similarity from 0 to 1, not {}", flags.threshold);
   }
   ResultOutput output(flags.common.json);
-  CommonOptions loaded = flags.common;  // with any attention: the candidates take turns
-  loaded.attention = "fp16";
-  loaded.kv_cache = "auto";
-  loaded.calibration.clear();
-  Model model = load_model(loaded);
+  Model model = load_model(before_choice(flags.common));
   const std::filesystem::path file =
       calibration_file(flags.common, calibration_key(flags.common, model.info()));
   if (file.empty()) {
@@ -72,7 +68,8 @@ void add_calibrate(CLI::App& app) {
       ->check(CLI::IsMember({"auto", "fp16", "int8", "int4"}));
   const CLI::Option* file =
       command->add_option("--file", flags->file, "the text to measure on; -: standard input")
-          ->option_text("FILE (default: a built-in text)");
+          ->option_text("FILE (default: a built-in text)")
+          ->check(not_empty);
   command
       ->add_option("--windows", flags->windows,
                    fmt::format("its first N windows of {} tokens", kProbedTokens))

@@ -312,8 +312,8 @@ void add_chat(CLI::App& app) {
       ->option_text("NAME")
       ->check(not_empty);
   command->add_option("--on-full", flags->on_full, "what to do when the context is full")
-      ->check(CLI::IsMember({"stop", "drop-oldest-turns"}))
-      ->capture_default_str();
+      ->option_text("stop|drop-oldest-turns (default: stop)")
+      ->check(CLI::IsMember({"stop", "drop-oldest-turns"}));
   command->add_flag("--show-prompt-tokens", flags->show_prompt_tokens,
                     "write each prompt's token ids to stderr");
   add_generation_options(*command, flags->generation, 512);

@@ -6,6 +6,7 @@
 #include <ctime>
 #include <deque>
 #include <filesystem>
+#include <set>
 
 #include "adaptive.h"
 #include "base/error.h"
@@ -32,6 +33,7 @@ CompareSettingFlags parse_setting(std::string_view text, const CommonOptions& co
   size_t end = text.find('+');
   setting.common.attention = text.substr(0, end);
   if (setting.common.attention.empty()) fail_usage("the setting '{}' names no attention", text);
+  std::set<std::string_view> seen;
   while (end != std::string_view::npos) {
     text.remove_prefix(end + 1);
     end = text.find('+');
@@ -40,6 +42,9 @@ CompareSettingFlags parse_setting(std::string_view text, const CommonOptions& co
     const std::string_view key = option.substr(0, equals);
     const std::string_view value =
         equals == std::string_view::npos ? std::string_view() : option.substr(equals + 1);
+    if (!seen.insert(key).second) {
+      fail_usage("the setting {} has {} twice", setting.name, key);
+    }
     if (option == "no-smooth-k") {
       setting.common.no_smooth_k = true;
     } else if (key == "kv-cache" &&

@@ -15,7 +15,10 @@ void add_eval_options(CLI::App& command, EvalFlags& flags, const std::string& fi
                       const std::string& units) {
   add_common_options(command, flags.common,
                      kModelGroup | kComputeGroup | kJsonGroup | kVerboseGroup);
-  command.add_option("--file", flags.file, file_help)->option_text("FILE")->required();
+  command.add_option("--file", flags.file, file_help)
+      ->option_text("FILE")
+      ->required()
+      ->check(not_empty);
   add_amount_options(command, flags, units);
 }
 

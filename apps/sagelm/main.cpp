@@ -7,6 +7,7 @@
 #include <iostream>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "base/error.h"
 #include "base/utf8.h"
@@ -49,11 +50,16 @@ int run(int argc, char** argv) {
     }
     std::string message = error.what();
     std::string command;
-    for (const CLI::App* at = &app; !at->get_subcommands().empty();) {
+    const CLI::App* at = &app;
+    while (!at->get_subcommands().empty()) {
       at = at->get_subcommands().front();
       command += " " + at->get_name();
     }
     if (!command.empty()) {
+      const std::vector<std::string> rest = at->remaining();
+      if (at->get_require_subcommand_min() > 0 && !rest.empty()) {
+        message = fmt::format("there is no '{}' in sagelm{}", rest.front(), command);
+      }
       message += " (see sagelm" + command + " --help)";
     } else {
       message =

@@ -234,7 +234,8 @@ void TextOption::add(CLI::App& command, const std::string& name, const std::stri
   text_option_ = command.add_option(name, text_, help)->option_text("TEXT");
   file_option_ =
       command.add_option("--file", path_, "a file that holds it instead; -: standard input")
-          ->option_text("FILE");
+          ->option_text("FILE")
+          ->check(not_empty);
 }
 
 std::string TextOption::read() const {

@@ -17,39 +17,29 @@ std::string or_off(T value, T off) {
 }  // namespace
 
 void add_sampling_options(CLI::App& command, GenerationFlags& flags) {
+  const auto add = [&command](const char* name, auto& value, const char* unit, const char* help) {
+    return command.add_option(name, value, help)
+        ->option_text(fmt::format("{} (default: {})", unit, value))
+        ->check(not_empty);
+  };
   SamplingOptions& sampling = flags.options.sampling;
-  command.add_option("--temp", sampling.temperature, "temperature; 0: the most probable token")
-      ->check(not_empty)
-      ->capture_default_str();
-  command.add_option("--top-k", sampling.top_k, "draw from the K most probable; 0: off")
-      ->check(not_empty)
-      ->capture_default_str();
-  command.add_option("--top-p", sampling.top_p, "draw from the most probable that hold P; 1: off")
-      ->check(not_empty)
-      ->capture_default_str();
-  command
-      .add_option("--min-p", sampling.min_p,
-                  "drop tokens less probable than this part of the most probable; 0: off")
-      ->check(not_empty)
-      ->capture_default_str();
-  command
-      .add_option("--repeat-penalty", sampling.repeat_penalty,
-                  "divides the logits of recent tokens; 1: off (as without this flag at --temp 0)")
-      ->check(not_empty)
-      ->capture_default_str()
+  add("--temp", sampling.temperature, "T", "temperature; 0: the most probable token");
+  add("--top-k", sampling.top_k, "K", "draw from the K most probable; 0: off");
+  add("--top-p", sampling.top_p, "P", "draw from the most probable that hold P; 1: off");
+  add("--min-p", sampling.min_p, "P",
+      "drop tokens less probable than this part of the most probable; 0: off");
+  add("--repeat-penalty", sampling.repeat_penalty, "X",
+      "divides the logits of recent tokens; 1: off (as without this flag at --temp 0)")
       ->each([&flags](const std::string&) { flags.penalty_given = true; });
-  command
-      .add_option("--repeat-last-n", sampling.repeat_last_n,
-                  "recent tokens that the penalty looks at; -1: all")
-      ->check(not_empty)
-      ->capture_default_str();
+  add("--repeat-last-n", sampling.repeat_last_n, "N",
+      "recent tokens that the penalty looks at; -1: all");
 }
 
 void add_generation_options(CLI::App& command, GenerationFlags& flags, int64_t default_tokens) {
   flags.options.max_tokens = default_tokens;
   command.add_option("-n,--n-predict", flags.options.max_tokens, "tokens to generate at most")
       ->check(CLI::Range(int64_t{1}, kMaxTokens))
-      ->option_text(fmt::format("N={}", default_tokens));
+      ->option_text(fmt::format("N (default: {})", default_tokens));
   add_sampling_options(command, flags);
   command.add_option("--stop", flags.options.stop, "end before this text (may be repeated)")
       ->expected(1)

@@ -123,6 +123,12 @@ Location locate(const fs::path& model) {
   if (is_there(model / "model.safetensors.index.json")) {
     return {model, {}, model / "model.safetensors.index.json"};
   }
+  for (const char* other : {"pytorch_model.bin", "pytorch_model.bin.index.json"}) {
+    if (is_there(model / other)) {
+      fail("{} has its weights in {}, which is not supported: they are needed as safetensors",
+           model.string(), other);
+    }
+  }
   fail("{} holds neither model.safetensors nor model.safetensors.index.json", model.string());
 }
 

@@ -23,10 +23,6 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-int64_t num_scored(const Model::ScoreInput& input) {
-  return std::max<int64_t>(0, static_cast<int64_t>(input.ids.size()) - input.first_scored);
-}
-
 struct RowSummary {
   double log_sum_exp = 0;
   int32_t argmax = 0;  // of the choices, or the lowest id: the first among equals

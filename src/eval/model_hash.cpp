@@ -51,7 +51,8 @@ std::string model_hash(const fs::path& model) {
     directory = model.parent_path();
   }
   std::string text;
-  for (const char* name : {"config.json", "tokenizer.model", "tokenizer_config.json"}) {
+  for (const char* name :
+       {"config.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json"}) {
     if (fs::exists(directory / name, error)) text += describe_file(directory / name);
   }
   for (const fs::path& path : weights) text += describe_file(path);

@@ -1,6 +1,5 @@
 #include "eval/scorer.h"
 
-#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstddef>
@@ -11,10 +10,6 @@
 
 namespace sagelm {
 namespace {
-
-int64_t num_scored(const Model::ScoreInput& input) {
-  return std::max<int64_t>(0, static_cast<int64_t>(input.ids.size()) - input.first_scored);
-}
 
 struct ScoredBatch {
   std::vector<std::vector<Scored>> scores;

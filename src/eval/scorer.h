@@ -1,6 +1,7 @@
 // What an evaluation needs of a model, so that tests can put known probabilities in its place.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <span>
@@ -14,6 +15,11 @@ namespace sagelm {
 
 // As Model::score.
 using Scorer = std::function<std::vector<std::vector<Scored>>(std::span<const Model::ScoreInput>)>;
+
+// Tokens of the input that are scored.
+inline int64_t num_scored(const Model::ScoreInput& input) {
+  return std::max<int64_t>(0, static_cast<int64_t>(input.ids.size()) - input.first_scored);
+}
 
 // Where an evaluation stands, told after each batch; false ends it with what it has.
 struct EvalProgress {

@@ -57,6 +57,7 @@ struct AddedToken {
 struct TokenizerConfig {
   bool add_bos = true;
   bool add_eos = false;
+  bool add_prefix_space = true;
   std::optional<std::optional<std::string>> bos_token;
   std::optional<std::optional<std::string>> eos_token;
   std::map<int32_t, AddedToken> added_tokens;
@@ -73,6 +74,7 @@ class ConfigReader {
     const Json json = parse_json_object(text, where_);
     config.add_bos = flag(json, "add_bos_token", config.add_bos);
     config.add_eos = flag(json, "add_eos_token", config.add_eos);
+    config.add_prefix_space = flag(json, "add_prefix_space", config.add_prefix_space);
     config.bos_token = token(json, "bos_token");
     config.eos_token = token(json, "eos_token");
     read_added_tokens(json, config);
@@ -210,6 +212,12 @@ std::unique_ptr<sentencepiece::SentencePieceProcessor> load(std::string_view byt
   return processor;
 }
 
+// The model without the blank that it puts in front of a text: serialized protobufs merge when they
+// are concatenated, so that takes one more normalizer_spec {add_dummy_prefix: false}.
+std::string without_dummy_prefix(std::string_view bytes) {
+  return std::string(bytes) + std::string("\x1A\x02\x18\x00", 4);
+}
+
 }  // namespace
 
 struct Tokenizer::Impl {
@@ -236,13 +244,11 @@ struct Tokenizer::Impl {
     return ids;
   }
 
-  // A second processor without the blank in front, made when first needed. Serialized protobufs
-  // merge when concatenated, so the change is one more normalizer_spec {add_dummy_prefix: false}.
+  // A second processor without the blank in front, made when first needed.
   const sentencepiece::SentencePieceProcessor& without_prefix() const {
     std::call_once(continuation_once, [this] {
-      const std::string bytes =
-          processor->serialized_model_proto() + std::string("\x1A\x02\x18\x00", 4);
-      continuation = load(bytes, "tokenizer.model");
+      continuation =
+          load(without_dummy_prefix(processor->serialized_model_proto()), "tokenizer.model");
     });
     return *continuation;
   }
@@ -279,9 +285,11 @@ Tokenizer::Impl::Impl(std::string_view model_bytes, TokenizerConfig from_config,
                       const std::string& where)
     : config(std::move(from_config)) {
   SentencepieceModelInfo info = check_sentencepiece_model(model_bytes, where);
-  processor = load(model_bytes, where);
+  processor = config.add_prefix_space ? load(model_bytes, where)
+                                      : load(without_dummy_prefix(model_bytes), where);
   strips_all_leading_blanks = info.remove_extra_whitespaces;
-  strips_first_blank = info.add_dummy_prefix || info.remove_extra_whitespaces;
+  strips_first_blank =
+      (info.add_dummy_prefix && config.add_prefix_space) || info.remove_extra_whitespaces;
 
   tokens.reserve(info.pieces.size());
   for (SentencepiecePiece& piece : info.pieces) {

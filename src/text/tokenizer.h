@@ -1,6 +1,7 @@
 // Text to token ids and back, for checkpoints with a sentencepiece `tokenizer.model`.
 //
-// Ids are those of the sentencepiece library for the same text: nothing is added, merged or
+// Ids are those of the sentencepiece library for the same text (without its blank in front where
+// tokenizer_config.json says "add_prefix_space": false): nothing is added, merged or
 // recognised on the way, so a literal "</s>" in a text stays text. Control ids come in only through
 // add_bos/add_eos and through special_id(). A byte that is not UTF-8 counts as U+FFFD, which is
 // sentencepiece's own rule.

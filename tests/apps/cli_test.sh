@@ -76,15 +76,21 @@ for flags in "--temp -1" "--temp nan" "--top-p 0" "--top-p 2" "--top-k -1" "--mi
   # shellcheck disable=SC2086
   refused 2 "" generate --prompt x $flags
 done
-for flag in --model --temp --top-k --seed -n --ctx --threads --device --attention --calibration; do
+for flag in -n --ctx --threads --device --attention; do
   refused 2 "" generate --prompt x "$flag" ""
 done
+for flag in --model --temp --top-k --seed --calibration; do
+  refused 2 "the value is empty" generate --prompt x "$flag" ""
+done
+refused 2 "--file: the value is empty" generate --file ""
 refused 2 "--head-dim" bench attention --head-dim 512
 refused 2 "--json" generate --prompt x --logprobs
 refused 2 "" generate --prompt x --file "$work/text"
 refused 2 "" generate --prompt x --bogus
 refused 2 "no command 'bogus'" bogus
 refused 2 "no option '--bogus'" --bogus
+refused 2 "no 'bogus' in sagelm bench" bench bogus
+refused 2 "A subcommand is required" bench
 refused 2 "at most" generate --prompt x --seed 18446744073709551616
 refused 2 "see sagelm bench model --help" bench model --runs 0
 refused 1 "context" generate --prompt "$prompt" --ctx 8

@@ -109,6 +109,7 @@ refused 1 "journal" perplexity --file "$text" --ctx 64 --attention fp16,sage2 --
 refused 2 "two settings" perplexity --file "$text" --attention fp16
 refused 2 "sage9" perplexity --file "$text" --attention fp16,sage9
 refused 2 "unknown option 'x'" perplexity --file "$text" --attention fp16,sage1+x
+refused 2 "has kv-cache twice" perplexity --file "$text" --attention fp16,sage2+kv-cache=int8+kv-cache=fp16
 refused 2 "names no attention" perplexity --file "$text" --attention fp16,
 refused 2 "names no attention" perplexity --file "$text" --attention fp16,+no-smooth-k
 refused 2 "16 settings" perplexity --file "$text" \

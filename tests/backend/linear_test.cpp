@@ -64,17 +64,20 @@ std::vector<float> draw(Values values, int64_t count, uint32_t seed) {
   return result;
 }
 
-// A BF16 weight matrix [out, in].
+// A weight matrix [out, in] of numbers that BF16 holds, stored so or as F32.
 class Weights {
  public:
-  Weights(int64_t out, int64_t in, uint32_t seed) : in_(in) {
+  Weights(int64_t out, int64_t in, uint32_t seed, DType type = DType::kBF16) : in_(in) {
     for (const float value : draw(Values::kNormal, out * in, seed)) {
       numbers_.push_back(float_to_bfloat16(value));
+      wide_.push_back(bfloat16_to_float(numbers_.back()));
     }
-    view_.dtype = DType::kBF16;
+    const bool wide = type == DType::kF32;
+    view_.dtype = type;
     view_.shape = {out, in};
-    view_.data = reinterpret_cast<const std::byte*>(numbers_.data());
-    view_.bytes = numbers_.size() * sizeof(uint16_t);
+    view_.data = wide ? reinterpret_cast<const std::byte*>(wide_.data())
+                      : reinterpret_cast<const std::byte*>(numbers_.data());
+    view_.bytes = numbers_.size() * dtype_size(type);
   }
   Weights(const Weights&) = delete;
 
@@ -86,6 +89,7 @@ class Weights {
  private:
   int64_t in_;
   std::vector<uint16_t> numbers_;
+  std::vector<float> wide_;
   TensorView view_;
 };
 
@@ -181,14 +185,27 @@ TEST(Linear, AgreesWithFloat64) {
   }
 }
 
-TEST(Linear, SwigluAgreesWithFloat64) {
+// The types of gate and up, which a checkpoint may mix.
+class LinearSwiglu : public testing::TestWithParam<std::pair<DType, DType>> {};
+
+INSTANTIATE_TEST_SUITE_P(
+    Types, LinearSwiglu,
+    testing::Values(std::pair{DType::kBF16, DType::kBF16}, std::pair{DType::kF32, DType::kF32},
+                    std::pair{DType::kBF16, DType::kF32}, std::pair{DType::kF32, DType::kBF16}),
+    [](const auto& info) {
+      return fmt::format("{}and{}", dtype_name(info.param.first), dtype_name(info.param.second));
+    });
+
+TEST_P(LinearSwiglu, AgreesWithFloat64) {
+  const auto [gate_type, up_type] = GetParam();
   for (const bool amx : ways()) {
     LinearEngine engine(amx);
     uint32_t seed = 0;
     for (const Shape& shape : kShapes) {
       ++seed;
       SCOPED_TRACE(fmt::format("AMX {}, [{}, {}] x {}", amx, shape.rows, shape.in, shape.out));
-      const Weights gate(shape.out, shape.in, seed), up(shape.out, shape.in, seed + 100);
+      const Weights gate(shape.out, shape.in, seed, gate_type);
+      const Weights up(shape.out, shape.in, seed + 100, up_type);
       const auto weight = engine.pack_gate_up(gate.view(), up.view());
       const std::vector<float> x = draw(Values::kNormal, shape.rows * shape.in, seed + 200);
       const std::vector<float> scale(static_cast<size_t>(shape.in), 0.25f);

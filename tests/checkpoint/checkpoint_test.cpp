@@ -157,6 +157,8 @@ class WrongCheckpoint : public testing::Test {
 
 TEST_F(WrongCheckpoint, FilesAreMissing) {
   expect_wrong({"model.safetensors", "model.safetensors.index.json"});
+  write_file(at("pytorch_model.bin"), "PK");
+  expect_wrong({"pytorch_model.bin", "safetensors"});
   expect_error([&] { Checkpoint::open(at("absent")); }, {"absent", "does not exist"});
   writer_.write(dir_.path());
   fs::remove(at("config.json"));

@@ -96,6 +96,9 @@ TEST(Tokenizer, ReadsItsConfiguration) {
   EXPECT_TRUE(with(R"({"add_eos_token": true})").add_eos_default());
   EXPECT_EQ(with(R"({"eos_token": {"content": "<s>"}})").eos_id(), 1);
   EXPECT_EQ(with(R"({"eos_token": ""})").eos_id(), 2);
+  const Tokenizer no_prefix = with(R"({"add_prefix_space": false})");
+  EXPECT_EQ(no_prefix.encode("the house", false), with("").encode_continuation("the house"));
+  EXPECT_EQ(no_prefix.decode(no_prefix.encode(" the house", false)), " the house");
   const Tokenizer without_bos = with(R"({"bos_token": null})");
   EXPECT_EQ(without_bos.bos_id(), -1);
   EXPECT_FALSE(without_bos.add_bos_default());

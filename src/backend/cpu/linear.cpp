@@ -33,6 +33,8 @@ int64_t rounded_rows(int64_t rows) {
   return rows <= kStackedRows ? rows : (rows + kRowPadding - 1) / kRowPadding * kRowPadding;
 }
 
+bool is_bf16(const TensorView& tensor) { return tensor.dtype == DType::kBF16; }
+
 void widen(const TensorView& tensor, float* out) {
   const int64_t count = tensor.num_elements();
   if (tensor.dtype == DType::kF32) {
@@ -70,13 +72,14 @@ LinearEngine::LinearEngine(bool use_amx)
       use_amx_(use_amx) {}
 
 LinearWeight LinearEngine::pack(std::span<const TensorView> stacked) {
+  return pack_as(stacked, uses_bf16_ && std::ranges::all_of(stacked, is_bf16));
+}
+
+LinearWeight LinearEngine::pack_as(std::span<const TensorView> stacked, bool bf16) {
   LinearWeight weight;
   weight.in_features = stacked.front().shape.at(1);
-  weight.bf16 = uses_bf16_;
-  for (const TensorView& tensor : stacked) {
-    weight.out_features += tensor.shape.at(0);
-    weight.bf16 = weight.bf16 && tensor.dtype == DType::kBF16;
-  }
+  weight.bf16 = bf16;
+  for (const TensorView& tensor : stacked) weight.out_features += tensor.shape.at(0);
   if (weight.bf16 && use_amx_) {
     weight.amx = AmxEngine::pack(stacked);
     return weight;
@@ -111,9 +114,8 @@ LinearWeight LinearEngine::pack(std::span<const TensorView> stacked) {
 
 std::array<LinearWeight, 2> LinearEngine::pack_gate_up(const TensorView& gate,
                                                        const TensorView& up) {
-  if (!use_amx_ || gate.dtype != DType::kBF16 || up.dtype != DType::kBF16) {
-    return {pack({&gate, 1}), pack({&up, 1})};
-  }
+  const bool bf16 = uses_bf16_ && is_bf16(gate) && is_bf16(up);
+  if (!bf16 || !use_amx_) return {pack_as({&gate, 1}, bf16), pack_as({&up, 1}, bf16)};
   LinearWeight both;
   both.in_features = gate.shape.at(1);
   both.out_features = gate.shape.at(0);
@@ -234,7 +236,6 @@ void LinearEngine::run_swiglu(const float* x, int64_t rows, const RowNorm* norm,
   float* plain = gate_up + padded * cols;
   const void* prepared = prepare(x, rows, padded, norm, gate);
   multiply(prepared, rows, padded, gate, gated, false);
-  if (up.bf16 != gate.bf16) prepared = prepare(x, rows, padded, norm, up);
   multiply(prepared, rows, padded, up, plain, false);
   const Ops& op = ops();
 #pragma omp parallel for if (rows > kStackedRows)

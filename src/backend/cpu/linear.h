@@ -41,8 +41,8 @@ class LinearEngine {
 
   // Stacks [out_i, in] tensors by rows and packs them.
   LinearWeight pack(std::span<const TensorView> stacked);
-  // Of a SwiGLU, [intermediate, in] each. The second is empty where the first is AMX's and holds
-  // both.
+  // Of a SwiGLU, [intermediate, in] each, computed in one type. The second is empty where the first
+  // is AMX's and holds both.
   std::array<LinearWeight, 2> pack_gate_up(const TensorView& gate, const TensorView& up);
   // out [rows, out_features] = (accumulate ? out : 0) + norm(x) W^T, x being [rows, in_features];
   // without a norm, norm(x) is x.
@@ -64,6 +64,8 @@ class LinearEngine {
   };
   using PlanKey = std::tuple<int64_t, int64_t, int64_t, bool, bool>;
 
+  // bf16: all of stacked are BF16 and are multiplied so.
+  LinearWeight pack_as(std::span<const TensorView> stacked, bool bf16);
   const Plan& plan(const LinearWeight& weight, int64_t rows, bool accumulate);
   // norm(x) as oneDNN's products of weight read it, rounded up to `padded` rows: as it is, copied,
   // or split.
