@@ -128,7 +128,6 @@ void run_model(const ModelFlags& flags) {
   fill_in(plan.decode_at, {512}, longest);
   common.context = plan.context();
   LoadOptions load = load_options(common);
-  load.batch_tokens = flags.batch_tokens;
   load.sessions = 1;
   std::vector<ModelInfo> expected;  // refuses what cannot be, before the work
   for (const std::string& name : flags.attention) {
@@ -136,12 +135,13 @@ void run_model(const ModelFlags& flags) {
     with.batch_tokens = flags.batch_tokens;
     expected.push_back(Model::inspect(with));
   }
+  load.batch_tokens = expected.front().batch_tokens;
   ResultOutput output(common.json);
 
   const DeviceBounds bounds = measure_bounds(load, plan);
   const Ceilings& best = bounds.ceilings;
   const auto begin = std::chrono::steady_clock::now();
-  Model model = load_model(common, flags.batch_tokens, load.sessions);
+  Model model = load_model(common, load.batch_tokens, load.sessions);
   const double load_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   const ModelInfo info = model.info();
@@ -156,7 +156,7 @@ void run_model(const ModelFlags& flags) {
                {"load_seconds", load_seconds},
                {"load_gb_per_s", load_rate},
                {"ceilings", ceilings_json(best)},
-               {"batch_tokens", flags.batch_tokens},
+               {"batch_tokens", info.batch_tokens},
                {"runs", plan.runs},
                {"decode_tokens", plan.decode_tokens},
                {"sampling", sampling_json(plan.sampling)},
@@ -214,7 +214,7 @@ void add_bench_model(CLI::App& bench) {
       ->option_text("N (default: 5)")
       ->check(CLI::Range(1, 1000));
   command->add_option("--batch-tokens", flags->batch_tokens, "tokens of a prompt run in one step")
-      ->option_text(fmt::format("N (default: {})", flags->batch_tokens))
+      ->option_text("N (default: 4096 on a GPU, 2048 on a CPU)")
       ->check(CLI::Range(int64_t{2}, int64_t{1} << 24));
   command->callback([flags] { run_model(*flags); });
 }

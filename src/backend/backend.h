@@ -133,6 +133,8 @@ class Backend {
   virtual bool shares_embedding() const { return false; }
   virtual int64_t kv_bytes(const KvLayout& layout) const = 0;
   virtual int64_t step_bytes(const StepLimits& limits) const = 0;
+  // Tokens of a step that long prompts are run in, where nothing else is asked for.
+  virtual int64_t default_step_tokens() const { return 2048; }
 
   // Memory.
   virtual WeightHandle add_linear(std::span<const TensorView> stacked) = 0;  // rows concatenated

@@ -61,6 +61,12 @@ void set_attention_info(std::span<const AttentionSpec> layers, ModelInfo& info) 
   }
 }
 
+// The options with what they leave to the device.
+LoadOptions complete(LoadOptions options, const Backend& backend) {
+  if (options.batch_tokens == 0) options.batch_tokens = backend.default_step_tokens();
+  return options;
+}
+
 // Checks the options that need the config, and reports the rest.
 ModelInfo describe(const Checkpoint& checkpoint, const LoadOptions& options,
                    const Backend& backend) {
@@ -98,6 +104,7 @@ ModelInfo describe(const Checkpoint& checkpoint, const LoadOptions& options,
   info.checkpoint_bytes = checkpoint.bytes();
   info.weight_bytes = weight_bytes(checkpoint.weights(), backend);
   set_kv_info(kv_type, config, backend, info);
+  info.batch_tokens = options.batch_tokens;
   info.activation_bytes =
       backend.step_bytes(limits_of_steps(config, attention, options.batch_tokens, info.context));
   info.rope_theta = config.rope_theta;
@@ -133,11 +140,11 @@ Model& Model::operator=(Model&&) noexcept = default;
 
 Model Model::load(const LoadOptions& options) {
   auto impl = std::make_shared<Impl>();
-  impl->options = options;
   impl->backend = make_backend(options.device, options.threads);
+  impl->options = complete(options, *impl->backend);
   const Checkpoint checkpoint = open_checkpoint(options);
   const ModelConfig& config = checkpoint.config();
-  impl->info = describe(checkpoint, options, *impl->backend);
+  impl->info = describe(checkpoint, impl->options, *impl->backend);
   std::vector<AttentionSpec> attention =
       parse_layer_attention(options.attention, config.num_layers, options.smooth_k);
   impl->kv_type = check_attention(attention, options.kv_cache, config, *impl->backend);
@@ -158,7 +165,7 @@ Model Model::load(const LoadOptions& options) {
 
 ModelInfo Model::inspect(const LoadOptions& options) {
   const std::unique_ptr<Backend> backend = make_backend(options.device, options.threads);
-  return describe(open_checkpoint(options), options, *backend);
+  return describe(open_checkpoint(options), complete(options, *backend), *backend);
 }
 
 ModelInfo Model::info() const { return impl_->info; }

@@ -72,6 +72,7 @@ class CudaBackend : public Backend {
     return fixed_bytes() +
            static_cast<int64_t>(arena_.bytes() + step_arrays_.bytes() + gathered_.bytes());
   }
+  int64_t default_step_tokens() const override { return 4096; }  // 2 % faster at 32k than 2,048
   int64_t step_bytes(const StepLimits& limits) const override {
     use_device();
     const AttentionRoom attention = ModelAttention::room(limits, activation_type());
