@@ -201,7 +201,7 @@ struct Destination {
 //
 // Every tile instruction is followed by others that fetch what the next step reads. Without them
 // tile instructions take twice as long while another hyperthread of the core is busy, whether
-// anything is missing in the cache or not (docs/benchmarks.md).
+// anything is missing in the cache or not (docs/tuning-log.md).
 template <bool kTwo>
 SAGELM_AMX_TARGET void multiply_block(const uint16_t* halves, const uint16_t* panel, int64_t depth,
                                       const float* out, int64_t out_stride, const Destination& to) {
