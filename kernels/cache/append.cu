@@ -453,11 +453,6 @@ struct Rounds {
         kv_heads(args.cache.num_kv_heads),
         kv_tiles(args.step.max_closed_pages + (args.prefill != nullptr ? 1 : 0)) {}
 
-  // Whether sequences may have no full page before the step that they have, or need, afterwards.
-  static bool finds_means(const AppendToQuantizedKv& args) {
-    return args.smooth_k &&
-           (args.prefill != nullptr ? args.step.begins_in_first_page : args.step.closes_first_page);
-  }
   __host__ __device__ int width() const { return query_parts + 2 * kv_heads; }
   int blocks() const { return width() * std::max(query_tiles, kv_tiles); }
 };
@@ -481,6 +476,12 @@ __global__ void __launch_bounds__(kQuantizeThreads, 3)
   }
 }
 
+// Whether sequences may have no full page before the step that they have, or need, afterwards.
+bool finds_means(const AppendToQuantizedKv& args) {
+  return args.smooth_k &&
+         (args.prefill != nullptr ? args.step.begins_in_first_page : args.step.closes_first_page);
+}
+
 template <int kDim, bool kBf16>
 cudaError_t launch_fill(const AppendToQuantizedKv& args, cudaStream_t stream) {
   SageTiles tiles{};
@@ -490,7 +491,7 @@ cudaError_t launch_fill(const AppendToQuantizedKv& args, cudaStream_t stream) {
   }
   const Rounds rounds(args, args.prefill != nullptr ? num_query_parts<kDim>(args.cache) : 0,
                       tiles.query_tiles);
-  if (Rounds::finds_means(args) && rounds.kv_tiles > 1 && args.arrivals == nullptr) {
+  if (finds_means(args) && rounds.kv_tiles > 1 && args.arrivals == nullptr) {
     return cudaErrorInvalidValue;
   }
   const auto kernel =

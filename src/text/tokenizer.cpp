@@ -110,10 +110,10 @@ class ConfigReader {
     if (found == json.end() || found->is_null()) return;
     if (!found->is_object()) fail("{}: added_tokens_decoder must be an object", where_);
     for (const auto& [key, value] : found->items()) {
-      int64_t id = -1;
+      uint64_t id = 0;
       std::from_chars(key.data(), key.data() + key.size(), id);
       // One spelling per id: else two entries could be the same token.
-      if (id < 0 || std::cmp_greater(id, kMaxAddedId) || key != std::to_string(id)) {
+      if (id > kMaxAddedId || key != std::to_string(id)) {
         fail("{}: added_tokens_decoder has the key \"{}\", which is not a token id from 0 to {}",
              where_, excerpt(key), kMaxAddedId);
       }
