@@ -322,16 +322,17 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       wgmma_wait<0>();
       pin(sums.products);
       float weights[2] = {sums.weights_of(0), sums.weights_of(1)};
-      bool move[2] = {};
       const bool sure = weights[0] < kSureSum && weights[1] < kSureSum;
-      if (!__all_sync(0xFFFFFFFFu, sure)) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) move[r] = saturated(p, r) || !(weights[r] < kMostSum);
-      }
-      if (__any_sync(0xFFFFFFFFu, move[0] || move[1])) {
-        take_again(move, i, stage, weights, away, [&](int thread) { weigh_next(thread, move); });
-      } else {
+      if (__all_sync(0xFFFFFFFFu, sure)) {
         sums.take();
+      } else {
+        const bool move[2] = {saturated(p, 0) || !(weights[0] < kMostSum),
+                              saturated(p, 1) || !(weights[1] < kMostSum)};
+        if (__any_sync(0xFFFFFFFFu, move[0] || move[1])) {
+          take_again(move, i, stage, weights, away, [&](int thread) { weigh_next(thread, move); });
+        } else {
+          sums.take();
+        }
       }
       // From every lane: all of them read the scales.
       mbarrier_arrive(places.keys_empty(stage));

@@ -116,7 +116,7 @@ __device__ inline bool saturated(const uint32_t (&p)[16], int r) {
 
 // The products of P V, summed on two levels, both in halves, packed as the accumulators lie:
 // register i is of row i % 2. The matrix unit sums those of a tile, from zero: 128 keys with
-// weights below 128 and values up to recipe::kTileValueMax, 49,152 at most. `sums`, in units of
+// weights up to kMostSum in all and values up to recipe::kTileValueMax, 49,152. `sums`, in units of
 // kUnit, takes them.
 template <int kDim>
 struct Accumulators {
