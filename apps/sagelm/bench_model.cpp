@@ -91,7 +91,7 @@ class LinearLayers {
     const int32_t first = 0;
     std::vector<float> one_row(static_cast<size_t>(config_.hidden_size));
     const auto wait = [&] {
-      backend_->gather_rows(hidden, {&first, 1}, one);
+      backend_->gather_rows({&first, 1}, {{hidden, one}});
       backend_->read_logits(one, one_row);
     };
     const auto layer = [&] {
