@@ -148,8 +148,8 @@ class TurnBench {
     }
   }
 
-  // The lengths of prompts take turns too. Decoding takes them length by length, as its prompt
-  // stays in the cache.
+  // A round of turns has every length of prompt. Decoding takes its turns length by length, as its
+  // prompt stays in the cache.
   std::vector<BenchResult> run(const DeviceBounds& bounds) {
     std::vector<BenchResult> results(settings_.size());
     run_prefill(bounds, results);
@@ -167,12 +167,13 @@ class TurnBench {
   // turn(length, setting, run), run being -1 to warm up.
   template <typename Turn>
   void take_turns(size_t lengths, const Turn& turn) {
-    const size_t count = lengths * settings_.size();
+    const size_t count = settings_.size();
     for (int run = -1; run < plan_->runs; ++run) {
-      for (size_t i = 0; i < count; ++i) {
-        const size_t place = run % 2 == 0 ? i : count - 1 - i;
-        turn(place / settings_.size(), place % settings_.size(), run);
-        (*on_run_)();
+      for (size_t length = 0; length < lengths; ++length) {
+        for (size_t i = 0; i < count; ++i) {
+          turn(length, run % 2 == 0 ? i : count - 1 - i, run);
+          (*on_run_)();
+        }
       }
     }
   }
