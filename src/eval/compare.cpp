@@ -10,6 +10,7 @@
 
 #include "base/error.h"
 #include "eval/compare_journal.h"
+#include "eval/logits_rows.h"
 #include "eval/statistics.h"
 
 namespace sagelm {
@@ -23,36 +24,11 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-struct RowSummary {
-  double log_sum_exp = 0;
-  int32_t argmax = 0;  // of the choices, or the lowest id: the first among equals
-};
-
-// choices, if there are any, are below logits.size().
-RowSummary summarize(std::span<const float> logits, std::span<const int32_t> choices) {
-  const auto top = std::max_element(logits.begin(), logits.end());
-  const double largest = *top;
-  double sum = 0;
-  for (const float value : logits) sum += std::exp(value - largest);
-  auto argmax = static_cast<int32_t>(top - logits.begin());
-  if (!choices.empty()) {
-    argmax = *std::max_element(choices.begin(), choices.end(), [&logits](int32_t a, int32_t b) {
-      return logits[static_cast<size_t>(a)] < logits[static_cast<size_t>(b)];
-    });
-  }
-  return {.log_sum_exp = largest + std::log(sum), .argmax = argmax};
-}
-
-// KL(p || q) = sum of p (log p - log q), of two rows of logits. Rounding may leave it just below 0.
-double kl_divergence(std::span<const float> p, double p_log_sum_exp, std::span<const float> q,
-                     double q_log_sum_exp) {
-  const double shift = q_log_sum_exp - p_log_sum_exp;
-  double sum = 0;
-  for (size_t v = 0; v < p.size(); ++v) {
-    const double logit = p[v];
-    sum += std::exp(logit - p_log_sum_exp) * (logit - static_cast<double>(q[v]) + shift);
-  }
-  return sum < 0 ? 0 : sum;
+// The most probable one of choices, which are below logits.size(): the first among equals.
+int32_t best_choice(std::span<const float> logits, std::span<const int32_t> choices) {
+  return *std::max_element(choices.begin(), choices.end(), [&logits](int32_t a, int32_t b) {
+    return logits[static_cast<size_t>(a)] < logits[static_cast<size_t>(b)];
+  });
 }
 
 // One batch: its scored tokens in order, and the first setting's logits of them.
@@ -114,7 +90,9 @@ class Batch {
     for (size_t r = 0; r < rows; ++r) {
       const size_t index = first + r;
       const std::span<const float> logits = block.logits.subspan(r * vocab_, vocab_);
-      const RowSummary summary = summarize(logits, choices_of(index));
+      RowSummary summary = summarize(logits);
+      const std::span<const int32_t> choices = choices_of(index);
+      if (!choices.empty()) summary.argmax = best_choice(logits, choices);
       if (is_baseline) summaries_[index] = summary;
       const RowSummary& baseline = summaries_[index];
       const int32_t target = target_of(index);
