@@ -215,32 +215,24 @@ __device__ void add_tokens(const AppendToQuantizedKv& args, const SageTiles& til
   } else {
     tokens.load_keys(raw);
   }
-  int64_t place = static_cast<int64_t>(b) * cache.num_kv_heads + kv_head;
-  int8_t* keys = tiles.tail_keys;
-  uint8_t* values = tiles.tail_values;
-  float* scales = tiles.tail_scales;
-  const bool int4_page = kInt4 && page < pages;  // keys of a tail's copy are INT8
-  if (page < pages) {
-    const int64_t at = static_cast<int64_t>(b) * step.page_table_stride + page;
-    place = static_cast<int64_t>(step.page_table[at]) * cache.num_kv_heads + kv_head;
-    keys = cache.keys;
-    values = cache.values;
-    scales = cache.scales;
-  }
-  scales += place * (int4_page ? kInt4Scales : kTileScales);
-  uint16_t* tail =
-      static_cast<uint16_t*>(cache.tails) + tail_offset(cache, step.tails[b], kIsValue, kv_head);
+  const bool is_page = page < pages;  // else the tail's copy, whose keys are INT8
+  const int id =
+      is_page ? step.page_table[static_cast<int64_t>(b) * step.page_table_stride + page] : b;
+  const int page_scales = kInt4 && is_page ? kInt4Scales : kTileScales;
+  const auto place = [&] { return static_cast<int64_t>(id) * cache.num_kv_heads + kv_head; };
   if constexpr (kIsValue) {
     using Share = ValueShare<kDim>;
     const int chunk = Share::chunk();
-    quantize_value_tile<kDim, kBf16>(raw, values + place * kTileBytes, scales);
+    quantize_value_tile<kDim, kBf16>(
+        raw, (is_page ? cache.values : tiles.tail_values) + place() * kTileBytes,
+        (is_page ? cache.scales : tiles.tail_scales) + place() * page_scales);
     if (tile > 0) return;
     __syncthreads();
     tokens.first_position = pages * kTileTokens;
     for (int token = static_cast<int>(threadIdx.x) / Share::kLanes; token < rest;
          token += kQuantizeThreads / Share::kLanes) {
       if (!tokens.is_row(token) || !tokens.inside(chunk)) continue;
-      *reinterpret_cast<uint4*>(tail + token * cache.head_dim + chunk * 8) =
+      *reinterpret_cast<uint4*>(tokens.tail_row(token) + chunk * 8) =
           tokens.load_chunk(token, chunk);
     }
   } else {
@@ -250,16 +242,19 @@ __device__ void add_tokens(const AppendToQuantizedKv& args, const SageTiles& til
     find_mean<kDim, kBf16>(args, tokens, b, kv_head, tile, pages - first_page + (with_tail ? 1 : 0),
                            raw, mean);
     const int count = min(kTileTokens, tokens.end - page * kTileTokens);
-    int8_t* to = keys + place * kTileBytes;
-    if (int4_page) {
+    float* scales = (is_page ? cache.scales : tiles.tail_scales) + place() * page_scales;
+    if (kInt4 && is_page) {
       quantize_int4_key_tile<kDim, kBf16>(
-          raw, mean, reinterpret_cast<uint8_t*>(keys) + place * (kTileBytes / 2),
+          raw, mean, reinterpret_cast<uint8_t*>(cache.keys) + place() * (kTileBytes / 2),
           reinterpret_cast<uint32_t*>(scales) + kInt4Words);
-    } else if constexpr (kInt4) {
-      rotate_keys<kDim, kBf16>(raw, count, mean);
-      quantize_key_tile<kDim, false>(raw, count, {}, to, scales);
     } else {
-      quantize_key_tile<kDim, kBf16>(raw, count, mean, to, scales);
+      int8_t* to = (is_page ? cache.keys : tiles.tail_keys) + place() * kTileBytes;
+      if constexpr (kInt4) {
+        rotate_keys<kDim, kBf16>(raw, count, mean);
+        quantize_key_tile<kDim, false>(raw, count, {}, to, scales);
+      } else {
+        quantize_key_tile<kDim, kBf16>(raw, count, mean, to, scales);
+      }
     }
     if (tile > 0) return;
     __syncthreads();
@@ -273,7 +268,7 @@ __device__ void add_tokens(const AppendToQuantizedKv& args, const SageTiles& til
       for (int half = 0; half < 2; ++half) {
         const int chunk = Share::chunk(half);
         if (!tokens.is_row(token) || !tokens.inside(chunk)) continue;
-        *reinterpret_cast<uint4*>(tail + token * cache.head_dim + chunk * 8) = row[half];
+        *reinterpret_cast<uint4*>(tokens.tail_row(token) + chunk * 8) = row[half];
       }
     }
   }

@@ -35,33 +35,36 @@ template <int kDim, bool kBf16>
 struct StepTokens {
   using Share = RowShare<kDim>;
 
-  const uint16_t* tail;  // token 0 of its page; not of queries
+  const AppendToQuantizedKv& args;
+  int b, head;
+  bool is_value;
   const uint16_t* rows;  // the step's first row
   const float* angles;   // of position 0; null for values
-  int64_t row_stride;    // elements
+  int row_stride;        // elements
   int head_dim;
   int start, end;      // positions of the step's tokens
   int first_position;  // of token 0
 
   // head: among the query or the KV heads.
   __device__ StepTokens(const AppendToQuantizedKv& args, int b, int head, Part part)
-      : head_dim(args.cache.head_dim) {
+      : args(args),
+        b(b),
+        head(head),
+        is_value(part == Part::kValue),
+        head_dim(args.cache.head_dim) {
     const QuantizedKv& cache = args.cache;
     const QuantizedKvStep& step = args.step;
     // What a step of one sequence needs no memory for.
     const bool alone = step.num_sequences == 1 && step.max_q_len > 1;
     const int first_row = alone ? 0 : step.cu_q_lens[b];
-    const bool is_value = part == Part::kValue;
     const int column_head =
         head + (part == Part::kQuery ? 0 : cache.num_heads + (is_value ? cache.num_kv_heads : 0));
-    row_stride = static_cast<int64_t>(cache.num_heads + 2 * cache.num_kv_heads) * head_dim;
+    row_stride = (cache.num_heads + 2 * cache.num_kv_heads) * head_dim;
     end = alone ? step.max_kv_len : step.kv_lens[b];
     start = end - (alone ? step.rows : step.cu_q_lens[b + 1] - first_row);
     first_position = 0;
-    tail = part == Part::kQuery ? nullptr
-                                : static_cast<const uint16_t*>(cache.tails) +
-                                      tail_offset(cache, step.tails[b], is_value, head);
-    rows = static_cast<const uint16_t*>(args.qkv) + first_row * row_stride + column_head * head_dim;
+    rows = static_cast<const uint16_t*>(args.qkv) + int64_t{first_row} * row_stride +
+           column_head * head_dim;
     angles = is_value ? nullptr : args.rotations;
   }
 
@@ -69,13 +72,18 @@ struct StepTokens {
     const int position = first_position + token;
     return position >= start && position < end;
   }
+  // A token of a KV head in the tail.
+  __device__ uint16_t* tail_row(int token) const {
+    const int64_t page = tail_offset(args.cache, args.step.tails[b], is_value, head);
+    return static_cast<uint16_t*>(args.cache.tails) + page + token * head_dim;
+  }
   // Whether a tile's tokens are all the step's and heads have all channels.
   __device__ bool is_whole() const {
     return head_dim == kDim && first_position >= start && first_position + kTileTokens <= end;
   }
   // 8 channels of a token of a whole tile.
   __device__ const uint16_t* row_of(int token) const {
-    return rows + (first_position - start + token) * row_stride;
+    return rows + int64_t{first_position - start + token} * row_stride;
   }
   __device__ bool inside(int chunk) const { return chunk * 8 < head_dim; }
   // 8 channels, of the query head that many further; zeros past the end and beyond the head's.
@@ -83,8 +91,8 @@ struct StepTokens {
     const int position = first_position + token;
     if (!inside(chunk) || position >= end) return make_uint4(0, 0, 0, 0);
     const uint16_t* from = position < start
-                               ? tail + token * head_dim
-                               : rows + (position - start) * row_stride + heads * head_dim;
+                               ? tail_row(token)
+                               : rows + int64_t{position - start} * row_stride + heads * head_dim;
     return ptx::load_once(from + chunk * 8);  // leaves the L1 cache to the angles
   }
   __device__ void load_row(int token, uint4 (&raw)[2], int heads = 0) const {
