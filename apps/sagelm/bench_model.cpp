@@ -5,7 +5,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
-#include <span>
+#include <utility>
 
 #include "base/error.h"
 #include "engine/device.h"
@@ -36,6 +36,9 @@ GenerateOptions answer_of(const ModelBenchPlan& plan, int64_t tokens) {
   options.ignore_eos = true;
   return options;
 }
+
+// Tokens of an answer after which every buffer is there and the steps of decoding are recorded.
+constexpr int64_t kSettleTokens = 4;
 
 // The linear layers of one Llama layer on activations of a model's kind.
 class LinearLayers {
@@ -91,7 +94,7 @@ class LinearLayers {
     const int32_t first = 0;
     std::vector<float> one_row(static_cast<size_t>(config_.hidden_size));
     const auto wait = [&] {
-      backend_->gather_rows(hidden, {&first, 1}, one);
+      backend_->gather_rows({&first, 1}, {{hidden, one}});
       backend_->read_logits(one, one_row);
     };
     const auto layer = [&] {
@@ -129,6 +132,149 @@ int64_t decode_weight_bytes(const ModelConfig& config, const Backend& backend) {
   return product * (config.num_layers * layer + config.vocab_size * config.hidden_size) + norms;
 }
 
+// Settings of one model that take turns: each runs once, then each for the second time in the
+// opposite order, and so on, so that none of them meets a colder device than the others. Every one
+// has a session of its own.
+class TurnBench {
+ public:
+  // Throws Error if the device has no room for all sessions.
+  TurnBench(Model& model, std::span<const BenchSetting> settings, const ModelBenchPlan& plan,
+            const std::function<void()>& on_run)
+      : model_(&model), settings_(settings), plan_(&plan), on_run_(&on_run) {
+    for (size_t i = 0; i < settings.size(); ++i) {
+      use(i);
+      infos_.push_back(model.info());
+      sessions_.push_back(model.start_session());  // with the cache that goes with the attention
+    }
+  }
+
+  // A round of turns has every length of prompt. Decoding takes its turns length by length, as its
+  // prompt stays in the cache.
+  std::vector<BenchResult> run(const DeviceBounds& bounds) {
+    std::vector<BenchResult> results(settings_.size());
+    run_prefill(bounds, results);
+    for (const int64_t at : plan_->decode_at) run_decode(at, bounds, results);
+    return results;
+  }
+
+ private:
+  void use(size_t setting) {
+    const BenchSetting& to = settings_[setting];
+    model_->set_attention(to.attention, to.smooth_k, to.kv_cache);
+    current_ = setting;
+  }
+
+  // turn(length, setting, run), run being -1 to warm up.
+  template <typename Turn>
+  void take_turns(size_t lengths, const Turn& turn) {
+    const size_t count = settings_.size();
+    for (int run = -1; run < plan_->runs; ++run) {
+      for (size_t length = 0; length < lengths; ++length) {
+        for (size_t i = 0; i < count; ++i) {
+          turn(length, run % 2 == 0 ? i : count - 1 - i, run);
+          (*on_run_)();
+        }
+      }
+    }
+  }
+
+  // An answer of so many tokens to ids, of which the session keeps the first `held`.
+  Generation generate(size_t setting, std::span<const int32_t> ids, int64_t held, int64_t tokens,
+                      const TextCallback& on_text = {}) {
+    Session& session = sessions_[setting];
+    const auto rest = ids.subspan(static_cast<size_t>(held));
+    if (current_ != setting) {
+      use(setting);
+      // Not timed: what a change of the attention undoes is made again, and what is timed finds the
+      // device as the same work leaves it, not as the other settings do.
+      session.truncate(held);
+      const auto step = static_cast<size_t>(infos_[setting].batch_tokens);
+      session.generate(rest.first(std::min(rest.size(), step)),
+                       answer_of(*plan_, std::min(tokens, kSettleTokens)));
+    }
+    session.truncate(held);
+    return session.generate(rest, answer_of(*plan_, tokens), on_text);
+  }
+
+  void run_prefill(const DeviceBounds& bounds, std::vector<BenchResult>& results) {
+    const std::vector<int64_t>& lengths = plan_->prompt_tokens;
+    const ModelInfo& info = infos_.front();
+    const std::vector<int32_t> ids = random_ids(std::ranges::max(lengths), info.vocab_size);
+    std::vector<std::vector<std::vector<double>>> rates(
+        settings_.size(), std::vector<std::vector<double>>(lengths.size()));
+    take_turns(lengths.size(), [&](size_t length, size_t setting, int run) {
+      const auto prompt = std::span(ids).first(static_cast<size_t>(lengths[length]));
+      const Generation result = generate(setting, prompt, 0, 1);
+      if (run >= 0) rates[setting][length].push_back(result.prefill_tokens_per_second());
+    });
+    for (size_t setting = 0; setting < settings_.size(); ++setting) {
+      for (size_t i = 0; i < lengths.size(); ++i) {
+        const auto tokens = static_cast<double>(lengths[i]);
+        PrefillResult result;
+        result.tokens = lengths[i];
+        result.tokens_per_second = spread_of(std::move(rates[setting][i]));
+        result.ops_per_second =
+            prefill_ops(info, lengths[i]) / tokens * result.tokens_per_second.median;
+        result.linear_tokens_per_second = tokens / bounds.linear_seconds[i];
+        results[setting].prefill.push_back(result);
+      }
+    }
+  }
+
+  void run_decode(int64_t at, const DeviceBounds& bounds, std::vector<BenchResult>& results) {
+    struct Measured {
+      std::vector<double> rates, steps, host_shares;
+    };
+    std::vector<Measured> measured(settings_.size());
+    const std::vector<int32_t> ids = random_ids(at, infos_.front().vocab_size);
+    take_turns(1, [&](size_t /*length*/, size_t setting, int run) {
+      std::vector<Clock::time_point> times;
+      const auto on_text = [&times](std::string_view) {
+        times.push_back(Clock::now());
+        return true;
+      };
+      // The prompt stays in the cache: its last token alone is run again, and not timed. An answer
+      // needs a step fewer than it has tokens: the last one isn't run.
+      const Generation result =
+          generate(setting, ids, run < 0 ? 0 : at - 1, plan_->decode_tokens + 1, on_text);
+      if (run < 0) return;
+      Measured& to = measured[setting];
+      to.rates.push_back(result.decode_tokens_per_second());
+      if (result.decode_device_seconds > 0) {
+        to.host_shares.push_back(1 - result.decode_device_seconds / result.decode_seconds);
+      }
+      // One call per id, and one for what the detokenizer held back.
+      const size_t timed = std::min(times.size(), static_cast<size_t>(plan_->decode_tokens) + 1);
+      for (size_t i = 1; i < timed; ++i) {
+        to.steps.push_back(std::chrono::duration<double>(times[i] - times[i - 1]).count());
+      }
+    });
+    for (size_t setting = 0; setting < settings_.size(); ++setting) {
+      Measured& from = measured[setting];
+      DecodeResult result;
+      result.at = at;
+      result.tokens_per_second = spread_of(std::move(from.rates));
+      result.step_seconds = spread_of(std::move(from.steps));
+      if (!from.host_shares.empty()) {
+        result.host_share = spread_of(std::move(from.host_shares)).median;
+      }
+      const double tokens = static_cast<double>(at) + static_cast<double>(plan_->decode_tokens) / 2;
+      const double cache = static_cast<double>(infos_[setting].kv_bytes_per_token) * tokens;
+      result.bytes_per_second = (static_cast<double>(bounds.weight_bytes_per_token) + cache) *
+                                result.tokens_per_second.median;
+      results[setting].decode.push_back(result);
+    }
+  }
+
+  Model* model_;
+  std::span<const BenchSetting> settings_;
+  const ModelBenchPlan* plan_;
+  const std::function<void()>* on_run_;
+  size_t current_ = 0;  // setting that the model is in
+  std::vector<ModelInfo> infos_;
+  std::vector<Session> sessions_;
+};
+
 }  // namespace
 
 int64_t ModelBenchPlan::context() const {
@@ -136,6 +282,10 @@ int64_t ModelBenchPlan::context() const {
   for (const int64_t tokens : prompt_tokens) most = std::max(most, tokens + 1);
   for (const int64_t at : decode_at) most = std::max(most, at + decode_tokens + 1);
   return most;
+}
+
+int64_t ModelBenchPlan::runs_of_setting() const {
+  return static_cast<int64_t>(prompt_tokens.size() + decode_at.size()) * (runs + 1);
 }
 
 double prefill_ops(const ModelInfo& info, int64_t tokens) {
@@ -173,70 +323,25 @@ DeviceBounds measure_bounds(const LoadOptions& options, const ModelBenchPlan& pl
   return bounds;
 }
 
-std::vector<PrefillResult> bench_prefill(const Model& model, Session& session,
-                                         const ModelBenchPlan& plan, const DeviceBounds& bounds) {
-  const ModelInfo info = model.info();
-  std::vector<PrefillResult> results;
-  for (size_t i = 0; i < plan.prompt_tokens.size(); ++i) {
-    const int64_t tokens = plan.prompt_tokens[i];
-    const std::vector<int32_t> ids = random_ids(tokens, info.vocab_size);
-    std::vector<double> rates;
-    for (int run = -1; run < plan.runs; ++run) {  // the first chooses algorithms, grows buffers
-      session.truncate(0);
-      const Generation result = session.generate(ids, answer_of(plan, 1));
-      if (run >= 0) rates.push_back(result.prefill_tokens_per_second());
-    }
-    PrefillResult result;
-    result.tokens = tokens;
-    result.tokens_per_second = spread_of(std::move(rates));
-    result.ops_per_second =
-        prefill_ops(info, tokens) / static_cast<double>(tokens) * result.tokens_per_second.median;
-    result.linear_tokens_per_second = static_cast<double>(tokens) / bounds.linear_seconds[i];
-    results.push_back(result);
-  }
-  return results;
+void grow_buffers(Session& session, const ModelInfo& info, const ModelBenchPlan& plan) {
+  const int64_t tokens = std::min(plan.context() - 1, info.batch_tokens);
+  session.generate(random_ids(tokens, info.vocab_size), answer_of(plan, kSettleTokens));
 }
 
-std::vector<DecodeResult> bench_decode(const Model& model, Session& session,
-                                       const ModelBenchPlan& plan, const DeviceBounds& bounds) {
-  const ModelInfo info = model.info();
-  std::vector<DecodeResult> results;
-  for (const int64_t at : plan.decode_at) {
-    const std::vector<int32_t> ids = random_ids(at, info.vocab_size);
-    std::vector<double> rates, steps, host_shares;
-    for (int run = -1; run < plan.runs; ++run) {
-      // The prompt stays in the cache: its last token alone is run again, and not timed.
-      session.truncate(run < 0 ? 0 : at - 1);
-      std::vector<Clock::time_point> times;
-      const std::span<const int32_t> prompt =
-          run < 0 ? std::span(ids) : std::span(ids).subspan(static_cast<size_t>(at - 1));
-      // max_tokens ids need a step fewer: the last one isn't run.
-      const Generation result =
-          session.generate(prompt, answer_of(plan, plan.decode_tokens + 1), [&](std::string_view) {
-            times.push_back(Clock::now());
-            return true;
-          });
-      if (run < 0) continue;
-      rates.push_back(result.decode_tokens_per_second());
-      if (result.decode_device_seconds > 0) {
-        host_shares.push_back(1 - result.decode_device_seconds / result.decode_seconds);
-      }
-      // One call per id, and one for what the detokenizer held back.
-      const size_t ids_timed = std::min(times.size(), static_cast<size_t>(plan.decode_tokens) + 1);
-      for (size_t i = 1; i < ids_timed; ++i) {
-        steps.push_back(std::chrono::duration<double>(times[i] - times[i - 1]).count());
-      }
-    }
-    DecodeResult result;
-    result.at = at;
-    result.tokens_per_second = spread_of(std::move(rates));
-    result.step_seconds = spread_of(std::move(steps));
-    if (!host_shares.empty()) result.host_share = spread_of(std::move(host_shares)).median;
-    const double cache = static_cast<double>(info.kv_bytes_per_token) *
-                         (static_cast<double>(at) + static_cast<double>(plan.decode_tokens) / 2);
-    result.bytes_per_second = (static_cast<double>(bounds.weight_bytes_per_token) + cache) *
-                              result.tokens_per_second.median;
-    results.push_back(result);
+BenchResults bench_settings(Model& model, std::span<const BenchSetting> settings,
+                            const ModelBenchPlan& plan, const DeviceBounds& bounds,
+                            const std::function<void()>& on_run) {
+  std::unique_ptr<TurnBench> together;
+  try {
+    together = std::make_unique<TurnBench>(model, settings, plan, on_run);
+  } catch (const Error&) {
+    if (settings.size() == 1) throw;
+  }
+  if (together != nullptr) return {.in_turns = true, .settings = together->run(bounds)};
+  BenchResults results{.in_turns = false, .settings = {}};
+  for (size_t i = 0; i < settings.size(); ++i) {
+    TurnBench alone(model, settings.subspan(i, 1), plan, on_run);
+    results.settings.push_back(std::move(alone.run(bounds).front()));
   }
   return results;
 }

@@ -2,7 +2,10 @@
 // beside what the device does at best.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -19,7 +22,8 @@ struct ModelBenchPlan {
   int runs = 5;
   SamplingOptions sampling;  // of the answers
 
-  int64_t context() const;  // that all of it needs
+  int64_t context() const;          // that all of it needs
+  int64_t runs_of_setting() const;  // warm-ups too
 };
 
 struct PrefillResult {
@@ -48,11 +52,32 @@ struct DeviceBounds {
 };
 DeviceBounds measure_bounds(const LoadOptions& options, const ModelBenchPlan& plan);
 
-// Runs plan under the model's current attention. session must be new.
-std::vector<PrefillResult> bench_prefill(const Model& model, Session& session,
-                                         const ModelBenchPlan& plan, const DeviceBounds& bounds);
-std::vector<DecodeResult> bench_decode(const Model& model, Session& session,
-                                       const ModelBenchPlan& plan, const DeviceBounds& bounds);
+// Runs a step of plan's size and some of decoding, so that all memory is taken that they take.
+void grow_buffers(Session& session, const ModelInfo& info, const ModelBenchPlan& plan);
+
+// What is measured, as Model::set_attention takes it.
+struct BenchSetting {
+  std::string attention;
+  bool smooth_k = true;
+  std::string kv_cache;
+};
+
+struct BenchResult {
+  std::vector<PrefillResult> prefill;
+  std::vector<DecodeResult> decode;
+};
+struct BenchResults {
+  bool in_turns = true;
+  std::vector<BenchResult> settings;
+};
+
+// Runs plan under every setting, in turns: each setting runs once, then each again in the opposite
+// order, and so on, so that none meets a colder device than the others. Where the device has no
+// room for the caches of all, one setting after the other. on_run is told of every run, warm-ups
+// too.
+BenchResults bench_settings(Model& model, std::span<const BenchSetting> settings,
+                            const ModelBenchPlan& plan, const DeviceBounds& bounds,
+                            const std::function<void()>& on_run);
 
 // Operations of a prefill of `tokens` tokens that are of use: products of the linear layers, causal
 // attention, and the logits of the last token.

@@ -161,32 +161,51 @@ void run_model(const ModelFlags& flags) {
                {"decode_tokens", plan.decode_tokens},
                {"sampling", sampling_json(plan.sampling)},
                {"results", Json::array()}};
-  Progress progress("measuring", "settings", static_cast<int64_t>(flags.attention.size()));
-  int64_t done = 0;
-  for (const std::string& name : flags.attention) {
-    const std::string attention = resolve_attention(model, with_attention(flags.common, name));
-    model.set_attention(attention, !common.no_smooth_k, common.kv_cache);
-    Session session = model.start_session();  // with the cache that goes with the attention
-    Json result = {{"attention", name},
-                   {"kernel", model.info().attention},
-                   {"kv_cache", model.info().kv_cache},
-                   {"prefill", Json::array()},
-                   {"decode", Json::array()}};
-    output.text(fmt::format("{}, {} cache\n", model.info().attention, model.info().kv_cache));
-    const auto add = [&](const char* key, const auto& results) {
-      for (const auto& one : results) {
+  std::vector<BenchSetting> settings;
+  std::vector<std::string> texts;  // of settings: the header, and at the end memory
+  std::vector<Shown> memory;
+  for (size_t i = 0; i < flags.attention.size(); ++i) {
+    const std::string& name = flags.attention[i];
+    settings.push_back({.attention = resolve_attention(model, with_attention(flags.common, name)),
+                        .smooth_k = !common.no_smooth_k,
+                        .kv_cache = common.kv_cache});
+    model.set_attention(settings[i].attention, settings[i].smooth_k, settings[i].kv_cache);
+    const ModelInfo of = model.info();
+    Session session = model.start_session();  // the only one, so that memory is this setting's
+    grow_buffers(session, of, plan);
+    memory.push_back(show_memory(model, expected[i], bounds));
+    texts.push_back(fmt::format("{}, {} cache\n", of.attention, of.kv_cache));
+    json["results"].push_back({{"attention", name},
+                               {"kernel", of.attention},
+                               {"kv_cache", of.kv_cache},
+                               {"prefill", Json::array()},
+                               {"decode", Json::array()},
+                               {"memory", memory[i].json}});
+  }
+  const BenchResults results = [&] {
+    Progress progress("measuring", "runs",
+                      static_cast<int64_t>(settings.size()) * plan.runs_of_setting());
+    int64_t done = 0;
+    return bench_settings(model, settings, plan, bounds, [&] { progress.update(++done); });
+  }();
+  json["in_turns"] = results.in_turns;
+  if (settings.size() > 1) {
+    output.text(results.in_turns
+                    ? "The settings take turns, in an order that every round reverses.\n"
+                    : "The settings' KV caches do not fit together: they run one after the other, "
+                      "and the first may meet a colder device.\n");
+  }
+  for (size_t i = 0; i < settings.size(); ++i) {
+    const auto add = [&](const char* key, const auto& measured) {
+      for (const auto& one : measured) {
         Shown shown = show(one, best);
-        output.text(shown.text);
-        result[key].push_back(std::move(shown.json));
+        texts[i] += shown.text;
+        json["results"][i][key].push_back(std::move(shown.json));
       }
     };
-    add("prefill", bench_prefill(model, session, plan, bounds));
-    add("decode", bench_decode(model, session, plan, bounds));
-    Shown memory = show_memory(model, expected[static_cast<size_t>(done)], bounds);
-    output.text(memory.text);
-    result["memory"] = std::move(memory.json);
-    json["results"].push_back(std::move(result));
-    progress.update(++done);
+    add("prefill", results.settings[i].prefill);
+    add("decode", results.settings[i].decode);
+    output.text(texts[i] + memory[i].text);
   }
   output.json(json);
 }
@@ -210,7 +229,9 @@ void add_bench_model(CLI::App& bench) {
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
   flags->generation.options.sampling.temperature = 0;
   add_sampling_options(*command, flags->generation);
-  command->add_option("--runs", flags->plan.runs, "measurements of each, after one to warm up")
+  command
+      ->add_option("--runs", flags->plan.runs,
+                   "measurements of each, after one to warm up; the attentions take turns")
       ->option_text("N (default: 5)")
       ->check(CLI::Range(1, 1000));
   command->add_option("--batch-tokens", flags->batch_tokens, "tokens of a prompt run in one step")

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <span>
 #include <string>
@@ -97,13 +98,16 @@ struct DeviceMemory {
   int64_t held_most = 0;  // by all backends of this process at once, since this one was made
 };
 
+struct RowsCopy {
+  Matrix from, to;
+};
+
 // What lies between the attention of a layer and that of the next: x += attended O^T, then
 // x += MLP(norm(x)), then next_out = norm(x) N^T.
 struct LayerTail {
-  Matrix attended;  // what the product with `o` reads, if there is one
-  Matrix x;         // the residual
-  WeightHandle o;   // none: that has been done
-  WeightHandle norm, gate_up, down;
+  Matrix attended;
+  Matrix x;  // the residual
+  WeightHandle o, norm, gate_up, down;
   WeightHandle next_norm, next;  // none: there is no next layer
   Matrix next_out;
   double eps = 0;
@@ -199,12 +203,14 @@ class Backend {
   }
   // An implementation may do all of it at once.
   virtual void layer_tail(const LayerTail& t) {
-    if (t.o.index >= 0) linear_add(t.attended, t.o, t.x);
+    linear_add(t.attended, t.o, t.x);
     norm_linear_swiglu(t.x, t.norm, t.eps, t.gate_up, t.normed, t.gate_up_out, t.activated);
     linear_add(t.activated, t.down, t.x);
     if (t.next.index >= 0) norm_linear(t.x, t.next_norm, t.eps, t.next, t.normed, t.next_out);
   }
-  virtual void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) = 0;
+  // to[i, :] = from[rows[i], :] for each of copies. `to` is of the type of `from`.
+  virtual void gather_rows(std::span<const int32_t> rows,
+                           std::initializer_list<RowsCopy> copies) = 0;
 
   // Rotates the query and key columns of qkv [rows, q + k + v] in place by each row's position and
   // appends keys and values, rounded to FP16, to the pages of the row's sequence. In a quantized

@@ -204,13 +204,16 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
   const Matrix qkv =
       b.scratch(kQkv, rows, config_.q_size() + 2 * config_.kv_size(), Holds::kActivations);
   const Matrix attended = b.scratch(kAttended, rows, config_.q_size(), Holds::kActivations);
+  // Lies where qkv does, which nothing reads any more when the last layer has attended.
+  const Matrix gathered_attended =
+      wants_all ? attended : Matrix{qkv.data, qkv.type, num_wanted, config_.q_size()};
   const Matrix gate_up =
       b.scratch(kGateUp, rows, 2 * config_.intermediate_size, Holds::kActivations);
   const Matrix activated =
       b.scratch(kActivated, rows, config_.intermediate_size, Holds::kActivations);
 
-  const auto tail_of = [&](const Layer& layer, Matrix x) {
-    return LayerTail{.attended = attended,
+  const auto tail_of = [&](const Layer& layer, Matrix from, Matrix x) {
+    return LayerTail{.attended = from,
                      .x = x,
                      .o = layer.o,
                      .norm = layer.post_norm,
@@ -233,7 +236,12 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
     const auto index = static_cast<int64_t>(i);
     const AttentionShape shape{config_.num_heads, config_.num_kv_heads, config_.head_dim,
                                attention_[i]};
+    const bool last = i + 1 == layers_.size();
     b.enter_layer(index);
+    if (last && wanted.empty() && !check) {
+      b.rope_append(qkv, batch, shape, inverse_frequencies_, index, kv);
+      break;  // nothing reads the rest any more
+    }
     if (probe) {
       b.rope_append(qkv, batch, shape, inverse_frequencies_, index, kv);
       b.attention(qkv, batch, shape, index, kv, attended);
@@ -245,16 +253,14 @@ Matrix Llama::run_layers(const Batch& batch, KvStorage& kv, std::span<const int3
                                   describe_attention(attention_[i])));
     }
     if (probe) probe(index, copy_to_host(b, qkv), copy_to_host(b, attended));
-    const bool last = i + 1 == layers_.size();
-    if (last && wanted.empty()) break;  // nothing reads the rest any more
-    LayerTail tail = tail_of(layer, last ? gathered : hidden);
+    if (last && wanted.empty()) break;
+    LayerTail tail =
+        last ? tail_of(layer, gathered_attended, gathered) : tail_of(layer, attended, hidden);
     if (!last) {
       tail.next_norm = layers_[i + 1].input_norm;
       tail.next = layers_[i + 1].qkv;
     } else if (!wants_all) {
-      b.linear_add(attended, layer.o, hidden);
-      b.gather_rows(hidden, wanted, gathered);
-      tail.o = {};
+      b.gather_rows(wanted, {{hidden, gathered}, {attended, gathered_attended}});
     }
     b.layer_tail(tail);
     if (check && !b.all_finite(tail.x)) {

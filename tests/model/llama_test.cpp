@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <utility>
 
 #include "backend/cpu/cpu_backend.h"
 #include "base/dtype.h"
@@ -383,6 +384,31 @@ TEST(LlamaQuantizedCache, ChunksRollbackAndForksStayWithinTheStatedBound) {
     EXPECT_LE(mean_difference(quantized.score(fork, all, 50), expected), kSplitBound * noise);
   }
   EXPECT_EQ(whole.length(), 400);
+}
+
+TEST(Llama, ExtendAppendsWhatAStepAppends) {
+  const RandomModel model(4, 2, 16, false, DType::kF32);
+  const std::vector<int32_t> tokens = random_tokens(300, 5);
+  const std::span<const int32_t> all(tokens);
+  const std::pair<AttentionVariant, KvType> kinds[] = {
+      {AttentionVariant::kFp16, KvType::kFp16}, {AttentionVariant::kSage2_8b, KvType::kInt8}};
+  for (const auto& [variant, type] : kinds) {
+    Cached cached(model, variant, type);
+    const auto logits_after = [&](bool extends) {
+      Sequence sequence(cached.cache);
+      for (const auto& part : {all.first(140), all.subspan(140, 120)}) {
+        const StepInput input{&sequence, part};
+        if (extends) {
+          cached.llama.extend(std::span(&input, 1));
+        } else {
+          cached.llama.step(std::span(&input, 1));
+        }
+      }
+      const StepInput last{&sequence, all.subspan(260)};
+      return cached.llama.step(std::span(&last, 1));
+    };
+    EXPECT_EQ(logits_after(true), logits_after(false)) << attention_variant_name(variant);
+  }
 }
 
 TEST(LlamaQuantizedCache, AStepThatFailsGoesBackToAWholePage) {

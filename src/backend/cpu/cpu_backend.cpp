@@ -177,10 +177,12 @@ class CpuBackend : public Backend {
     run_swiglu(x, &row_norm, weight, gate_up, out);
   }
 
-  void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) override {
-    for (size_t i = 0; i < rows.size(); ++i) {
-      std::copy_n(floats(x) + rows[i] * x.cols, x.cols,
-                  floats(out) + static_cast<int64_t>(i) * x.cols);
+  void gather_rows(std::span<const int32_t> rows, std::initializer_list<RowsCopy> copies) override {
+    for (const auto& [from, to] : copies) {
+      for (size_t i = 0; i < rows.size(); ++i) {
+        std::copy_n(floats(from) + rows[i] * from.cols, from.cols,
+                    floats(to) + static_cast<int64_t>(i) * from.cols);
+      }
     }
   }
 

@@ -237,7 +237,7 @@ class CudaBackend : public Backend {
 
   void layer_tail(const LayerTail& t) override {
     std::vector<Product> chain;
-    if (t.o.index >= 0) chain.push_back(sum_product(t.attended, t.o, t.x));
+    chain.push_back(sum_product(t.attended, t.o, t.x));
     chain.push_back(
         normed_product(gated_product(t.x, t.gate_up, t.activated), t.norm, t.eps, t.normed.type));
     chain.push_back(sum_product(t.activated, t.down, t.x));
@@ -248,13 +248,22 @@ class CudaBackend : public Backend {
     if (!linear_.run_chain(chain)) Backend::layer_tail(t);
   }
 
-  void gather_rows(Matrix x, std::span<const int32_t> rows, Matrix out) override {
-    for (const int32_t row : rows) {
-      if (row < 0 || row >= x.rows) fail("row {} is outside a matrix of {}", row, x.rows);
+  void gather_rows(std::span<const int32_t> rows, std::initializer_list<RowsCopy> copies) override {
+    for (const RowsCopy& copy : copies) {
+      for (const int32_t row : rows) {
+        if (row < 0 || row >= copy.from.rows) {
+          fail("row {} is outside a matrix of {}", row, copy.from.rows);
+        }
+      }
     }
-    check(kernels::copy_rows(x.data, element(x.type), gathered_.send(rows, stream_.get()), out.rows,
-                             out.cols, static_cast<float*>(out.data), stream_.get()),
-          "gathering rows");
+    const int32_t* ids = gathered_.send(rows, stream_.get());
+    for (const auto& [from, to] : copies) {
+      // Rows of 16-bit numbers, whose length is even, are copied as rows of half as many words.
+      const int64_t words = to.cols * static_cast<int64_t>(dtype_size(to.type)) / 4;
+      check(kernels::copy_rows(from.data, element(DType::kF32), ids, to.rows, words,
+                               static_cast<float*>(to.data), stream_.get()),
+            "gathering rows", layer_);
+    }
   }
 
   void rope_append(Matrix qkv, const Batch& /*batch*/, const AttentionShape& shape,
