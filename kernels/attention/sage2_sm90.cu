@@ -265,8 +265,8 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
           float x[4];
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            x[e] = ptx::exp2_fast(fmaf(static_cast<float>(d[e >> 1][2 * r + (e & 1)]),
-                                       scales.scale[r], -offset));
+            x[e] = ptx::exp2_fast(
+                fmaf(static_cast<float>(d[e >> 1][2 * r + (e & 1)]), scales.scale[r], -offset));
           }
           const int bits = max(0, 8 * first_end(j, r) - 128 * n);
           to[2 * n + r] = ptx::to_e4m3(x[0], x[1], x[2], x[3]) & __funnelshift_lc(~0u, 0u, bits);
