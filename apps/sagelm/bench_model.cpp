@@ -185,9 +185,12 @@ class TurnBench {
     const auto rest = ids.subspan(static_cast<size_t>(held));
     if (current_ != setting) {
       use(setting);
-      // Not timed: what a change of the attention undoes is made again.
+      // Not timed: what a change of the attention undoes is made again, and what is timed finds the
+      // device as the same work leaves it, not as the other settings do.
       session.truncate(held);
-      session.generate(rest.first(1), answer_of(*plan_, kSettleTokens));
+      const auto step = static_cast<size_t>(infos_[setting].batch_tokens);
+      session.generate(rest.first(std::min(rest.size(), step)),
+                       answer_of(*plan_, std::min(tokens, kSettleTokens)));
     }
     session.truncate(held);
     return session.generate(rest, answer_of(*plan_, tokens), on_text);

@@ -53,12 +53,7 @@ Generation Conversation::ask(const std::string& user, const GenerateOptions& opt
     if (!follows || on_full_ == OnFull::kDropOldestTurns) {
       make_room(user, reserve, on_notice);
       ids = encode_all(user);
-      const std::span<const int32_t> held = session_.ids();
-      const auto [differs, unused] =
-          std::mismatch(ids.begin(), ids.end(), held.begin(), held.end());
-      const auto common = differs - ids.begin();
-      session_.truncate(common);
-      ids.erase(ids.begin(), differs);
+      ids.erase(ids.begin(), ids.begin() + keep_common(ids));
       in_sync_ = false;
     } else {
       throw ContextFull(fmt::format(
@@ -85,6 +80,14 @@ Generation Conversation::ask(const std::string& user, const GenerateOptions& opt
                     .start = follows && in_sync_ ? start : -1});
   in_sync_ = true;
   return answer;
+}
+
+// Cuts the session to what ids begin with too; the tokens of that.
+int64_t Conversation::keep_common(std::span<const int32_t> ids) {
+  const std::span<const int32_t> held = session_.ids();
+  const int64_t common = std::ranges::mismatch(ids, held).in1 - ids.begin();
+  session_.truncate(common);
+  return common;
 }
 
 // Sees to it that user's turn and reserve tokens fit, if need be without the oldest turns.
@@ -129,8 +132,11 @@ std::string Conversation::undo() {
   turns_.pop_back();
   if (in_sync_ && last.start >= 0) {
     session_.truncate(last.start);
+  } else if (turns_.empty() && system_.empty()) {
+    reset();
   } else {
-    in_sync_ = false;  // the next turn keeps what still agrees
+    keep_common(encode_all(""));  // what comes before any next turn
+    in_sync_ = false;
   }
   return std::move(last.user);
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -61,6 +62,7 @@ class Conversation {
   };
 
   std::vector<int32_t> encode_all(const std::string& user) const;
+  int64_t keep_common(std::span<const int32_t> ids);
   void make_room(const std::string& user, int64_t reserve,
                  const std::function<void(const std::string&)>& on_notice);
 

@@ -31,16 +31,18 @@ int32_t best_choice(std::span<const float> logits, std::span<const int32_t> choi
   });
 }
 
-// One batch: its scored tokens in order, and the first setting's logits of them.
+// One batch: its scored tokens in order, and the first setting's logits of them, which lie in held.
 class Batch {
  public:
   Batch(std::span<const Model::ScoreInput> inputs, int64_t first_input, int64_t shared,
-        const CompareOptions& options, const std::function<std::string(int64_t)>& where)
+        const CompareOptions& options, const std::function<std::string(int64_t)>& where,
+        std::vector<float>& held)
       : inputs_(inputs),
         first_input_(first_input),
         shared_(shared),
         vocab_(static_cast<size_t>(options.vocab_size)),
-        where_(where) {
+        where_(where),
+        held_(held) {
     if (!options.choices.empty()) {
       choices_ = std::span(options.choices).subspan(static_cast<size_t>(first_input));
     }
@@ -72,7 +74,6 @@ class Batch {
   }
 
   size_t num_tokens() const { return scored_.size(); }
-  int64_t held_bytes() const { return static_cast<int64_t>(held_.size() * sizeof(float)); }
 
  private:
   void take(const CompareSetting& setting, const Model::LogitsBlock& block, bool is_baseline,
@@ -81,8 +82,7 @@ class Batch {
     const size_t first = tokens.size();
     check_block(setting, block, first);
     if (is_baseline) {
-      held_.reserve(scored_.size() * vocab_);
-      held_.insert(held_.end(), block.logits.begin(), block.logits.end());
+      held_.resize(std::max(held_.size(), scored_.size() * vocab_));
       summaries_.resize(first + rows);
     }
     tokens.resize(first + rows);
@@ -93,7 +93,10 @@ class Batch {
       RowSummary summary = summarize(logits);
       const std::span<const int32_t> choices = choices_of(index);
       if (!choices.empty()) summary.argmax = best_choice(logits, choices);
-      if (is_baseline) summaries_[index] = summary;
+      if (is_baseline) {
+        summaries_[index] = summary;
+        std::ranges::copy(logits, held_.begin() + static_cast<ptrdiff_t>(index * vocab_));
+      }
       const RowSummary& baseline = summaries_[index];
       const int32_t target = target_of(index);
       ComparedToken& token = tokens[index];
@@ -158,7 +161,7 @@ class Batch {
   std::span<const std::vector<int32_t>> choices_;  // by input, or none
   const std::function<std::string(int64_t)>& where_;
   std::vector<Model::ScoredToken> scored_;
-  std::vector<float> held_;            // the baseline's logits, [scored_.size(), vocab_]
+  std::vector<float>& held_;           // the baseline's logits, [scored_.size(), vocab_] of it
   std::vector<RowSummary> summaries_;  // of its rows
 };
 
@@ -280,6 +283,7 @@ Comparison run_comparison(std::span<const Model::ScoreInput> inputs,
   result.settings.resize(settings.size());
   result.inputs_planned = static_cast<int64_t>(inputs.size());
   Moments baseline_loss;
+  std::vector<float> held;    // as large as the largest batch so far
   int64_t parts_done = 0;     // inputs, once per setting
   int64_t parts_resumed = 0;  // of them, from the journal
   int64_t batches = 0;
@@ -288,7 +292,7 @@ Comparison run_comparison(std::span<const Model::ScoreInput> inputs,
     const size_t last = end_of_batch(inputs, first, group, options);
     const auto size = static_cast<int64_t>(last - first);
     Batch batch(inputs.subspan(first, last - first), static_cast<int64_t>(first), group.shared,
-                options, where);
+                options, where, held);
     const std::optional<std::string> record = journal != nullptr ? journal->next() : std::nullopt;
     std::vector<BatchScores> recorded;
     if (record) {
@@ -315,7 +319,7 @@ Comparison run_comparison(std::span<const Model::ScoreInput> inputs,
                         .perplexity = std::exp(baseline_loss.mean()),
                         .resumed = parts_resumed});
     }
-    result.held_bytes = std::max(result.held_bytes, batch.held_bytes());
+    result.held_bytes = static_cast<int64_t>(held.size() * sizeof(float));
     if (runs.size() < settings.size()) break;
     if (journal != nullptr && !record) journal->append(batch_record(first, runs));
     append(inputs.subspan(first, last - first), group.shared, runs, batches == 1, result);

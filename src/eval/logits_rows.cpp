@@ -9,7 +9,7 @@
 namespace sagelm {
 namespace {
 
-// Loops that are compiled once per instruction set, as part of what calls them.
+// Part of what calls it: compiled once per instruction set.
 #define SAGELM_LOOP __attribute__((always_inline)) inline
 
 // exp(x) for x <= 700 to 1e-15 of its size: 2^k e^r with |r| <= ln(2) / 2, e^r by its Taylor series
@@ -36,7 +36,55 @@ SAGELM_LOOP double exp_of(double x) {
   return sum * std::bit_cast<double>((std::bit_cast<uint64_t>(shifted) + 1023) << 52);
 }
 
-SAGELM_LOOP float largest_of(const float* x, size_t n) {
+// Of exp(p - shift), or where q is given of exp(p - shift) (p - q + added).
+SAGELM_LOOP double sum_over(const float* p, const float* q, size_t n, double shift, double added) {
+  double sum = 0;
+  if (q == nullptr) {
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; ++i) sum += exp_of(static_cast<double>(p[i]) - shift);
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; ++i) {
+      const double logit = p[i];
+      sum += exp_of(logit - shift) * (logit - static_cast<double>(q[i]) + added);
+    }
+  }
+  return sum;
+}
+
+using Sum = double (*)(const float* p, const float* q, size_t n, double shift, double added);
+
+double plain_sum(const float* p, const float* q, size_t n, double shift, double added) {
+  return sum_over(p, q, n, shift, added);
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx2,fma"))) double avx2_sum(const float* p, const float* q, size_t n,
+                                                    double shift, double added) {
+  return sum_over(p, q, n, shift, added);
+}
+
+__attribute__((target("avx2,fma,avx512f,avx512dq"))) double avx512_sum(const float* p,
+                                                                       const float* q, size_t n,
+                                                                       double shift, double added) {
+  return sum_over(p, q, n, shift, added);
+}
+#endif
+
+Sum best_sum() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512dq")) return avx512_sum;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_sum;
+#endif
+  return plain_sum;
+}
+
+double sum_of(std::span<const float> p, const float* q, double shift, double added) {
+  static const Sum best = best_sum();
+  return best(p.data(), q, p.size(), shift, added);
+}
+
+float largest_of(const float* x, size_t n) {
   constexpr size_t kLanes = 16;
   float lanes[kLanes];
   std::fill_n(lanes, kLanes, -std::numeric_limits<float>::infinity());
@@ -51,61 +99,6 @@ SAGELM_LOOP float largest_of(const float* x, size_t n) {
   return largest;
 }
 
-SAGELM_LOOP double sum_of_exp(const float* x, size_t n, double shift) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (size_t i = 0; i < n; ++i) sum += exp_of(static_cast<double>(x[i]) - shift);
-  return sum;
-}
-
-SAGELM_LOOP double sum_of_kl(const float* p, const float* q, size_t n, double p_log_sum_exp,
-                             double shift) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (size_t i = 0; i < n; ++i) {
-    const double logit = p[i];
-    sum += exp_of(logit - p_log_sum_exp) * (logit - static_cast<double>(q[i]) + shift);
-  }
-  return sum;
-}
-
-struct Loops {
-  float (*largest)(const float* x, size_t n);
-  double (*exp_sum)(const float* x, size_t n, double shift);
-  double (*kl_sum)(const float* p, const float* q, size_t n, double p_log_sum_exp, double shift);
-};
-
-// `TARGET` functions of the loops, as NAME.
-#define SAGELM_LOOPS(NAME, TARGET)                                                   \
-  TARGET float NAME##_largest(const float* x, size_t n) { return largest_of(x, n); } \
-  TARGET double NAME##_exp_sum(const float* x, size_t n, double shift) {             \
-    return sum_of_exp(x, n, shift);                                                  \
-  }                                                                                  \
-  TARGET double NAME##_kl_sum(const float* p, const float* q, size_t n, double lse,  \
-                              double shift) {                                        \
-    return sum_of_kl(p, q, n, lse, shift);                                           \
-  }                                                                                  \
-  constexpr Loops NAME = {NAME##_largest, NAME##_exp_sum, NAME##_kl_sum};
-
-SAGELM_LOOPS(plain_loops, )
-#if defined(__x86_64__)
-SAGELM_LOOPS(avx2_loops, __attribute__((target("avx2,fma"))))
-SAGELM_LOOPS(avx512_loops, __attribute__((target("avx2,fma,avx512f,avx512dq"))))
-#endif
-
-Loops best_loops() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512dq")) return avx512_loops;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_loops;
-#endif
-  return plain_loops;
-}
-
-const Loops& loops() {
-  static const Loops best = best_loops();
-  return best;
-}
-
 }  // namespace
 
 RowSummary summarize(std::span<const float> logits) {
@@ -115,22 +108,21 @@ RowSummary summarize(std::span<const float> logits) {
   size_t at = 0;
   for (size_t begin = 0; begin < logits.size(); begin += kBlock) {
     const size_t count = std::min(kBlock, logits.size() - begin);
-    const float of_block = loops().largest(logits.data() + begin, count);
+    const float of_block = largest_of(logits.data() + begin, count);
     if (of_block > largest) {
       largest = of_block;
       at = begin;
     }
   }
   while (at + 1 < logits.size() && logits[at] != largest) ++at;
-  const double sum = loops().exp_sum(logits.data(), logits.size(), largest);
+  const double sum = sum_of(logits, nullptr, largest, 0);
   return {.log_sum_exp = static_cast<double>(largest) + std::log(sum),
           .argmax = static_cast<int32_t>(at)};
 }
 
 double kl_divergence(std::span<const float> p, double p_log_sum_exp, std::span<const float> q,
                      double q_log_sum_exp) {
-  const double sum =
-      loops().kl_sum(p.data(), q.data(), p.size(), p_log_sum_exp, q_log_sum_exp - p_log_sum_exp);
+  const double sum = sum_of(p, q.data(), p_log_sum_exp, q_log_sum_exp - p_log_sum_exp);
   return sum < 0 ? 0 : sum;  // rounding may leave it just below 0
 }
 

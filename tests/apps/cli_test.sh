@@ -121,6 +121,21 @@ printf 'One\nTwo\n/save %s\n' "$work/saved" | "$sagelm" chat --temp 0 -n 9 >"$wo
 printf '/load %s\n/undo\nTwo\n' "$work/saved" |
   "$sagelm" chat --temp 0 -n 9 >"$work/out" 2>/dev/null || fail "chat could not load"
 [ "$(tail -n 1 "$work/first")" = "$(cat "$work/out")" ] || fail "a loaded chat goes on differently"
+# What was taken back is no longer in use, whoever said it first.
+used() { sed -n 's/.* turns, \([0-9]*\) of .*/\1/p' "$work/err" | sed -n "$1p"; }
+printf 'One\n/undo\n/stats\nTwo\n' | "$sagelm" chat --temp 0 -n 9 >"$work/out" 2>"$work/err"
+holds "$work/err" "0 turns, 0 of"
+printf 'Two\n' | "$sagelm" chat --temp 0 -n 9 >"$work/first" 2>/dev/null
+[ "$(tail -n 1 "$work/out")" = "$(cat "$work/first")" ] || fail "a turn that was taken back is heard"
+printf 'One\n/stats\n/regen\n/stats\n/undo\n/stats\nTwo\n' |
+  "$sagelm" chat --temp 0 -n 9 --system "Be kind." >"$work/out" 2>"$work/err"
+[ "$(used 1)" = "$(used 2)" ] || fail "an answer given again takes other tokens: $(cat "$work/err")"
+[ "$(used 3)" -lt "$(used 2)" ] || fail "/undo leaves tokens in use: $(cat "$work/err")"
+printf 'Two\n' | "$sagelm" chat --temp 0 -n 9 --system "Be kind." >"$work/first" 2>/dev/null
+[ "$(tail -n 1 "$work/out")" = "$(cat "$work/first")" ] || fail "a turn that was taken back is heard"
+printf '/load %s\n/undo\nTwo\n/stats\n/undo\n/stats\n' "$work/saved" |
+  "$sagelm" chat --temp 0 -n 9 >/dev/null 2>"$work/err"
+[ "$(used 2)" -lt "$(used 1)" ] || fail "/undo leaves tokens in use: $(cat "$work/err")"
 printf 'a \\\nb\n"""c\nd"""\n' | "$sagelm" chat -n 2 --json >"$work/out" 2>/dev/null
 holds "$work/out" '"user": "a \nb"'
 holds "$work/out" '"user": "c\nd"'

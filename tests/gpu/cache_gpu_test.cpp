@@ -12,9 +12,9 @@
 
 #include "base/fp8.h"
 #include "gpu/gpu_quantized_kv.h"
+#include "gpu/quantized_kv_fixture.h"
 #include "kernels/attention/recipe.h"
 #include "kernels/attention/sage_quantize_sm90.h"
-#include "kernels/ops/probe.h"
 #include "support/sweep.h"
 #include "support/value_rounder.h"
 
@@ -25,16 +25,7 @@ using kernels::Element;
 
 constexpr int kPage = 128;
 
-class CacheGpu : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (const std::string reason = no_device_reason(); !reason.empty()) GTEST_SKIP() << reason;
-    cudaDeviceProp properties;
-    ASSERT_EQ(cudaGetDeviceProperties(&properties, 0), cudaSuccess);
-    if (properties.major != 9) GTEST_SKIP() << "the quantized cache is Hopper's";
-    ASSERT_EQ(kernels::probe_kernels(), cudaSuccess) << "built for another device";
-  }
-};
+class CacheGpu : public QuantizedKvGpu {};
 
 const std::vector<KvShape> kShapes = {
     {Element::kF16, 4, 4, 128},        {Element::kBF16, 4, 2, 128},

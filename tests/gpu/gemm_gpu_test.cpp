@@ -7,6 +7,7 @@
 
 #include "gpu/gpu_ops.h"
 #include "gpu/ops_fixture.h"
+#include "gpu/product_case.h"
 #include "kernels/ops/gemm.h"
 #include "kernels/ops/swiglu.h"
 
@@ -36,88 +37,24 @@ std::vector<float> values_of(Inputs inputs, int64_t rows, int64_t cols, float de
   return values;
 }
 
-struct GemmCase {
-  Element type;
-  GemmOutput output;
-  int64_t rows, n, k;
-  GpuArray x, weight;
-  std::vector<float> before;  // kAdd
-
-  GemmCase(Element element, GemmOutput out, int64_t r, int64_t outputs, int64_t inputs,
+struct GemmCase : ProductCase<Gemm> {
+  GemmCase(Element element, GemmOutput out, int64_t x_rows, int64_t outputs, int64_t inputs,
            Inputs kind = Inputs::kNormal)
-      : type(element),
-        output(out),
-        rows(r),
-        n(outputs),
-        k(inputs),
-        x(element, values_of(kind, r, inputs, 1.0f, 1)),
-        weight(element, values_of(kind == Inputs::kHeavyTailed ? Inputs::kNormal : kind,
-                                  out == GemmOutput::kSwiglu ? 2 * outputs : outputs, inputs,
-                                  1.0f / std::sqrt(static_cast<float>(inputs)), 2)),
-        before(normal_values(static_cast<size_t>(r * outputs), 3.0f, 3)) {}
+      : ProductCase(element, out, {outputs, inputs}, x_rows,
+                    values_of(kind, x_rows, inputs, 1.0f, 1),
+                    values_of(kind == Inputs::kHeavyTailed ? Inputs::kNormal : kind,
+                              out == GemmOutput::kSwiglu ? 2 * outputs : outputs, inputs,
+                              1.0f / std::sqrt(static_cast<float>(inputs)), 2)) {}
 
-  Element out_type() const { return output == GemmOutput::kAdd ? Element::kF32 : type; }
-
-  // Of rows first .. first + count - 1.
-  GpuArray run(int64_t first, int64_t count) const {
-    const auto from = before.begin() + first * n;
-    GpuArray out = output == GemmOutput::kAdd
-                       ? GpuArray(Element::kF32, std::vector<float>(from, from + count * n))
-                       : GpuArray(type, static_cast<size_t>(count * n));
-    Gemm args;
-    args.type = type;
-    args.x = static_cast<const std::byte*>(x.data()) + 2 * first * k;
-    args.weight = weight.data();
-    args.out = out.data();
-    args.rows = count;
-    args.n = n;
-    args.k = k;
-    args.output = output;
-    expect_done(kernels::gemm(args, nullptr), "gemm");
-    return out;
-  }
-
-  struct Sum {
-    double value = 0, magnitude = 0;
-  };
-  Sum product(int64_t row, int64_t weight_row) const {
-    Sum sum;
-    for (int64_t i = 0; i < k; ++i) {
-      const double term =
-          x[static_cast<size_t>(row * k + i)] * weight[static_cast<size_t>(weight_row * k + i)];
-      sum.value += term;
-      sum.magnitude += std::abs(term);
-    }
-    return sum;
-  }
-
-  // Against float64: the corners and outputs at random.
+  // The corners and outputs at random.
   void check() const {
-    constexpr double kSumError = 1e-5;  // of the terms' magnitude: float32 sums of the tensor cores
     const std::vector<double> out = run(0, rows).download();
     std::mt19937 random(4);
     const auto samples = static_cast<int64_t>(4'000'000 / k);
     for (int64_t i = 0; i < std::min(samples, rows * n); ++i) {
       const int64_t row = i < 4 ? (i / 2) * (rows - 1) : static_cast<int64_t>(random() % rows);
       const int64_t o = i < 4 ? (i % 2) * (n - 1) : static_cast<int64_t>(random() % n);
-      const auto at = static_cast<size_t>(row * n + o);
-      const Sum sum = product(row, o);
-      double expected = sum.value, bound = kSumError * sum.magnitude;
-      if (output == GemmOutput::kSwiglu) {
-        // Gate and up are rounded to the type before.
-        const Sum up = product(row, n + o);
-        const double rounded = rounding(type);
-        expected = silu(sum.value) * up.value;
-        bound = 1.1 * (bound + rounded * std::abs(sum.value)) * std::abs(up.value) +
-                kSumError * up.magnitude * std::abs(silu(sum.value)) +
-                (1.1 * rounded + kSumError) * std::abs(expected);
-      }
-      if (output == GemmOutput::kAdd) expected += static_cast<double>(before[at]);
-      bound += 1.1 * rounding(out_type()) * std::abs(expected) + kSmallestHalf;
-      expect_near(out[at], expected, bound,
-                  "output " + std::to_string(static_cast<int>(output)) + ", rows " +
-                      std::to_string(rows) + ", n " + std::to_string(n) + ", k " +
-                      std::to_string(k) + ", at " + std::to_string(row) + "," + std::to_string(o));
+      check_one(out, row, o, rows, rounding(type));
       if (::testing::Test::HasFailure()) return;
     }
   }

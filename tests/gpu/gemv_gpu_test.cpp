@@ -9,6 +9,7 @@
 
 #include "gpu/gpu_ops.h"
 #include "gpu/ops_fixture.h"
+#include "gpu/product_case.h"
 #include "kernels/ops/gemv.h"
 
 namespace sagelm::testing {
@@ -22,97 +23,25 @@ class GemvGpu : public HalfOpsGpu {};
 
 INSTANTIATE_TEST_SUITE_P(Types, GemvGpu, ::testing::Values(Element::kF16, Element::kBF16),
                          element_name);
-struct GemvSize {
-  int64_t n, k;
-};
-
 // The tile is 16 outputs (8 gated ones), a turn of the block 1,024 columns; k that is no multiple
 // of 8 takes the other kernel.
-constexpr GemvSize kGemvSizes[] = {{1, 8},     {7, 24},    {8, 32},    {15, 64},    {16, 1024},
-                                   {17, 1032}, {33, 2048}, {40, 2056}, {129, 4096}, {64, 11008},
-                                   {5, 1},     {9, 7},     {20, 100},  {33, 1027}};
+constexpr ProductSize kGemvSizes[] = {{1, 8},     {7, 24},    {8, 32},    {15, 64},    {16, 1024},
+                                      {17, 1032}, {33, 2048}, {40, 2056}, {129, 4096}, {64, 11008},
+                                      {5, 1},     {9, 7},     {20, 100},  {33, 1027}};
 
-struct GemvCase {
-  Element type;
-  GemvOutput output;
-  int64_t n, k;
-  GpuArray x, weight;
-  std::vector<float> before;  // kAdd
+struct GemvCase : ProductCase<Gemv> {
+  GemvCase(Element element, GemvOutput out, ProductSize size, int64_t x_rows)
+      : ProductCase(element, out, size, x_rows,
+                    normal_values(static_cast<size_t>(x_rows * size.k), 1.0f, 1),
+                    normal_values(static_cast<size_t>(
+                                      (out == GemvOutput::kSwiglu ? 2 * size.n : size.n) * size.k),
+                                  1.0f / std::sqrt(static_cast<float>(size.k)), 2)) {}
 
-  GemvCase(Element element, GemvOutput out, GemvSize size, int64_t rows)
-      : type(element),
-        output(out),
-        n(size.n),
-        k(size.k),
-        x(element, normal_values(static_cast<size_t>(rows * size.k), 1.0f, 1)),
-        weight(element, normal_values(static_cast<size_t>(weight_rows() * size.k),
-                                      1.0f / std::sqrt(static_cast<float>(size.k)), 2)),
-        before(normal_values(static_cast<size_t>(rows * size.n), 3.0f, 3)) {}
-
-  int64_t weight_rows() const { return output == GemvOutput::kSwiglu ? 2 * n : n; }
-  Element out_type() const {
-    const bool is_float = output == GemvOutput::kFloat || output == GemvOutput::kAdd;
-    return is_float ? Element::kF32 : type;
-  }
-
-  // Rows first .. first + rows - 1.
-  GpuArray run(int64_t first, int64_t rows) const {
-    const auto count = static_cast<size_t>(rows * n);
-    const auto from = before.begin() + first * n;
-    GpuArray out = output == GemvOutput::kAdd
-                       ? GpuArray(Element::kF32, std::vector<float>(from, from + rows * n))
-                       : GpuArray(out_type(), count);
-    Gemv args;
-    args.type = type;
-    args.x = static_cast<const std::byte*>(x.data()) + 2 * first * k;
-    args.weight = weight.data();
-    args.out = out.data();
-    args.rows = rows;
-    args.n = n;
-    args.k = k;
-    args.output = output;
-    expect_done(kernels::gemv(args, nullptr), "gemv");
-    return out;
-  }
-
-  struct Sum {
-    double value = 0, magnitude = 0;
-  };
-  Sum product(int64_t row, int64_t weight_row) const {
-    Sum sum;
-    for (int64_t i = 0; i < k; ++i) {
-      const double term =
-          x[static_cast<size_t>(row * k + i)] * weight[static_cast<size_t>(weight_row * k + i)];
-      sum.value += term;
-      sum.magnitude += std::abs(term);
-    }
-    return sum;
-  }
-
-  void check(int64_t rows) const {
-    constexpr double kSumError = 1e-5;  // of the terms' magnitude: float32 sums of the tensor cores
-    const std::vector<double> out = run(0, rows).download();
-    for (int64_t row = 0; row < rows; ++row) {
+  void check(int64_t count) const {
+    const std::vector<double> out = run(0, count).download();
+    for (int64_t row = 0; row < count; ++row) {
       for (int64_t o = 0; o < n; ++o) {
-        const Sum sum = product(row, o);
-        double expected = sum.value, bound = kSumError * sum.magnitude;
-        if (output == GemvOutput::kSwiglu) {
-          const Sum up = product(row, n + o);
-          expected = silu(sum.value) * up.value;
-          bound = 1.1 * bound * std::abs(up.value) +
-                  kSumError * (up.magnitude * std::abs(silu(sum.value)) + std::abs(expected));
-        }
-        const auto at = static_cast<size_t>(row * n + o);
-        if (output == GemvOutput::kAdd) {
-          expected += static_cast<double>(before[at]);
-          bound += 0x1p-23 * std::abs(expected);
-        }
-        bound += rounding(out_type()) * std::abs(expected) + kSmallestHalf;
-        expect_near(out[at], expected, bound,
-                    "output " + std::to_string(static_cast<int>(output)) + ", n " +
-                        std::to_string(n) + ", k " + std::to_string(k) + ", rows " +
-                        std::to_string(rows) + ", at " + std::to_string(row) + "," +
-                        std::to_string(o));
+        check_one(out, row, o, count, 0);
         if (::testing::Test::HasFailure()) return;
       }
     }
@@ -124,7 +53,7 @@ constexpr GemvOutput kOutputs[] = {GemvOutput::kHalf, GemvOutput::kFloat, GemvOu
 
 TEST_P(GemvGpu, Sizes) {
   for (const GemvOutput output : kOutputs) {
-    for (const GemvSize& size : kGemvSizes) {
+    for (const ProductSize& size : kGemvSizes) {
       const GemvCase test(GetParam(), output, size, kernels::kGemvRows);
       for (const int64_t rows : {1, 3, 8}) test.check(rows);
     }
@@ -133,7 +62,7 @@ TEST_P(GemvGpu, Sizes) {
 
 TEST_P(GemvGpu, EveryNumberOfRows) {
   for (const GemvOutput output : kOutputs) {
-    for (const GemvSize size : {GemvSize{19, 520}, GemvSize{19, 37}}) {
+    for (const ProductSize size : {ProductSize{19, 520}, ProductSize{19, 37}}) {
       const GemvCase test(GetParam(), output, size, kernels::kGemvRows);
       for (int64_t rows = 1; rows <= kernels::kGemvRows; ++rows) test.check(rows);
     }
@@ -142,7 +71,8 @@ TEST_P(GemvGpu, EveryNumberOfRows) {
 
 TEST_P(GemvGpu, RowDoesNotDependOnItsNeighbours) {
   for (const GemvOutput output : kOutputs) {
-    for (const GemvSize size : {GemvSize{50, 2056}, GemvSize{50, 1000}, GemvSize{50, 1001}}) {
+    for (const ProductSize size :
+         {ProductSize{50, 2056}, ProductSize{50, 1000}, ProductSize{50, 1001}}) {
       const GemvCase test(GetParam(), output, size, kernels::kGemvRows);
       const std::vector<std::byte> together = test.run(0, kernels::kGemvRows).raw();
       const size_t row_bytes = together.size() / static_cast<size_t>(kernels::kGemvRows);
@@ -161,21 +91,14 @@ TEST_P(GemvGpu, RowDoesNotDependOnItsNeighbours) {
 TEST_P(GemvGpu, Normalises) {
   constexpr float kEps = 1e-5f;
   for (const GemvOutput output : {GemvOutput::kHalf, GemvOutput::kFloat, GemvOutput::kSwiglu}) {
-    for (const GemvSize size : {GemvSize{33, 8}, GemvSize{300, 1000}, GemvSize{140, 4096}}) {
+    for (const ProductSize size :
+         {ProductSize{33, 8}, ProductSize{300, 1000}, ProductSize{140, 4096}}) {
       const int64_t rows = 8192 / size.k < 2 ? 1 : 2;
       const GpuArray x(Element::kF32, normal_values(static_cast<size_t>(rows * size.k), 3.0f, 5));
       const GpuArray norm(Element::kF32, normal_values(static_cast<size_t>(size.k), 1.0f, 6));
       const GemvCase test(GetParam(), output, size, rows);
       const GpuArray out(test.out_type(), static_cast<size_t>(rows * size.n));
-      Gemv args;
-      args.type = GetParam();
-      args.x = x.data();
-      args.weight = test.weight.data();
-      args.out = out.data();
-      args.rows = rows;
-      args.n = size.n;
-      args.k = size.k;
-      args.output = output;
+      Gemv args = test.args(x.data(), rows, out);
       args.norm = static_cast<const float*>(norm.data());
       args.eps = kEps;
       if (!kernels::gemv_normalises(args)) GTEST_SKIP() << "kernels do not overlap here";
@@ -194,22 +117,20 @@ TEST_P(GemvGpu, Normalises) {
                                               norm[static_cast<size_t>(i)]));
         }
         const auto product = [&](int64_t weight_row) {
-          GemvCase::Sum sum;
+          Sum sum;
           for (int64_t i = 0; i < size.k; ++i) {
-            const double term = static_cast<double>(normed[static_cast<size_t>(i)]) *
-                                test.weight[static_cast<size_t>(weight_row * size.k + i)];
-            sum.value += term;
-            sum.magnitude += std::abs(term);
+            sum.add(static_cast<double>(normed[static_cast<size_t>(i)]) *
+                    test.weight[static_cast<size_t>(weight_row * size.k + i)]);
           }
           return sum;
         };
         for (int64_t o = 0; o < size.n; ++o) {
           // Every normalised element is rounded to the type, which mostly averages out.
           const double rounded = rounding(GetParam());
-          const GemvCase::Sum sum = product(o);
+          const Sum sum = product(o);
           double expected = sum.value, bound = rounded * sum.magnitude;
           if (output == GemvOutput::kSwiglu) {
-            const GemvCase::Sum up = product(size.n + o);
+            const Sum up = product(size.n + o);
             expected = silu(sum.value) * up.value;
             bound = 1.1 * bound * std::abs(up.value) +
                     rounded * up.magnitude * (std::abs(silu(sum.value)) + bound);

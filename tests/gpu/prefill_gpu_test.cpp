@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "gpu/gpu_quantized_kv.h"
-#include "kernels/ops/probe.h"
+#include "gpu/quantized_kv_fixture.h"
 
 namespace sagelm::testing {
 namespace {
@@ -15,16 +15,7 @@ namespace {
 using kernels::Element;
 using Steps = std::vector<std::vector<int>>;  // tokens of each sequence, step by step
 
-class PrefillGpu : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (const std::string reason = no_device_reason(); !reason.empty()) GTEST_SKIP() << reason;
-    cudaDeviceProp properties;
-    ASSERT_EQ(cudaGetDeviceProperties(&properties, 0), cudaSuccess);
-    if (properties.major != 9) GTEST_SKIP() << "the quantized cache is Hopper's";
-    ASSERT_EQ(kernels::probe_kernels(), cudaSuccess) << "built for another device";
-  }
-};
+class PrefillGpu : public QuantizedKvGpu {};
 
 const std::vector<KvShape> kShapes = {
     {Element::kF16, 4, 4, 128},       {Element::kBF16, 4, 2, 128},

@@ -13,6 +13,8 @@ namespace {
 
 // Rows scored by one kernel.
 constexpr int64_t kScoreRows = 1024;
+// Rows of logits to copy that are worth a barrier.
+constexpr int64_t kWorthThreads = 16;
 
 void copy_to_floats(const std::byte* from, DType type, std::span<float> out) {
   if (type == DType::kF32) {
@@ -33,8 +35,8 @@ bool is_finite(std::span<const float> values) {
   return worst < 0x7F800000u;
 }
 
-void check_finite(bool finite, size_t row) {
-  if (!finite) fail("the logits of row {} hold NaN or Inf", row);
+[[noreturn]] void fail_not_finite(int64_t row) {
+  fail("the logits of row {} hold NaN or Inf", row);
 }
 
 }  // namespace
@@ -55,11 +57,15 @@ void Readback::read_logits(Matrix logits, std::span<float> out) {
   const auto count = static_cast<size_t>(logits.rows * logits.cols);
   const std::byte* host = read(logits.data, count * dtype_size(logits.type), "reading logits");
   const auto cols = static_cast<size_t>(logits.cols);
-  for (size_t row = 0; row < static_cast<size_t>(logits.rows); ++row) {
+  int64_t bad_row = logits.rows;  // the first one
+#pragma omp parallel for reduction(min : bad_row) if (logits.rows >= kWorthThreads)
+  for (int64_t i = 0; i < logits.rows; ++i) {
+    const auto row = static_cast<size_t>(i);
     const std::span<float> values = out.subspan(row * cols, cols);
     copy_to_floats(host + row * cols * dtype_size(logits.type), logits.type, values);
-    check_finite(is_finite(values), row);
+    if (!is_finite(values)) bad_row = std::min(bad_row, i);
   }
+  if (bad_row < logits.rows) fail_not_finite(bad_row);
 }
 
 void Readback::score(Matrix logits, std::span<const int32_t> targets, std::span<TokenScore> out) {
@@ -74,7 +80,7 @@ void Readback::score(Matrix logits, std::span<const int32_t> targets, std::span<
     const auto* scores = reinterpret_cast<const kernels::RowScore*>(
         read(scores_.get(), count * sizeof(kernels::RowScore), "scoring"));
     for (size_t i = 0; i < count; ++i) {
-      check_finite(!std::isnan(scores[i].logprob), at + i);
+      if (std::isnan(scores[i].logprob)) fail_not_finite(first + static_cast<int64_t>(i));
       out[at + i] = {scores[i].logprob, scores[i].argmax};
     }
   }
