@@ -18,10 +18,12 @@ using namespace fp16;
 
 constexpr int kConsumers = 2;  // warp groups that compute, 64 query rows each
 constexpr int kQueryTile = 64 * kConsumers;
-constexpr int kProducers = 128;  // threads that load
-constexpr int kThreads = kProducers + 128 * kConsumers;
-constexpr int kProducerRegisters = 32;
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
+// What a block has is what it was launched with; who asks for more waits for ever.
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+              65536 / kThreads / 8 * 8 * (1 + kConsumers));
 constexpr int kReleases = 4 * kConsumers;  // one per consumer warp: each reads all of a tile
 
 // A tile is 128 rows in blocks of 64 columns: [kDim / 64][128 rows][128 bytes], the 16-byte chunks
@@ -34,9 +36,7 @@ __device__ inline uint32_t chunk_at(uint32_t tile, int row, int chunk) {
   return tile + chunk / 8 * kBlockBytes + row * kRowBytes + ((chunk ^ row) & 7) * 16;
 }
 
-// Named barriers of the consumers' turns and of the producers.
-constexpr int kFirstTurn = 1;
-constexpr int kLoaded = kFirstTurn + kConsumers;
+constexpr int kFirstTurn = 1;  // named barrier of the first consumers' turn; others follow
 
 template <int kDim>
 struct SharedTiles {
@@ -94,8 +94,8 @@ __device__ inline void issue_pv(float (&products)[kDim / 2], const uint32_t (&p)
 }
 
 // Fills a tile with rows [first, first + 128) of head `head` of sequence b; rows from `length` on
-// and columns from head_dim on become zeros, whatever lies there. 0 <= first < length. By all
-// producers together; the tile's barrier counts one arrival.
+// and columns from head_dim on become zeros, whatever lies there. 0 <= first < length. By all of
+// the producer warp; the tile's barrier counts one arrival.
 template <int kDim, bool kQueries>
 __device__ inline void load_tile(const Problem& p, const Tensor& x, const Source& source, int b,
                                  int head, int first, int length, uint32_t to, uint32_t full) {
@@ -120,22 +120,25 @@ __device__ inline void load_tile(const Problem& p, const Tensor& x, const Source
     }
     return;
   }
-  const int row = threadIdx.x, token = first + row, last = min(token, length - 1);
-  const uint16_t* from = static_cast<const uint16_t*>(x.data) +
-                         (kQueries ? p.q_offset(x, b, last, head) : p.kv_offset(x, b, last, head));
-  for (int chunk = 0; chunk < kDim / 8; ++chunk) {
-    const bool present = token < length && chunk * 8 < p.head_dim;
-    ptx::copy_async(chunk_at(to, row, chunk), from + (present ? chunk * 8 : 0), present);
+  for (int row = threadIdx.x; row < kTileRows; row += 32) {
+    const int token = first + row, last = min(token, length - 1);
+    const uint16_t* from =
+        static_cast<const uint16_t*>(x.data) +
+        (kQueries ? p.q_offset(x, b, last, head) : p.kv_offset(x, b, last, head));
+    for (int chunk = 0; chunk < kDim / 8; ++chunk) {
+      const bool present = token < length && chunk * 8 < p.head_dim;
+      ptx::copy_async(chunk_at(to, row, chunk), from + (present ? chunk * 8 : 0), present);
+    }
   }
   ptx::commit_copies();
   ptx::wait_copies<0>();
   // Such copies are written as ordinary stores are.
   fence_proxy_async();
   __syncwarp();
-  named_barrier_wait(kLoaded, kProducers);
   if (threadIdx.x == 0) mbarrier_arrive(full);
 }
 
+// By one warp.
 template <int kDim>
 __device__ void produce(const Problem& p, const Sources& sources, const Schedule& schedule,
                         int query_tiles, SharedTiles<kDim>& shared, const Places<kDim>& places) {
@@ -144,6 +147,7 @@ __device__ void produce(const Problem& p, const Sources& sources, const Schedule
   // Waits for the stage of the n-th tile, of a ring of so many stages, to be empty.
   const auto wait_empty = [](uint32_t empty, int n, int stages) {
     mbarrier_wait_idle(empty, n / stages % 2 ^ 1);
+    __syncwarp();  // so that none falls back by a phase
   };
   WorkItem item = {};
   for (int index = blockIdx.x; schedule.get<kQueryTile>(p, query_tiles, index, item);
@@ -337,7 +341,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int group = threadIdx.x / 128;
   if (group == 0) {
     set_fewer_registers<kProducerRegisters>();
-    produce<kDim>(p, sources, schedule, query_tiles, shared, places);
+    if (threadIdx.x < 32) produce<kDim>(p, sources, schedule, query_tiles, shared, places);
   } else {
     set_more_registers<kConsumerRegisters>();
     consume<kDim, kBf16>(p, shared, places, group - 1);

@@ -64,12 +64,12 @@ __device__ inline void mask(float (&logits)[64], const int (&ends)[2]) {
 
 // A reference from a tile's logits of row r, such that their weights fit whatever they are.
 __device__ inline float reference_of(const float (&logits)[64], int r, float scale) {
-  float most = kNothing;
+  float most = -INFINITY;
 #pragma unroll
   for (int i = 0; i < 64; ++i) {
-    if (((i >> 1) & 1) == r) most = fmaxf(most, logits[i] * scale);
+    if (((i >> 1) & 1) == r) most = fmaxf(most, logits[i]);
   }
-  return quad_max(most) - kFirstBits;
+  return fmaxf(quad_max(most) * scale, kNothing) - kFirstBits;
 }
 
 // Moves the references of rows with a weight in p near the most; the weights are then to be
