@@ -50,6 +50,7 @@ __device__ inline T over_lanes(T x, Merge merge) {
 }
 template <int kLanes>
 __device__ inline uint32_t max_over_lanes(uint32_t x) {
+  if constexpr (kLanes == 32) return __reduce_max_sync(0xFFFFFFFFu, x);
   return over_lanes<kLanes>(x, [](uint32_t a, uint32_t b) { return max(a, b); });
 }
 
@@ -101,15 +102,44 @@ __device__ inline uint32_t min_halves(uint32_t a, uint32_t b) {
   const Pair least = __hmin2_nan(*reinterpret_cast<Pair*>(&a), *reinterpret_cast<Pair*>(&b));
   return *reinterpret_cast<const uint32_t*>(&least);
 }
-// Of 8 channels; magnitude's bits of the largest.
 template <bool kBf16>
-__device__ inline uint32_t largest_of(const uint4& raw) {
-  constexpr uint32_t kMagnitudes = 0x7FFF7FFFu;
-  const uint32_t most =
-      max_halves<kBf16>(max_halves<kBf16>(raw.x & kMagnitudes, raw.y & kMagnitudes),
-                        max_halves<kBf16>(raw.z & kMagnitudes, raw.w & kMagnitudes));
-  const float2 pair = to_floats<kBf16>(most);
-  return max(magnitude(pair.x), magnitude(pair.y));
+__device__ inline uint32_t largest_half(const uint4& raw) {
+  return ptx::larger_magnitudes<kBf16>(ptx::larger_magnitudes<kBf16>(raw.x, raw.y),
+                                       ptx::larger_magnitudes<kBf16>(raw.z, raw.w));
+}
+// Of a word's two halves; magnitude's bits, as a float, of the larger.
+template <bool kBf16>
+__device__ inline uint32_t largest_of(uint32_t pair) {
+  return magnitude(to_floats<kBf16>(ptx::larger_magnitudes<kBf16>(pair, pair >> 16)).x);
+}
+
+// FP16 numbers are quantized in FP16 arithmetic, two at a time: once rounded by a factor that is
+// FP16 too, whose inverse is the scale. What is not even the largest of these factors' levels is
+// scaled as if it were.
+struct HalfQuantizer {
+  uint32_t factors;  // two halves, levels / largest
+
+  // largest: magnitude's bits. kExact: for numbers that a CPU finds too.
+  template <bool kExact>
+  __device__ static HalfQuantizer of(uint32_t largest, float levels) {
+    const uint32_t floor = __float_as_uint(levels / recipe::kLargestHalf);
+    const float amax = __uint_as_float(max(largest, floor));
+    const float factor = kExact ? levels / amax : levels * ptx::reciprocal(amax);
+    return {ptx::to_halves<false>(factor, factor)};
+  }
+  __device__ float factor() const { return to_floats<false>(factors).x; }
+};
+
+__device__ inline __half2 as_half2(uint32_t x) { return *reinterpret_cast<const __half2*>(&x); }
+__device__ inline uint32_t as_word(__half2 x) { return *reinterpret_cast<const uint32_t*>(&x); }
+
+// 8 numbers times the factor, rounded to the nearest integers (ties to even): adding 1.5 * 2^10
+// leaves them in the low bytes.
+__device__ inline uint2 to_int8(const uint4& raw, uint32_t factors) {
+  const __half2 shift = __float2half2_rn(1536.0f), factor = as_half2(factors);
+  const auto rounded = [&](uint32_t x) { return as_word(__hfma2(as_half2(x), factor, shift)); };
+  return make_uint2(__byte_perm(rounded(raw.x), rounded(raw.y), 0x6420),
+                    __byte_perm(rounded(raw.z), rounded(raw.w), 0x6420));
 }
 
 // How a block of kQuantizeThreads shares the rows of a tile of queries or keys: kRows at a time,
@@ -134,66 +164,89 @@ __device__ inline void load_means(const float* from, float (&mean)[2][8]) {
 }
 
 // A tile of keys, of which the thread has its share of the rows as 16-bit numbers: those from
-// `count` on, and channels beyond the head's, are zeros. mean: of the thread's channels.
+// `count` on, and channels beyond the head's, are zeros. mean: of the thread's channels, where keys
+// are FP16 numbers it is too.
 template <int kDim, bool kBf16>
-__device__ __forceinline__ void quantize_key_tile(const uint4 (&raw)[RowShare<kDim>::kSteps][2],
+__device__ __forceinline__ void quantize_key_tile(uint4 (&raw)[RowShare<kDim>::kSteps][2],
                                                   int count, const float (&mean)[2][8], int8_t* to,
                                                   float* scales) {
   using Share = RowShare<kDim>;
-  static_assert(Share::kRows % 16 == 0);  // so that a thread's keys are of one group
-  __shared__ uint32_t group_largest[kKeyGroups];
-  if (threadIdx.x < kKeyGroups) {
-    group_largest[threadIdx.x] = __float_as_uint(recipe::kAmaxFloor);
-  }
-  // The largest magnitude after smoothing is that of a channel's largest or smallest key. Rows past
-  // the end hold zeros, not minus the mean: they take no part.
-  uint32_t largest = 0;
-  if (Share::row(0) < count) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint4 most = raw[0][half], least = most;
-#pragma unroll
-      for (int i = 1; i < Share::kSteps; ++i) {
-        if (Share::row(i) >= count) break;
-        const uint4& row = raw[i][half];
-        most = make_uint4(max_halves<kBf16>(most.x, row.x), max_halves<kBf16>(most.y, row.y),
-                          max_halves<kBf16>(most.z, row.z), max_halves<kBf16>(most.w, row.w));
-        least = make_uint4(min_halves<kBf16>(least.x, row.x), min_halves<kBf16>(least.y, row.y),
-                           min_halves<kBf16>(least.z, row.z), min_halves<kBf16>(least.w, row.w));
-      }
-      float x[8], y[8];
-      unpack<kBf16>(most, x);
-      unpack<kBf16>(least, y);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        largest =
-            max(largest, max(magnitude(x[e] - mean[half][e]), magnitude(y[e] - mean[half][e])));
-      }
-    }
-  }
-  __syncthreads();
+  static_assert(Share::kRows % 16 == 0);          // so that a thread's keys are of one group
   constexpr int kGroupLanes = 4 * Share::kLanes;  // of four keys in a row, which are of one group
   static_assert(kGroupLanes <= 32);
+  __shared__ uint32_t group_largest[kKeyGroups];
+  if (threadIdx.x < kKeyGroups) group_largest[threadIdx.x] = 0;
+  uint32_t largest = 0;
+  // The smoothed keys; rows past the end stay zeros.
+  float x[Share::kSteps][2][8];
+  if constexpr (kBf16) {
+#pragma unroll
+    for (int i = 0; i < Share::kSteps; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        unpack<kBf16>(raw[i][half], x[i][half]);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          x[i][half][e] = Share::row(i) < count ? x[i][half][e] - mean[half][e] : 0.0f;
+          largest = max(largest, magnitude(x[i][half][e]));
+        }
+      }
+    }
+  } else {
+    uint32_t most = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      __half2 means[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        means[e] = __floats2half2_rn(mean[half][2 * e], mean[half][2 * e + 1]);
+      }
+#pragma unroll
+      for (int i = 0; i < Share::kSteps; ++i) {
+        uint4& row = raw[i][half];
+        if (count >= kTileTokens || Share::row(i) < count) {
+          row.x = as_word(__hsub2_rn(as_half2(row.x), means[0]));
+          row.y = as_word(__hsub2_rn(as_half2(row.y), means[1]));
+          row.z = as_word(__hsub2_rn(as_half2(row.z), means[2]));
+          row.w = as_word(__hsub2_rn(as_half2(row.w), means[3]));
+        }
+        most = ptx::larger_magnitudes<false>(most, largest_half<false>(row));
+      }
+    }
+    largest = largest_of<false>(most);
+  }
+  __syncthreads();
   largest = max_over_lanes<kGroupLanes>(largest);
   const int group = (Share::row(0) >> 2) & 3;
   if (threadIdx.x % kGroupLanes == 0) atomicMax(&group_largest[group], largest);
   __syncthreads();
-  const float inverse = recipe::kInt8Max / __uint_as_float(group_largest[group]);
+  largest = group_largest[group];
+  float scale;
+  if constexpr (kBf16) {
+    const float amax = __uint_as_float(max(largest, __float_as_uint(recipe::kAmaxFloor)));
+    const float inverse = recipe::kInt8Max / amax;
+    scale = amax * (1.0f / recipe::kInt8Max);
 #pragma unroll
-  for (int i = 0; i < Share::kSteps; ++i) {
-    const int key = Share::row(i);
+    for (int i = 0; i < Share::kSteps; ++i) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float x[8];
-      unpack<kBf16>(raw[i][half], x);
+      for (int half = 0; half < 2; ++half) {
+        store_half_chunk<kDim>(to, row_of_key(Share::row(i)), Share::chunk(half),
+                               to_int8(x[i][half], inverse));
+      }
+    }
+  } else {
+    const auto quantizer = HalfQuantizer::of<true>(largest, recipe::kInt8Max);
+    scale = 1.0f / quantizer.factor();
 #pragma unroll
-      for (int e = 0; e < 8; ++e) x[e] = key < count ? x[e] - mean[half][e] : 0.0f;
-      store_half_chunk<kDim>(to, row_of_key(key), Share::chunk(half), to_int8(x, inverse));
+    for (int i = 0; i < Share::kSteps; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        store_half_chunk<kDim>(to, row_of_key(Share::row(i)), Share::chunk(half),
+                               to_int8(raw[i][half], quantizer.factors));
+      }
     }
   }
-  if (threadIdx.x < kKeyGroups) {
-    scales[threadIdx.x] = __uint_as_float(group_largest[threadIdx.x]) * (1.0f / recipe::kInt8Max);
-  }
+  if (threadIdx.x % kGroupLanes == 0 && Share::row(0) < 4 * kKeyGroups) scales[group] = scale;
 }
 
 // Row `row` of a tile of queries, of which this thread has the channels x, with a scale of its own:
@@ -215,11 +268,24 @@ __device__ inline void quantize_query_row(const float (&x)[2][8], uint32_t large
 template <int kDim, bool kBf16>
 __device__ inline void quantize_query_row(const uint4 (&raw)[2], int row, float logit_scale,
                                           int8_t* to, float* scales) {
-  float x[2][8];
-  unpack<kBf16>(raw[0], x[0]);
-  unpack<kBf16>(raw[1], x[1]);
-  quantize_query_row<kDim>(x, max(largest_of<kBf16>(raw[0]), largest_of<kBf16>(raw[1])), row,
-                           logit_scale, to, scales);
+  using Share = RowShare<kDim>;
+  uint32_t most =
+      ptx::larger_magnitudes<kBf16>(largest_half<kBf16>(raw[0]), largest_half<kBf16>(raw[1]));
+  if constexpr (kBf16) {
+    float x[2][8];
+    unpack<kBf16>(raw[0], x[0]);
+    unpack<kBf16>(raw[1], x[1]);
+    quantize_query_row<kDim>(x, largest_of<kBf16>(most), row, logit_scale, to, scales);
+  } else {
+    most = over_lanes<Share::kLanes>(
+        most, [](uint32_t a, uint32_t b) { return ptx::larger_magnitudes<kBf16>(a, b); });
+    const auto quantizer = HalfQuantizer::of<false>(largest_of<kBf16>(most), recipe::kInt8Max);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      store_half_chunk<kDim>(to, row, Share::chunk(half), to_int8(raw[half], quantizer.factors));
+    }
+    if (Share::lane() == 0) scales[row] = logit_scale * ptx::reciprocal(quantizer.factor());
+  }
 }
 
 // Next elements of two runs of values (recipe.h), already scaled, as e4m3, a in the low byte.
@@ -234,64 +300,86 @@ __device__ inline uint32_t round_values(float a, float b, float2& errors) {
   errors.y = __fadd_rn(errors.y, __fsub_rn(rounded.y, b));
   return codes;
 }
+// Of FP16 values, in FP16.
+template <int kDim>
+__device__ inline uint16_t round_values(__half2 x, __half2& errors) {
+  const __half2 part = __float2half2_rn(-1.0f / static_cast<float>(recipe::kValueRun<kDim>));
+  const uint16_t codes = ptx::to_e4m3(as_word(__hfma2(part, errors, x)));
+  errors = __hadd2_rn(errors, __hsub2_rn(as_half2(ptx::halves_from_e4m3(codes)), x));
+  return codes;
+}
 
 // 16-bit columns of a value tile in shared memory: [64 token pairs][kDim channels], each element
 // the two e4m3 of a channel, so that 8x8 matrix loads transpose it. The chunks of a pair's row are
 // spread so that the eight rows that one matrix load takes lie in different banks.
 __device__ inline int spread(int pair) { return (pair & 1) | (((pair >> 3) & 3) << 1); }
 
-// A tile of values. Threads of a block of kQuantizeThreads hold chunks of 8 channels, chunk
-// threadIdx.x % (kDim / 8) each: load(token) gives that chunk of a token, zeros past the last one
-// and beyond the head's channels.
-template <int kDim, bool kBf16, typename Load>
-__device__ inline void quantize_value_tile(const Load& load, uint8_t* to, float* scales) {
-  constexpr int kLanes = kDim / 8;
-  constexpr int kPairs = kQuantizeThreads / kLanes;
-  constexpr int kSteps = kTileTokens / 2 / kPairs;
+// How a block of kQuantizeThreads shares a tile of values: a thread has a chunk of 8 channels of
+// kSteps pairs of tokens in a row, which are a run (recipe.h).
+template <int kDim>
+struct ValueShare {
+  static constexpr int kLanes = kDim / 8;
+  static constexpr int kSteps = kTileTokens / 2 / (kQuantizeThreads / kLanes);
   static_assert(2 * kSteps == recipe::kValueRun<kDim>);
-  const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes * kSteps;
+
+  __device__ static int chunk() { return static_cast<int>(threadIdx.x) % kLanes; }
+  __device__ static int first() { return static_cast<int>(threadIdx.x) / kLanes * kSteps; }
+  __device__ static int token(int i, int half) { return (first() + i) * 2 + half; }
+};
+
+// A tile of values, of which the thread has its share: zeros past the last token and beyond the
+// head's channels.
+template <int kDim, bool kBf16>
+__device__ __forceinline__ void quantize_value_tile(const uint4 (&raw)[ValueShare<kDim>::kSteps][2],
+                                                    uint8_t* to, float* scales) {
+  using Share = ValueShare<kDim>;
+  constexpr int kLanes = Share::kLanes, kSteps = Share::kSteps;
+  const int lane = Share::chunk();
   __shared__ uint32_t tile_largest;
   __shared__ alignas(16) uint8_t pairs[kTileTokens * kDim];
   if (threadIdx.x == 0) tile_largest = __float_as_uint(recipe::kAmaxFloor);
-  uint4 raw[kSteps][2];
+  uint32_t most = 0;
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) raw[i][half] = load((first + i) * 2 + half);
-  }
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) largest = max(largest, largest_of<kBf16>(raw[i][half]));
+    for (int half = 0; half < 2; ++half) {
+      most = ptx::larger_magnitudes<kBf16>(most, largest_half<kBf16>(raw[i][half]));
+    }
   }
   __syncthreads();
-  largest = max_over_lanes<32>(largest);
+  const uint32_t largest = max_over_lanes<32>(largest_of<kBf16>(most));
   if (threadIdx.x % 32 == 0) atomicMax(&tile_largest, largest);
   __syncthreads();
   const float amax = __uint_as_float(tile_largest);
   const float inverse = recipe::kTileValueMax / amax;
+  const auto quantizer = HalfQuantizer::of<true>(tile_largest, recipe::kTileValueMax);
   // Two channels after two channels, to spare registers.
   uint32_t words[kSteps][4];
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
-    float2 errors = {};
+    std::conditional_t<kBf16, float2, __half2> errors = {};
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      uint32_t codes[2];
+      std::conditional_t<kBf16, uint32_t, uint16_t> codes[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint4& x = raw[i][half];
-        const float2 pair = to_floats<kBf16>(w == 0 ? x.x : w == 1 ? x.y : w == 2 ? x.z : x.w);
-        codes[half] =
-            round_values<kDim>(__fmul_rn(pair.x, inverse), __fmul_rn(pair.y, inverse), errors);
+        const uint32_t two = w == 0 ? x.x : w == 1 ? x.y : w == 2 ? x.z : x.w;
+        if constexpr (kBf16) {
+          const float2 pair = to_floats<kBf16>(two);
+          codes[half] =
+              round_values<kDim>(__fmul_rn(pair.x, inverse), __fmul_rn(pair.y, inverse), errors);
+        } else {
+          codes[half] =
+              round_values<kDim>(__hmul2_rn(as_half2(two), as_half2(quantizer.factors)), errors);
+        }
       }
-      words[i][w] = __byte_perm(codes[0], codes[1], 0x5140);
+      words[i][w] = __byte_perm(codes[0] | codes[1] << 16, 0, 0x3120);
     }
   }
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
-    const int pair = first + i;
+    const int pair = Share::first() + i;
     *reinterpret_cast<uint4*>(pairs + pair * (2 * kDim) + ((lane ^ spread(pair)) * 16)) =
         make_uint4(words[i][0], words[i][1], words[i][2], words[i][3]);
   }
@@ -312,7 +400,7 @@ __device__ inline void quantize_value_tile(const Load& load, uint8_t* to, float*
         make_uint4(tokens[0], tokens[1], tokens[2], tokens[3]);
   }
   if (threadIdx.x == 0) {
-    const float scale = amax * (1.0f / recipe::kTileValueMax);
+    const float scale = kBf16 ? amax * (1.0f / recipe::kTileValueMax) : 1.0f / quantizer.factor();
     scales[kKeyGroups] = scale;
     scales[kKeyGroups + 1] = log2f(scale);
     scales[kKeyGroups + 2] = 1.0f / scale;

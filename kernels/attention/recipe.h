@@ -36,6 +36,13 @@ inline constexpr float kLog2E4m3Max = 8.80735492f;
 // largest are rounded more coarsely than with 448.
 inline constexpr float kTileValueMax = 3.0f;
 
+// The mean key of a page is summed in FP32 by halving: first what is mean_rows() keys or more
+// apart, the furthest first, then the rest, neighbours first. Where keys are FP16 numbers it is
+// made one.
+constexpr int mean_rows(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 32 : 16; }
+template <int kDim>
+inline constexpr int kMeanRows = mean_rows(kDim);
+
 // V is rounded with feedback: in runs of so many tokens, counted from the start of the sequence, a
 // channel's next element is first moved against the sum of the run's errors so far, by one over the
 // run's length of it. Weights of neighbours have much in common, and what is common to them meets
@@ -48,5 +55,7 @@ inline constexpr int kValueRun = value_run(kDim);
 // A group whose largest magnitude is below this is scaled as if it were this: all zeros stay zeros
 // and no scale is zero (the official CUDA quantizer's guard).
 inline constexpr float kAmaxFloor = 1e-7f;
+// Where factors are FP16 numbers they are at most this.
+inline constexpr float kLargestHalf = 65504.0f;
 
 }  // namespace sagelm::recipe

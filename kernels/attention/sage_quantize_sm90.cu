@@ -64,8 +64,9 @@ __global__ void __launch_bounds__(kMeanThreads) key_means(Problem p, float* mean
   if (part == 0) {
 #pragma unroll
     for (int i = 1; i < kSums; ++i) total += sums[i][channel];
+    const float mean = samples > 0 ? total / static_cast<float>(samples) : 0.0f;
     means[(static_cast<int64_t>(b) * p.num_kv_heads + head) * kDim + channel] =
-        samples > 0 ? total / static_cast<float>(samples) : 0.0f;
+        kBf16 ? mean : __half2float(__float2half_rn(mean));
   }
 }
 
@@ -127,7 +128,6 @@ struct LoadRows {
                ? __ldg(row_chunk(x, p.kv_offset(x, b, first_token + token, head), chunk))
                : make_uint4(0, 0, 0, 0);
   }
-  __device__ uint4 operator()(int token) const { return load(token, threadIdx.x % (kDim / 8)); }
 };
 
 template <int kDim, bool kBf16>
@@ -159,8 +159,17 @@ __device__ void quantize_values(const Problem& p, const SageTiles& tiles, int ti
   const int length = p.kv_len(b), first = tile * kTileTokens;
   if (first >= length) return;
   const int64_t index = (static_cast<int64_t>(b) * p.num_kv_heads + head) * tiles.kv_tiles + tile;
-  quantize_value_tile<kDim, kBf16>(LoadRows<kDim>{p, p.v, b, first, length, head},
-                                   tiles.values + index * (kTileTokens * kDim),
+  using Share = ValueShare<kDim>;
+  const LoadRows<kDim> rows{p, p.v, b, first, length, head};
+  uint4 raw[Share::kSteps][2];
+#pragma unroll
+  for (int i = 0; i < Share::kSteps; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      raw[i][half] = rows.load(Share::token(i, half), Share::chunk());
+    }
+  }
+  quantize_value_tile<kDim, kBf16>(raw, tiles.values + index * (kTileTokens * kDim),
                                    tiles.scales + index * kTileScales);
 }
 

@@ -5,6 +5,7 @@
 #include "kernels/cache/int4_keys.cuh"
 #include "kernels/cache/prefill_tiles.h"
 #include "kernels/cache/quantized_kv.h"
+#include "kernels/cache/step_tokens.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/ops/elements.cuh"
 #include "kernels/ops/launch.cuh"
@@ -16,12 +17,6 @@ namespace {
 static_assert(kQuantizedKvScales == kTileScales);
 static_assert(quantized_kv_scales(true) == kInt4Scales);
 constexpr int kRowThreads = 256;
-
-__device__ inline int64_t tail_offset(const QuantizedKv& cache, int tail, bool is_value,
-                                      int kv_head) {
-  return ((static_cast<int64_t>(tail) * 2 + (is_value ? 1 : 0)) * cache.num_kv_heads + kv_head) *
-         kTileTokens * cache.head_dim;
-}
 
 // Queries in place; keys and values of rows that no page takes to their tail. A thread handles 8
 // elements of the first half of a head and their partners in the second.
@@ -64,166 +59,57 @@ __global__ void __launch_bounds__(kRowThreads)
   store(at + half, b);
 }
 
-template <bool kBf16>
-__device__ inline uint4 pack(const float (&x)[8]) {
-  return make_uint4(ptx::to_halves<kBf16>(x[0], x[1]), ptx::to_halves<kBf16>(x[2], x[3]),
-                    ptx::to_halves<kBf16>(x[4], x[5]), ptx::to_halves<kBf16>(x[6], x[7]));
-}
-__device__ inline uint4 shuffle(const uint4& x, int lane) {
-  return make_uint4(__shfl_sync(0xFFFFFFFFu, x.x, lane), __shfl_sync(0xFFFFFFFFu, x.y, lane),
-                    __shfl_sync(0xFFFFFFFFu, x.z, lane), __shfl_sync(0xFFFFFFFFu, x.w, lane));
-}
-
-enum class Part { kQuery, kKey, kValue };
-
-// Where the tokens of a sequence are while its tiles are being filled: before the step's first row
-// in the tail, then in QKV. Queries and keys come as RowShare shares them.
-template <int kDim, bool kBf16>
-struct StepTokens {
-  using Share = RowShare<kDim>;
-
-  const uint16_t* tail;  // token 0 of its page; not of queries
-  const uint16_t* rows;  // the step's first row
-  const float* angles;   // of position 0; null for values
-  int64_t row_stride;    // elements
-  int head_dim;
-  int start, end;      // positions of the step's tokens
-  int first_position;  // of token 0
-
-  // head: among the query or the KV heads.
-  __device__ StepTokens(const AppendToQuantizedKv& args, int b, int head, Part part)
-      : head_dim(args.cache.head_dim) {
-    const QuantizedKv& cache = args.cache;
-    const QuantizedKvStep& step = args.step;
-    const int first_row = step.cu_q_lens[b];
-    const bool is_value = part == Part::kValue;
-    const int column_head =
-        head + (part == Part::kQuery ? 0 : cache.num_heads + (is_value ? cache.num_kv_heads : 0));
-    row_stride = static_cast<int64_t>(cache.num_heads + 2 * cache.num_kv_heads) * head_dim;
-    end = step.kv_lens[b];
-    start = end - (step.cu_q_lens[b + 1] - first_row);
-    first_position = 0;
-    tail = part == Part::kQuery ? nullptr
-                                : static_cast<const uint16_t*>(cache.tails) +
-                                      tail_offset(cache, step.tails[b], is_value, head);
-    rows = static_cast<const uint16_t*>(args.qkv) + first_row * row_stride + column_head * head_dim;
-    angles = is_value ? nullptr : args.rotations;
-  }
-
-  __device__ bool is_row(int token) const {
-    const int position = first_position + token;
-    return position >= start && position < end;
-  }
-  __device__ bool inside(int chunk) const { return chunk * 8 < head_dim; }
-  // 8 channels, of the query head that many further; zeros past the end and beyond the head's.
-  __device__ uint4 load_chunk(int token, int chunk, int heads = 0) const {
-    const int position = first_position + token;
-    if (!inside(chunk) || position >= end) return make_uint4(0, 0, 0, 0);
-    const uint16_t* from = position < start
-                               ? tail + token * head_dim
-                               : rows + (position - start) * row_stride + heads * head_dim;
-    return ptx::load_once(from + chunk * 8);  // leaves the L1 cache to the angles
-  }
-  __device__ void load_row(int token, uint4 (&raw)[2], int heads = 0) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      raw[half] = load_chunk(token, Share::chunk(half), heads);
-    }
-  }
-  // Rows of kHeads heads by their token's angles, if they are the step's.
-  template <int kHeads>
-  __device__ void rotate(int token, uint4 (*raw)[2]) const {
-    const float* angle = angles + static_cast<int64_t>(first_position + token) * head_dim;
-    const bool wanted = is_row(token);
-    float cosine[8], sine[8];
-    if (head_dim == kDim) {
-      if (!wanted) return;
-      load(angle + Share::lane() * 8, cosine);
-      load(angle + kDim / 2 + Share::lane() * 8, sine);
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        float a[8], b[8];
-        unpack<kBf16>(raw[h][0], a);
-        unpack<kBf16>(raw[h][1], b);
-        rotate_pairs(a, b, cosine, sine);
-        raw[h][0] = pack<kBf16>(a);
-        raw[h][1] = pack<kBf16>(b);
-      }
-      return;
-    }
-    // The partners are in other lanes.
-    const int half_chunks = head_dim / 16;
-#pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      uint4 rotated[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int chunk = Share::chunk(half);
-        const bool second = chunk >= half_chunks;
-        const int partner_chunk = second ? chunk - half_chunks : chunk + half_chunks;
-        const int lane = static_cast<int>(threadIdx.x) % 32 / Share::kLanes * Share::kLanes +
-                         partner_chunk % Share::kLanes;
-        const uint4 low = shuffle(raw[h][0], lane), high = shuffle(raw[h][1], lane);
-        rotated[half] = raw[h][half];
-        if (!wanted || !inside(chunk)) continue;
-        float x[8], partner[8];
-        unpack<kBf16>(raw[h][half], x);
-        unpack<kBf16>(partner_chunk < Share::kLanes ? low : high, partner);
-        load(angle + chunk % half_chunks * 8, cosine);
-        load(angle + head_dim / 2 + chunk % half_chunks * 8, sine);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          x[e] = second ? rotate_second(x[e], partner[e], cosine[e], sine[e])
-                        : rotate_first(x[e], partner[e], cosine[e], sine[e]);
-        }
-        rotated[half] = pack<kBf16>(x);
-      }
-      raw[h][0] = rotated[0];
-      raw[h][1] = rotated[1];
-    }
-  }
-};
-
 __device__ inline float* mean_of(const AppendToQuantizedKv& args, int b, int kv_head) {
   return args.cache.means +
          (static_cast<int64_t>(args.step.means[b]) * args.cache.num_kv_heads + kv_head) *
              args.cache.head_dim;
 }
 
-// The mean of the first `count` keys of a tile to `mean`. Sums of so few FP16 numbers are exact in
-// float64: the order is of no account.
+// The mean of the first `count` keys of a tile to `mean`, where keys are FP16 numbers rounded to
+// one. Summed in the order of recipe::kMeanRows.
 template <int kDim, bool kBf16>
 __device__ void mean_of_keys(const uint4 (&raw)[RowShare<kDim>::kSteps][2], int count,
                              float (&mean)[kDim]) {
   using Share = RowShare<kDim>;
-  __shared__ double partial[kQuantizeThreads / 32][kDim];
+  constexpr int kWarps = kQuantizeThreads / 32;
+  static_assert(Share::kRows == recipe::kMeanRows<kDim>);
+  __shared__ float partial[kWarps][kDim];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    double sum[8] = {};
+    float sum[Share::kSteps][8];
 #pragma unroll
-    for (int i = 0; i < Share::kSteps; ++i) {  // those from `count` on are zeros
-      float x[8];
-      unpack<kBf16>(raw[i][half], x);
+    for (int i = 0; i < Share::kSteps; ++i) unpack<kBf16>(raw[i][half], sum[i]);  // zeros behind
 #pragma unroll
-      for (int e = 0; e < 8; ++e) sum[e] += static_cast<double>(x[e]);
+    for (int stride = Share::kSteps / 2; stride > 0; stride /= 2) {
+#pragma unroll
+      for (int i = 0; i < stride; ++i) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum[i][e] += sum[i + stride][e];
+      }
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
 #pragma unroll
       for (int step = Share::kLanes; step < 32; step *= 2) {
-        sum[e] += __shfl_xor_sync(0xFFFFFFFFu, sum[e], step);
+        sum[0][e] += __shfl_xor_sync(0xFFFFFFFFu, sum[0][e], step);
       }
-      if (threadIdx.x % 32 < Share::kLanes) {
-        partial[threadIdx.x / 32][Share::chunk(half) * 8 + e] = sum[e];
-      }
+    }
+    if (threadIdx.x % 32 < Share::kLanes) {
+      store(&partial[threadIdx.x / 32][Share::chunk(half) * 8], sum[0]);
     }
   }
   __syncthreads();
   if (threadIdx.x < kDim) {
-    double total = 0;
+    float sum[kWarps];
 #pragma unroll
-    for (const auto& warp : partial) total += warp[threadIdx.x];
-    mean[threadIdx.x] = count > 0 ? static_cast<float>(total / count) : 0.0f;
+    for (int warp = 0; warp < kWarps; ++warp) sum[warp] = partial[warp][threadIdx.x];
+#pragma unroll
+    for (int stride = 1; stride < kWarps; stride *= 2) {
+#pragma unroll
+      for (int warp = 0; warp < kWarps; warp += 2 * stride) sum[warp] += sum[warp + stride];
+    }
+    const float total = count > 0 ? sum[0] / static_cast<float>(count) : 0.0f;
+    mean[threadIdx.x] = kBf16 ? total : __half2float(__float2half_rn(total));
   }
   __syncthreads();
 }
@@ -320,59 +206,55 @@ __device__ void add_tokens(const AppendToQuantizedKv& args, const SageTiles& til
   const int pages = tokens.end / kTileTokens, rest = tokens.end - pages * kTileTokens;
   const bool with_tail = args.prefill != nullptr && rest > 0;
   if (page > pages || (page == pages && !with_tail)) return;
-  int64_t place = static_cast<int64_t>(b) * cache.num_kv_heads + kv_head;
-  int8_t* keys = tiles.tail_keys;
-  uint8_t* values = tiles.tail_values;
-  float* scales = tiles.tail_scales;
-  const bool int4_page = kInt4 && page < pages;  // keys of a tail's copy are INT8
-  if (page < pages) {
-    const int64_t at = static_cast<int64_t>(b) * step.page_table_stride + page;
-    place = static_cast<int64_t>(step.page_table[at]) * cache.num_kv_heads + kv_head;
-    keys = cache.keys;
-    values = cache.values;
-    scales = cache.scales;
-  }
   tokens.first_position = page * kTileTokens;
-  scales += place * (int4_page ? kInt4Scales : kTileScales);
-  uint16_t* tail =
-      static_cast<uint16_t*>(cache.tails) + tail_offset(cache, step.tails[b], kIsValue, kv_head);
+  // On their way before it is known where they go.
+  std::conditional_t<kIsValue, uint4[ValueShare<kDim>::kSteps][2], uint4[RowShare<kDim>::kSteps][2]>
+      raw;
   if constexpr (kIsValue) {
-    constexpr int kLanes = kDim / 8;
-    const int chunk = static_cast<int>(threadIdx.x) % kLanes;
-    quantize_value_tile<kDim, kBf16>([&](int token) { return tokens.load_chunk(token, chunk); },
-                                     values + place * kTileBytes, scales);
+    tokens.load_values(raw);
+  } else {
+    tokens.load_keys(raw);
+  }
+  const bool is_page = page < pages;  // else the tail's copy, whose keys are INT8
+  const int id =
+      is_page ? step.page_table[static_cast<int64_t>(b) * step.page_table_stride + page] : b;
+  const int page_scales = kInt4 && is_page ? kInt4Scales : kTileScales;
+  const auto place = [&] { return static_cast<int64_t>(id) * cache.num_kv_heads + kv_head; };
+  if constexpr (kIsValue) {
+    using Share = ValueShare<kDim>;
+    const int chunk = Share::chunk();
+    quantize_value_tile<kDim, kBf16>(
+        raw, (is_page ? cache.values : tiles.tail_values) + place() * kTileBytes,
+        (is_page ? cache.scales : tiles.tail_scales) + place() * page_scales);
     if (tile > 0) return;
     __syncthreads();
     tokens.first_position = pages * kTileTokens;
-    for (int token = static_cast<int>(threadIdx.x) / kLanes; token < rest;
-         token += kQuantizeThreads / kLanes) {
+    for (int token = static_cast<int>(threadIdx.x) / Share::kLanes; token < rest;
+         token += kQuantizeThreads / Share::kLanes) {
       if (!tokens.is_row(token) || !tokens.inside(chunk)) continue;
-      *reinterpret_cast<uint4*>(tail + token * cache.head_dim + chunk * 8) =
+      *reinterpret_cast<uint4*>(tokens.tail_row(token) + chunk * 8) =
           tokens.load_chunk(token, chunk);
     }
   } else {
     using Share = RowShare<kDim>;
-    uint4 raw[Share::kSteps][2];
-#pragma unroll
-    for (int i = 0; i < Share::kSteps; ++i) tokens.load_row(Share::row(i), raw[i]);
-#pragma unroll
-    for (int i = 0; i < Share::kSteps; ++i) {
-      tokens.template rotate<1>(Share::row(i), &raw[i]);
-    }
+    tokens.rotate_keys(raw);
     float mean[2][8] = {};
     find_mean<kDim, kBf16>(args, tokens, b, kv_head, tile, pages - first_page + (with_tail ? 1 : 0),
                            raw, mean);
     const int count = min(kTileTokens, tokens.end - page * kTileTokens);
-    int8_t* to = keys + place * kTileBytes;
-    if (int4_page) {
+    float* scales = (is_page ? cache.scales : tiles.tail_scales) + place() * page_scales;
+    if (kInt4 && is_page) {
       quantize_int4_key_tile<kDim, kBf16>(
-          raw, mean, reinterpret_cast<uint8_t*>(keys) + place * (kTileBytes / 2),
+          raw, mean, reinterpret_cast<uint8_t*>(cache.keys) + place() * (kTileBytes / 2),
           reinterpret_cast<uint32_t*>(scales) + kInt4Words);
-    } else if constexpr (kInt4) {
-      rotate_keys<kDim, kBf16>(raw, count, mean);
-      quantize_key_tile<kDim, false>(raw, count, {}, to, scales);
     } else {
-      quantize_key_tile<kDim, kBf16>(raw, count, mean, to, scales);
+      int8_t* to = (is_page ? cache.keys : tiles.tail_keys) + place() * kTileBytes;
+      if constexpr (kInt4) {
+        rotate_keys<kDim, kBf16>(raw, count, mean);
+        quantize_key_tile<kDim, false>(raw, count, {}, to, scales);
+      } else {
+        quantize_key_tile<kDim, kBf16>(raw, count, mean, to, scales);
+      }
     }
     if (tile > 0) return;
     __syncthreads();
@@ -386,7 +268,7 @@ __device__ void add_tokens(const AppendToQuantizedKv& args, const SageTiles& til
       for (int half = 0; half < 2; ++half) {
         const int chunk = Share::chunk(half);
         if (!tokens.is_row(token) || !tokens.inside(chunk)) continue;
-        *reinterpret_cast<uint4*>(tail + token * cache.head_dim + chunk * 8) = row[half];
+        *reinterpret_cast<uint4*>(tokens.tail_row(token) + chunk * 8) = row[half];
       }
     }
   }
@@ -412,11 +294,21 @@ __device__ void quantize_queries(const AppendToQuantizedKv& args, const SageTile
   const float logit_scale = args.softmax_scale * recipe::kLog2E;
   const int row = Share::row(part % Share::kSteps);
   uint4 raw[kQueryHeads][2] = {};
+  if (tokens.is_whole() && heads == kQueryHeads) {
+    const uint16_t* from = tokens.row_of(row) + Share::lane() * 8;
 #pragma unroll
-  for (int h = 0; h < kQueryHeads; ++h) {
-    if (h < heads) tokens.load_row(row, raw[h], h);
+    for (int h = 0; h < kQueryHeads; ++h) {
+      raw[h][0] = ptx::load_once(from + h * kDim);
+      raw[h][1] = ptx::load_once(from + h * kDim + kDim / 2);
+    }
+    tokens.template rotate_whole<kQueryHeads>(tokens.angles_of(row), raw);
+  } else {
+#pragma unroll
+    for (int h = 0; h < kQueryHeads; ++h) {
+      if (h < heads) tokens.load_row(row, raw[h], h);
+    }
+    tokens.template rotate<kQueryHeads>(row, raw);
   }
-  tokens.template rotate<kQueryHeads>(row, raw);
   const int64_t at = tiles.first_query(args.step.cu_q_lens, b, first_head) + first_row;
   const int64_t head_rows = int64_t{tiles.head_query_tiles} * kTileTokens;
 #pragma unroll
@@ -444,6 +336,12 @@ __device__ void quantize_queries(const AppendToQuantizedKv& args, const SageTile
 // that run at the same time share their rows' angles, and those of different kinds complement each
 // other.
 struct Rounds {
+  // Whether a sequence may end within a page that attention wants a copy of.
+  static bool has_tails(const AppendToQuantizedKv& args) {
+    return args.prefill != nullptr && (args.step.num_sequences > 1 || args.step.max_q_len == 1 ||
+                                       args.step.max_kv_len % kTileTokens != 0);
+  }
+
   int query_parts, query_tiles;
   int kv_heads, kv_tiles;  // tiles of keys or values at most
 
@@ -451,22 +349,21 @@ struct Rounds {
       : query_parts(query_parts),
         query_tiles(query_tiles),
         kv_heads(args.cache.num_kv_heads),
-        kv_tiles(args.step.max_closed_pages + (args.prefill != nullptr ? 1 : 0)) {}
+        kv_tiles(args.step.max_closed_pages + (has_tails(args) ? 1 : 0)) {}
 
   __host__ __device__ int width() const { return query_parts + 2 * kv_heads; }
-  int blocks() const { return width() * std::max(query_tiles, kv_tiles); }
+  int count() const { return std::max(query_tiles, kv_tiles); }
 };
 
-// blockIdx.y: the sequence.
+// blockIdx.y: the round; z: the sequence.
 template <int kDim, bool kBf16, bool kInt4>
 __global__ void __launch_bounds__(kQuantizeThreads, 3)
     fill_tiles(const __grid_constant__ AppendToQuantizedKv args,
                const __grid_constant__ SageTiles tiles, const Rounds rounds) {
   wait_for_previous_kernel();
   allow_next_kernel();
-  const int b = blockIdx.y, heads = rounds.kv_heads;
-  const int tile = static_cast<int>(blockIdx.x) / rounds.width();
-  const int place = static_cast<int>(blockIdx.x) % rounds.width();
+  const int b = blockIdx.z, heads = rounds.kv_heads;
+  const int tile = blockIdx.y, place = blockIdx.x;
   if (place < heads) {
     add_tokens<kDim, kBf16, kInt4, false>(args, tiles, b, place, tile);
   } else if (place < 2 * heads) {
@@ -496,10 +393,10 @@ cudaError_t launch_fill(const AppendToQuantizedKv& args, cudaStream_t stream) {
   }
   const auto kernel =
       args.cache.int4_keys ? fill_tiles<kDim, kBf16, true> : fill_tiles<kDim, kBf16, false>;
-  return launch(
-      kernel,
-      dim3(static_cast<unsigned>(rounds.blocks()), static_cast<unsigned>(args.step.num_sequences)),
-      kQuantizeThreads, stream, args, tiles, rounds);
+  return launch(kernel,
+                dim3(static_cast<unsigned>(rounds.width()), static_cast<unsigned>(rounds.count()),
+                     static_cast<unsigned>(args.step.num_sequences)),
+                kQuantizeThreads, stream, args, tiles, rounds);
 }
 
 }  // namespace

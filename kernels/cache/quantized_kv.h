@@ -45,7 +45,7 @@ struct QuantizedKvStep {
   int32_t rows = 0;
   int32_t num_sequences = 0;
   int32_t max_q_len = 0;
-  int32_t max_kv_len = 0;
+  int32_t max_kv_len = 0;               // of one sequence with several rows its length
   int32_t max_closed_pages = 0;         // most pages that any sequence fills in this step
   bool closes_first_page = false;       // whether one of them is the first of its sequence
   bool begins_in_first_page = false;    // whether any sequence had no full page before the step

@@ -158,6 +158,25 @@ __device__ __forceinline__ void multiply_e4m3(float (&d)[4], const uint32_t (&a)
 #endif
 }
 
+// The larger magnitude of each half of two words, with some sign; NaN if either is.
+template <bool kBf16>
+__device__ __forceinline__ uint32_t larger_magnitudes(uint32_t a, uint32_t b) {
+  uint32_t most;
+  if constexpr (kBf16) {
+    asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+  }
+  return most;
+}
+
+// 1 / x of a normal number, within two units of the last place.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two numbers as e4m3, `low` in the low byte; beyond +-448 they saturate, NaN stays NaN.
 __device__ __forceinline__ uint32_t to_e4m3(float low, float high) {
 #if SAGELM_HAS_E4M3
@@ -173,17 +192,20 @@ __device__ __forceinline__ uint32_t to_e4m3(float a, float b, float c, float d) 
   return to_e4m3(a, b) | (to_e4m3(c, d) << 16);
 }
 
-// Four numbers from pairs of FP16, likewise.
-__device__ __forceinline__ uint32_t e4m3_from_halves(uint32_t low_pair, uint32_t high_pair) {
+// Of a pair of FP16, likewise.
+__device__ __forceinline__ uint16_t to_e4m3(uint32_t halves) {
 #if SAGELM_HAS_E4M3
-  uint16_t low, high;
-  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(low) : "r"(low_pair));
-  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(high) : "r"(high_pair));
-  return low | (uint32_t{high} << 16);
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(pair) : "r"(halves));
+  return pair;
 #else
   __trap();
   return 0;
 #endif
+}
+// Four numbers from pairs of FP16.
+__device__ __forceinline__ uint32_t e4m3_from_halves(uint32_t low_pair, uint32_t high_pair) {
+  return to_e4m3(low_pair) | (uint32_t{to_e4m3(high_pair)} << 16);
 }
 
 // Two e4m3 as FP16, exactly; the low byte becomes the low half.

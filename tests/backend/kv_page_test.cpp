@@ -15,6 +15,7 @@
 #include "kernels/attention/recipe.h"
 #include "support/attention_inputs.h"
 #include "support/float64_attention.h"
+#include "support/page_recipe.h"
 #include "support/value_rounder.h"
 
 namespace sagelm::testing {
@@ -30,7 +31,7 @@ int64_t padded(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 struct Page {
   std::vector<int> k;                 // [kPageTokens][head_dim]
   std::vector<uint8_t> v;             // [kPageTokens][head_dim]
-  std::vector<float> amax;            // [kPageScales]
+  std::vector<float> scales;          // [kPageScales]
   std::vector<float> steps, middles;  // of INT4 keys, [kPageTokens]; k is then [kPageTokens][dim]
 };
 
@@ -50,26 +51,29 @@ std::vector<float> rotated(std::vector<float> x, float factor) {
 
 Page reference_page(const uint16_t* k, const uint16_t* v, const float* mean, int64_t head_dim) {
   Page page;
-  page.amax.assign(kPageScales, 1e-7F);
+  std::vector<float> amax(kPageScales), factors;
   const auto each = [&](const auto& visit) {
     for (int64_t key = 0; key < kPageTokens; ++key) {
       for (int64_t c = 0; c < head_dim; ++c) {
         const int64_t i = key * head_dim + c;
-        visit(static_cast<size_t>(key / 4 % 4), half_to_float(k[i]) - mean[c], half_to_float(v[i]));
+        visit(static_cast<size_t>(key / 4 % 4), to_half(half_to_float(k[i]) - mean[c]),
+              half_to_float(v[i]));
       }
     }
   };
-  each([&page](size_t group, float key, float value) {
-    page.amax[group] = std::max(page.amax[group], std::abs(key));
-    page.amax[4] = std::max(page.amax[4], std::abs(value));
+  each([&amax](size_t group, float key, float value) {
+    amax[group] = std::max(amax[group], std::abs(key));
+    amax[4] = std::max(amax[4], std::abs(value));
   });
-  std::vector<ValueRounder> rounders(static_cast<size_t>(head_dim), ValueRounder(head_dim));
-  each([&page, &rounders](size_t group, float key, float value) {
-    // The product of two floats is exact in double.
-    page.k.push_back(static_cast<int>(
-        std::nearbyint(static_cast<double>(key) * static_cast<double>(127.0F / page.amax[group]))));
+  for (size_t g = 0; g < amax.size(); ++g) {
+    factors.push_back(half_factor(amax[g], g == 4 ? recipe::kTileValueMax : recipe::kInt8Max));
+    page.scales.push_back(1.0F / factors.back());
+  }
+  std::vector<ValueRounder> rounders(static_cast<size_t>(head_dim), ValueRounder(head_dim, true));
+  each([&](size_t group, float key, float value) {
+    page.k.push_back(static_cast<int>(std::nearbyint(key * factors[group])));  // exact products
     const size_t channel = page.v.size() % rounders.size();
-    page.v.push_back(rounders[channel].next(value * (recipe::kTileValueMax / page.amax[4])));
+    page.v.push_back(rounders[channel].next(to_half(value * factors[4])));
   });
   return page;
 }
@@ -103,7 +107,8 @@ TEST(KvPage, Int4KeysAreTheSameOnEveryInstructionSet) {
     for (const Inputs inputs : kAllInputs) {
       const auto problem = make_problem({1, kPageTokens, 1, 1, head_dim, true}, inputs, 5);
       std::vector<float> mean(static_cast<size_t>(head_dim));
-      for (size_t c = 0; c < mean.size(); ++c) mean[c] = 0.37F * static_cast<float>(c % 7) - 1.0F;
+      for (size_t c = 0; c < mean.size(); ++c)
+        mean[c] = to_half(0.37F * static_cast<float>(c % 7) - 1.0F);
       const Page expected =
           reference_int4_page(problem.k.data(), problem.v.data(), mean.data(), head_dim);
       const cpu::PageShape shape = cpu::page_shape(KvType::kInt4, head_dim);
@@ -112,7 +117,7 @@ TEST(KvPage, Int4KeysAreTheSameOnEveryInstructionSet) {
         std::vector<float> scales(static_cast<size_t>(shape.scales), -1.0F);
         kernels->quantize_page(KvType::kInt4, problem.k.data(), problem.v.data(), mean.data(),
                                head_dim, operands.data(), scales.data());
-        EXPECT_FLOAT_EQ(scales[4], expected.amax[4] / recipe::kTileValueMax);
+        EXPECT_EQ(scales[4], expected.scales[4]);
         for (int64_t key = 0; key < kPageTokens; ++key) {
           const auto at = static_cast<size_t>(key);
           const auto word = std::bit_cast<uint32_t>(scales[kPageScales + at]);
@@ -143,7 +148,8 @@ TEST(KvPage, HoldsTheSameNumbersOnEveryInstructionSet) {
         std::fill(problem.v.begin(), problem.v.end(), uint16_t{0});
       }
       std::vector<float> mean(static_cast<size_t>(head_dim));
-      for (size_t c = 0; c < mean.size(); ++c) mean[c] = 0.37F * static_cast<float>(c % 7) - 1.0F;
+      for (size_t c = 0; c < mean.size(); ++c)
+        mean[c] = to_half(0.37F * static_cast<float>(c % 7) - 1.0F);
       const Page expected =
           reference_page(problem.k.data(), problem.v.data(), mean.data(), head_dim);
       const int64_t dim = padded(head_dim);
@@ -153,7 +159,7 @@ TEST(KvPage, HoldsTheSameNumbersOnEveryInstructionSet) {
         kernels->quantize_page(KvType::kInt8, problem.k.data(), problem.v.data(), mean.data(),
                                head_dim, operands.data(), scales.data());
         for (size_t g = 0; g < scales.size(); ++g) {
-          EXPECT_FLOAT_EQ(scales[g], expected.amax[g] / (g == 4 ? recipe::kTileValueMax : 127.0F));
+          EXPECT_EQ(scales[g], expected.scales[g]);
         }
         for (int64_t key = 0; key < kPageTokens; ++key) {
           for (int64_t c = 0; c < dim; ++c) {
@@ -245,9 +251,10 @@ Float64Result exact_attention(const AttentionProblem& problem, KvType type = KvT
     const uint16_t* v = problem.v.data() + kv_head * s.kv_len * s.head_dim;
     std::vector<float> mean(static_cast<size_t>(s.head_dim));
     for (int64_t c = 0; full > 0 && c < s.head_dim; ++c) {
-      double sum = 0;
-      for (int64_t j = 0; j < kPageTokens; ++j) sum += half_to_float(k[j * s.head_dim + c]);
-      mean[static_cast<size_t>(c)] = static_cast<float>(sum / kPageTokens);
+      std::vector<float> keys;
+      for (int64_t j = 0; j < kPageTokens; ++j)
+        keys.push_back(half_to_float(k[j * s.head_dim + c]));
+      mean[static_cast<size_t>(c)] = page_mean(std::move(keys), static_cast<int>(s.head_dim), true);
     }
     std::vector<Page> pages;
     for (int64_t p = 0; p < full; p += kPageTokens) {
@@ -296,8 +303,8 @@ Float64Result exact_attention(const AttentionProblem& problem, KvType type = KvT
             }
           }
           if (quantized && type == KvType::kInt8) {
-            logit *= q_amax / 127 *
-                     static_cast<double>(page->amax[static_cast<size_t>(j / 4 % 4)]) / 127;
+            logit *=
+                q_amax / 127 * static_cast<double>(page->scales[static_cast<size_t>(j / 4 % 4)]);
           }
           logits.push_back(logit * static_cast<double>(problem.softmax_scale));
         }
@@ -314,10 +321,10 @@ Float64Result exact_attention(const AttentionProblem& problem, KvType type = KvT
                                            : half_to_float(float_to_half(scaled));
           for (int64_t c = 0; c < s.head_dim; ++c) {
             const auto i = static_cast<size_t>((j - first) * s.head_dim + c);
-            const double value =
-                quantized ? static_cast<double>(e4m3_to_float(page->v[i])) *
-                                static_cast<double>(page->amax[4] / recipe::kTileValueMax)
-                          : static_cast<double>(half_to_float(v[j * s.head_dim + c]));
+            const double value = quantized
+                                     ? static_cast<double>(e4m3_to_float(page->v[i])) *
+                                           static_cast<double>(page->scales[4])
+                                     : static_cast<double>(half_to_float(v[j * s.head_dim + c]));
             out[static_cast<size_t>(c)] += rounded / 448 * value;
           }
         }

@@ -15,6 +15,7 @@
 #include "gpu/quantized_kv_fixture.h"
 #include "kernels/attention/recipe.h"
 #include "kernels/attention/sage_quantize_sm90.h"
+#include "support/page_recipe.h"
 #include "support/sweep.h"
 #include "support/value_rounder.h"
 
@@ -64,35 +65,47 @@ GpuQuantizedKv::Page quantized(const GpuQuantizedKv& cache, const KvShape& shape
   const auto value = [&](int token, int which, int c) {
     return static_cast<float>(cache.token(sequence, index * kPage + token, which, kv_head, c));
   };
+  // FP16 numbers are quantized in FP16 arithmetic.
+  const bool halves = shape.type == Element::kF16;
+  const auto rounded = [&](float x) { return halves ? to_half(x) : x; };
+  const bool round_keys = halves && !shape.int4_keys;
   float key_amax[4], value_amax = recipe::kAmaxFloor;
   std::fill(key_amax, key_amax + 4, recipe::kAmaxFloor);
   for (int token = 0; token < kPage; ++token) {
     for (int c = 0; c < dim; ++c) {
       float& group = key_amax[token / 4 % 4];
-      group = std::max(group, std::abs(value(token, 0, c) - mean[static_cast<size_t>(c)]));
+      group = std::max(group, std::abs(rounded(value(token, 0, c) - mean[static_cast<size_t>(c)])));
       value_amax = std::max(value_amax, std::abs(value(token, 1, c)));
     }
   }
   GpuQuantizedKv::Page page;
-  std::vector<ValueRounder> rounders(static_cast<size_t>(dim), ValueRounder(dim));
+  const auto factor = [&](float amax, float levels) {
+    return halves ? half_factor(amax, levels) : levels / amax;
+  };
+  const float value_factor = factor(value_amax, recipe::kTileValueMax);
+  std::vector<ValueRounder> rounders(static_cast<size_t>(dim), ValueRounder(dim, halves));
   for (int token = 0; token < kPage; ++token) {
-    const float inverse = recipe::kInt8Max / key_amax[token / 4 % 4];
+    const float inverse = factor(key_amax[token / 4 % 4], recipe::kInt8Max);
     std::vector<float> smoothed;
     for (int c = 0; c < shape.padded(); ++c) {
-      const float key = c < dim ? value(token, 0, c) - mean[static_cast<size_t>(c)] : 0.0f;
+      float key = c < dim ? value(token, 0, c) - mean[static_cast<size_t>(c)] : 0.0f;
+      if (round_keys) key = to_half(key);
       smoothed.push_back(key);
-      const float rounded = std::fma(key, inverse, 12582912.0f);
+      const float integer = std::fma(key, inverse, 12582912.0f);
       if (!shape.int4_keys) {
-        page.keys.push_back(static_cast<int8_t>(std::bit_cast<uint32_t>(rounded) & 0xFF));
+        page.keys.push_back(static_cast<int8_t>(std::bit_cast<uint32_t>(integer) & 0xFF));
       }
       page.values.push_back(c < dim ? rounders[static_cast<size_t>(c)].next(
-                                          value(token, 1, c) * (recipe::kTileValueMax / value_amax))
+                                          rounded(value(token, 1, c) * value_factor))
                                     : 0);
     }
     if (shape.int4_keys) append_int4_key(std::move(smoothed), page);
   }
-  for (const float amax : key_amax) page.scales.push_back(amax * (1.0f / recipe::kInt8Max));
-  page.scales.push_back(value_amax * (1.0f / recipe::kTileValueMax));
+  const auto scale = [&](float amax, float levels) {
+    return halves ? 1.0f / half_factor(amax, levels) : amax * (1.0f / levels);
+  };
+  for (const float amax : key_amax) page.scales.push_back(scale(amax, recipe::kInt8Max));
+  page.scales.push_back(scale(value_amax, recipe::kTileValueMax));
   page.scales.push_back(std::log2(page.scales[4]));
   page.scales.push_back(1.0f / page.scales[4]);
   return page;
@@ -140,9 +153,12 @@ TEST_F(CacheGpu, PagesAreWhatTheRecipeSaysHoweverTheTokensCome) {
           for (int head = 0; head < shape.kv_heads; ++head) {
             std::vector<float> mean(static_cast<size_t>(shape.dim));
             for (int c = 0; c < shape.dim && smooth_k; ++c) {
-              double sum = 0;
-              for (int t = 0; t < kPage; ++t) sum += cache.token(sequence, t, 0, head, c);
-              mean[static_cast<size_t>(c)] = static_cast<float>(sum / kPage);
+              std::vector<float> keys;
+              for (int t = 0; t < kPage; ++t) {
+                keys.push_back(static_cast<float>(cache.token(sequence, t, 0, head, c)));
+              }
+              mean[static_cast<size_t>(c)] =
+                  page_mean(std::move(keys), shape.dim, shape.type == Element::kF16);
             }
             EXPECT_EQ(cache.mean(sequence, head), mean) << where;
             for (int i = 0; i < full; ++i) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "base/dtype.h"
 #include "base/fp8.h"
 #include "kernels/attention/recipe.h"
 
@@ -10,18 +11,23 @@ namespace sagelm::testing {
 
 class ValueRounder {
  public:
-  explicit ValueRounder(int64_t head_dim) : run_(recipe::value_run(static_cast<int>(head_dim))) {}
+  // halves: what an operation yields is rounded to FP16.
+  explicit ValueRounder(int64_t head_dim, bool halves = false)
+      : run_(recipe::value_run(static_cast<int>(head_dim))), halves_(halves) {}
 
   // The code of the next element, which is scaled already.
   uint8_t next(float x) {
     if (count_++ % run_ == 0) errors_ = 0;
-    const uint8_t code = float_to_e4m3(x - errors_ / static_cast<float>(run_));
-    errors_ += e4m3_to_float(code) - x;
+    const uint8_t code = float_to_e4m3(round(x - errors_ / static_cast<float>(run_)));
+    errors_ = round(errors_ + round(e4m3_to_float(code) - x));
     return code;
   }
 
  private:
+  float round(float x) const { return halves_ ? half_to_float(float_to_half(x)) : x; }
+
   int run_;
+  bool halves_;
   int64_t count_ = 0;
   float errors_ = 0;
 };

@@ -99,9 +99,9 @@ void attention(std::span<const AttentionArgs> sequences, const AttentionSpec& sp
 
 // Quantizes a full page of one head, FP16 k and v [kPageTokens][head_dim], into operands and scales
 // as QuantizedKv has them. mean [head_dim] is subtracted from K. Bit for bit the same on every
-// instruction set: INT8 K to the nearest integer of (k - mean) * (127 / amax), ties to even,
-// rounded once; V to e4m3 of v * (448 / amax), with feedback (recipe.h). INT4 K, of the 16 steps
-// from the least to the largest element of a rotated key, to the nearest.
+// instruction set: INT8 K to the nearest integer of (k - mean) * (127 / amax), ties to even; V to
+// e4m3 of v * (3 / amax), with feedback (recipe.h); both in FP16 arithmetic (docs/kv-cache.md).
+// INT4 K, of the 16 steps from the least to the largest element of a rotated key, to the nearest.
 void quantize_page(KvType type, const uint16_t* k, const uint16_t* v, const float* mean,
                    int64_t head_dim, uint8_t* operands, float* scales);
 

@@ -6,27 +6,29 @@ inline VecF smoothed(const uint16_t* k, const float* padded_mean, int64_t c, int
   return load_channels(k, c, head_dim) - load<VecF>(padded_mean + c);
 }
 
+// INT8 keys and values are quantized in FP16 arithmetic: what an operation yields is rounded to
+// FP16.
 inline void write_int8_keys(const uint16_t* k, const float* padded_mean, int64_t head_dim,
                             int64_t dim, uint8_t* out, float* scales) {
   VecI amax[kKeyGroups] = {};
   for (int64_t key = 0; key < kPageTokens; ++key) {
     VecI& group = amax[key / 4 % kKeyGroups];
     for (int64_t c = 0; c < dim; c += kLanes) {
-      group = max(group, magnitude_bits(smoothed(k + key * head_dim, padded_mean, c, head_dim)));
+      const VecF x = round_to_half(smoothed(k + key * head_dim, padded_mean, c, head_dim));
+      group = max(group, magnitude_bits(x));
     }
   }
   Quantizer quantizers[kKeyGroups];
   for (int64_t g = 0; g < kKeyGroups; ++g) {
-    quantizers[g] = make_quantizer(reduce_max(amax[g]), recipe::kInt8Max, recipe::kAmaxFloor);
+    quantizers[g] = make_half_quantizer(reduce_max(amax[g]), recipe::kInt8Max);
     scales[g] = quantizers[g].scale;
   }
   int8_t bytes[kPageTokens * kMaxHeadDim];
   for (int64_t key = 0; key < kPageTokens; ++key) {
     const Quantizer& quantizer = quantizers[key / 4 % kKeyGroups];
     for (int64_t c = 0; c < dim; c += kLanes) {
-      store_product_bytes(bytes + key * dim + c,
-                          smoothed(k + key * head_dim, padded_mean, c, head_dim), quantizer.inverse,
-                          kByteOffset);
+      const VecF x = round_to_half(smoothed(k + key * head_dim, padded_mean, c, head_dim));
+      store_product_bytes(bytes + key * dim + c, x, quantizer.inverse, kByteOffset);
     }
   }
   transpose(bytes, dim / 4, out, kPageTokens, kPageTokens, dim / 4);
@@ -94,17 +96,20 @@ inline float write_values(const uint16_t* v, int64_t head_dim, int64_t dim, uint
       amax = max(amax, magnitude_bits(load_channels(v + key * head_dim, c, head_dim)));
     }
   }
-  const Quantizer values =
-      make_quantizer(reduce_max(amax), recipe::kTileValueMax, recipe::kAmaxFloor);
+  const Quantizer values = make_half_quantizer(reduce_max(amax), recipe::kTileValueMax);
   const int run = recipe::value_run(static_cast<int>(head_dim));
+  const float part = 1.0f / static_cast<float>(run);
   float errors[kMaxHeadDim];
   for (int64_t key = 0; key < kPageTokens; ++key) {
     if (key % run == 0) zero_row(errors, dim);
     for (int64_t c = 0; c < dim; c += kLanes) {
       const VecF value =
-          rounded_product(load_channels(v + key * head_dim, c, head_dim), VecF{} + values.inverse);
-      store_e4m3(codes + key * dim + c,
-                 round_values(value, 1.0f / static_cast<float>(run), errors + c));
+          round_to_half(load_channels(v + key * head_dim, c, head_dim) * values.inverse);
+      VecF sum = load<VecF>(errors + c);
+      const VecF rounded = round_to_e4m3(round_to_half(value - sum * part));
+      sum = round_to_half(sum + round_to_half(rounded - value));
+      store(errors + c, sum);
+      store_e4m3(codes + key * dim + c, rounded);
     }
   }
   return values.scale;

@@ -78,6 +78,14 @@ inline Quantizer make_quantizer(int32_t amax_bits, float levels, float floor) {
   return {amax / levels, levels / amax};
 }
 
+// As the cache's pages are quantized: the factor is an FP16 number, and the scale its inverse.
+inline Quantizer make_half_quantizer(int32_t amax_bits, float levels) {
+  const float inverse = make_quantizer(amax_bits, levels, levels / recipe::kLargestHalf).inverse;
+  if (inverse == 0.0f) return {__builtin_nanf(""), 0.0f};
+  const float factor = round_to_half(VecF{} + inverse)[0];
+  return {1.0f / factor, factor};
+}
+
 // amax holds the largest magnitudes of each group, still spread over lanes.
 inline void make_quantizers(const Plan& plan, const VecI* amax, int32_t num_groups,
                             Quantizer* out) {

@@ -5,17 +5,26 @@
 #include "backend/cpu/ops.h"
 #include "base/dtype.h"
 #include "base/error.h"
+#include "kernels/attention/recipe.h"
 
 namespace sagelm::cpu {
 namespace {
 
-// The mean of a page's keys, [kPageTokens][head_dim] FP16. Sums of so few FP16 numbers are exact in
-// float64: the mean does not depend on their order.
+// The mean of a page's keys, [kPageTokens][head_dim] FP16, summed in the order of recipe.h.
 void mean_key(const uint16_t* keys, int64_t head_dim, float* mean) {
+  const int64_t rows = recipe::mean_rows(static_cast<int>(head_dim));
   for (int64_t c = 0; c < head_dim; ++c) {
-    double sum = 0;
-    for (int64_t key = 0; key < kPageTokens; ++key) sum += half_to_float(keys[key * head_dim + c]);
-    mean[c] = static_cast<float>(sum / static_cast<double>(kPageTokens));
+    float sums[kPageTokens];
+    for (int64_t key = 0; key < kPageTokens; ++key) {
+      sums[key] = half_to_float(keys[key * head_dim + c]);
+    }
+    for (int64_t apart = kPageTokens / 2; apart >= rows; apart /= 2) {
+      for (int64_t i = 0; i < apart; ++i) sums[i] += sums[i + apart];
+    }
+    for (int64_t apart = 1; apart < rows; apart *= 2) {
+      for (int64_t i = 0; i < rows; i += 2 * apart) sums[i] += sums[i + apart];
+    }
+    mean[c] = half_to_float(float_to_half(sums[0] / static_cast<float>(kPageTokens)));
   }
 }
 
