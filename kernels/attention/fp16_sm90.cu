@@ -1,25 +1,29 @@
 #include <cstdint>
 
 #include "kernels/attention/fp16_sm90.h"
+#include "kernels/attention/fp16_softmax_sm90.cuh"
 #include "kernels/attention/recipe.h"
 #include "kernels/attention/rows_sm90.cuh"
 #include "kernels/attention/work_sm90.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/sm90.cuh"
+#include "kernels/common/tensor_sm90.cuh"
 #include "kernels/ops/launch.cuh"
 
 namespace sagelm::kernels {
 namespace {
 
 using namespace sm90;
-using namespace hopper;
+using namespace fp16;
 
 constexpr int kConsumers = 2;  // warp groups that compute, 64 query rows each
 constexpr int kQueryTile = 64 * kConsumers;
-constexpr int kProducers = 128;  // threads that load
-constexpr int kThreads = kProducers + 128 * kConsumers;
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kProducerRegisters = 24;
+constexpr int kConsumerRegisters = 240;
+// What a block has is what it was launched with; who asks for more waits for ever.
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+              65536 / kThreads / 8 * 8 * (1 + kConsumers));
 constexpr int kReleases = 4 * kConsumers;  // one per consumer warp: each reads all of a tile
 
 // A tile is 128 rows in blocks of 64 columns: [kDim / 64][128 rows][128 bytes], the 16-byte chunks
@@ -28,13 +32,11 @@ constexpr int kTileRows = 128;
 constexpr int kRowBytes = 128;
 constexpr int kBlockBytes = kTileRows * kRowBytes;
 static_assert(kQueryTile == kTileRows && kKeyTile == kTileRows);
+__device__ inline uint32_t chunk_at(uint32_t tile, int row, int chunk) {
+  return tile + chunk / 8 * kBlockBytes + row * kRowBytes + ((chunk ^ row) & 7) * 16;
+}
 
-// Weights are taken against a maximum that is raised only when a logit exceeds it by this many
-// bits, which makes rescaling rare: they stay below 2^8, far from FP16's largest, and their sums
-// are in FP32.
-constexpr float kSlack = 8.0f;
-// Where maxima start: below any logit, finite, so that no difference of two of them is NaN.
-constexpr float kLowest = -1e38f;
+constexpr int kFirstTurn = 1;  // named barrier of the first consumers' turn; others follow
 
 template <int kDim>
 struct SharedTiles {
@@ -45,6 +47,7 @@ struct SharedTiles {
   alignas(1024) uint8_t values[kStages][kTileBytes];
   alignas(1024) uint8_t queries[kQuerySlots][kTileBytes];
   alignas(16) uint16_t out[4 * kConsumers][16][kDim + 8];  // per warp; padded against conflicts
+  WorkItem items[kQuerySlots];  // of the queries; kv_tiles < 0 where there is no more
   uint64_t keys_full[kStages], keys_empty[kStages];
   uint64_t values_full[kStages], values_empty[kStages];
   uint64_t queries_full[kQuerySlots], queries_empty[kQuerySlots];
@@ -53,16 +56,26 @@ struct SharedTiles {
 template <int kDim>
 using Places = TilePlaces<SharedTiles<kDim>>;
 
+// How a tensor's tiles are fetched: in boxes of 64 columns and so many rows, by a map of
+// [sequences or pages, heads, tokens, head_dim].
+struct Source {
+  CUtensorMap map;
+  int box_rows;  // 0 if there is no such map
+  int end;       // of every sequence, where the map's rows become zeros; -1 if it has no such end
+};
+struct Sources {
+  Source q, k, v;
+};
+
 template <int kDim, bool kBf16>
-__device__ inline void issue_qk(float (&logits)[64], uint32_t queries, uint32_t keys) {
-  const uint64_t a = wgmma_descriptor(queries, Swizzle::k128B);
+__device__ inline void issue_qk(float (&logits)[64], const uint32_t (&queries)[kDim / 4],
+                                uint32_t keys) {
   const uint64_t b = wgmma_descriptor(keys, Swizzle::k128B);
   wgmma_fence();
-  wgmma_half<kBf16, true>(logits, a, b);
+  wgmma_half<kBf16, true>(logits, queries, b);
 #pragma unroll
   for (int k = 1; k < kDim / 16; ++k) {
-    const uint64_t step = k / 4 * (kBlockBytes / 16) + k % 4 * 2;
-    wgmma_half<kBf16, false>(logits, a + step, b + step);
+    wgmma_half<kBf16, false>(logits, queries + 4 * k, b + (k / 4 * (kBlockBytes / 16) + k % 4 * 2));
   }
   wgmma_commit();
 }
@@ -80,247 +93,306 @@ __device__ inline void issue_pv(float (&products)[kDim / 2], const uint32_t (&p)
   wgmma_commit();
 }
 
-// Starts this thread's part of the copies of rows [first, first + 128) of head `head` of sequence b
-// to a tile; rows from `length` on and columns from head_dim on become zeros, whatever lies there.
-// 0 <= first < length. By all producers together.
+// Fills a tile with rows [first, first + 128) of head `head` of sequence b; rows from `length` on
+// and columns from head_dim on become zeros, whatever lies there. 0 <= first < length. By all of
+// the producer warp; the tile's barrier counts one arrival.
 template <int kDim, bool kQueries>
-__device__ inline void load_tile(const Problem& p, const Tensor& x, int b, int head, int first,
-                                 int length, uint32_t to) {
-  constexpr int kChunks = kDim / 8;
-  constexpr int kStep = kProducers / kChunks;  // rows that are loaded at a time
-  static_assert(kStep % 8 == 0 && 16 % kStep == 0);
-  const int lane = threadIdx.x % 32, chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
-  // 16 rows lie at one stride whatever the layout, since pages hold multiples of 16: lane l finds
-  // the first of rows 16 (l % 8) .. 16 (l % 8) + 15 for all.
-  const int token = min(first + lane % 8 * 16, length - 1);
-  const int64_t start = kQueries ? p.q_offset(x, b, token, head) : p.kv_offset(x, b, token, head);
-  const bool present = chunk * 8 < p.head_dim;
-  const int left = present ? length - first - row : 0;
-  const uint16_t* from =
-      static_cast<const uint16_t*>(x.data) + row * x.token_stride + (present ? chunk * 8 : 0);
-  to += chunk / 8 * kBlockBytes + row * kRowBytes + ((chunk ^ row) & 7) * 16;
+__device__ inline void load_tile(const Problem& p, const Tensor& x, const Source& source, int b,
+                                 int head, int first, int length, uint32_t to, uint32_t full) {
+  if (source.box_rows > 0 && (first + kTileRows <= length || length == source.end)) {
+    if (threadIdx.x != 0) return;
+    mbarrier_expect_bytes(full, SharedTiles<kDim>::kTileBytes);
+    for (int i = 0; i < kTileRows; i += source.box_rows) {
+      int sequence = b, token = first + i;
+      if (!kQueries && p.page_table != nullptr) {
+        const int page = token / p.page_tokens;
+        sequence = p.page_table[static_cast<int64_t>(b) * p.page_table_stride + page];
+        token -= page * p.page_tokens;
+      } else if (const int32_t* starts = kQueries ? p.cu_q_lens : p.cu_kv_lens; starts != nullptr) {
+        sequence = 0;
+        token += starts[b];
+      }
 #pragma unroll
-  for (int i = 0; i < kTileRows; i += 16) {
-    const uint16_t* rows = from + __shfl_sync(0xFFFFFFFFu, start, i / 16);
-#pragma unroll
-    for (int j = 0; j < 16; j += kStep) {
-      ptx::copy_async(to + (i + j) * kRowBytes, rows + j * x.token_stride, i + j < left);
+      for (int block = 0; block < kDim / 64; ++block) {
+        tensor_load(to + block * kBlockBytes + i * kRowBytes, source.map, sequence, head, token,
+                    64 * block, full);
+      }
     }
+    return;
   }
-}
-
-template <int kDim>
-__device__ void produce(const Problem& p, const Schedule& schedule, int query_tiles,
-                        const Places<kDim>& places) {
-  using Shared = SharedTiles<kDim>;
-  RingCursor keys, values, queries;
-  keys.parity = values.parity = queries.parity = 1;  // all stages start empty
-  const auto acquire = [](uint32_t empty, uint32_t parity) {
-    mbarrier_wait_idle(empty, parity);
-    __syncwarp();
-  };
-  WorkItem item;
-  for (int index = blockIdx.x; schedule.get<kQueryTile>(p, query_tiles, index, item);
-       index += gridDim.x) {
-    if (item.kv_tiles < 0) continue;
-    const auto load_values = [&](int tile) {
-      acquire(places.values_empty(values.stage), values.parity);
-      load_tile<kDim, false>(p, p.v, item.b, item.kv_head, tile * kKeyTile, item.kv_len,
-                             places.values(values.stage));
-      arrive_after_copies(places.values_full(values.stage));
-      values.advance(Shared::kStages);
-    };
-    acquire(places.queries_empty(queries.stage), queries.parity);
-    load_tile<kDim, true>(p, p.q, item.b, item.head, item.tile * kQueryTile, item.q_len,
-                          places.queries(queries.stage));
-    arrive_after_copies(places.queries_full(queries.stage));
-    queries.advance(kQuerySlots);
-    // In the order of their use: keys of a tile, then values of the tile before.
-    for (int tile = item.kv_tiles - 1; tile >= 0; --tile) {
-      acquire(places.keys_empty(keys.stage), keys.parity);
-      load_tile<kDim, false>(p, p.k, item.b, item.kv_head, tile * kKeyTile, item.kv_len,
-                             places.keys(keys.stage));
-      arrive_after_copies(places.keys_full(keys.stage));
-      keys.advance(Shared::kStages);
-      if (tile + 1 < item.kv_tiles) load_values(tile + 1);
+  for (int row = threadIdx.x; row < kTileRows; row += 32) {
+    const int token = first + row, last = min(token, length - 1);
+    const uint16_t* from =
+        static_cast<const uint16_t*>(x.data) +
+        (kQueries ? p.q_offset(x, b, last, head) : p.kv_offset(x, b, last, head));
+    for (int chunk = 0; chunk < kDim / 8; ++chunk) {
+      const bool present = token < length && chunk * 8 < p.head_dim;
+      ptx::copy_async(chunk_at(to, row, chunk), from + (present ? chunk * 8 : 0), present);
     }
-    if (item.kv_tiles > 0) load_values(0);
   }
   ptx::commit_copies();
   ptx::wait_copies<0>();
+  // Such copies are written as ordinary stores are.
+  fence_proxy_async();
+  __syncwarp();
+  if (threadIdx.x == 0) mbarrier_arrive(full);
 }
 
-// What the rows' weights so far must be multiplied by after their maxima rose.
-struct Rescale {
-  bool any;  // of this warp's rows
-  float factor[2];
-};
-
-// A tile's logits (scale turns them to bits) to weights in their place; updates maxima and sums.
-__device__ __forceinline__ Rescale softmax(float (&logits)[64], RowState& rows, float scale) {
-  Rescale rescale = {false, {1.0f, 1.0f}};
-  float most[2] = {logits[0], logits[2]};
-#pragma unroll
-  for (int i = 1; i < 64; ++i) {
-    if (i != 2) most[(i >> 1) & 1] = fmaxf(most[(i >> 1) & 1], logits[i]);
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    most[r] = quad_max(most[r]) * scale;
-    rescale.any |= most[r] > rows.reference[r] + kSlack;
-  }
-  rescale.any = __any_sync(0xFFFFFFFFu, rescale.any);
-  if (rescale.any) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (most[r] > rows.reference[r] + kSlack) {
-        rescale.factor[r] = ptx::exp2_fast(rows.reference[r] - most[r]);
-        rows.reference[r] = most[r];
-        rows.sum[r] *= rescale.factor[r];
-      }
-    }
-  }
-  float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int i = 0; i < 64; ++i) {
-    const int r = (i >> 1) & 1;
-    logits[i] = ptx::exp2_fast(fmaf(logits[i], scale, -rows.reference[r]));
-    sum[r] += logits[i];
-  }
-  rows.sum[0] += sum[0];
-  rows.sum[1] += sum[1];
-  return rescale;
-}
-
-// Weights to the operand of P V.
-template <bool kBf16>
-__device__ inline void to_operand(const float (&weights)[64], uint32_t (&p)[32]) {
-#pragma unroll
-  for (int i = 0; i < 32; ++i) p[i] = ptx::to_halves<kBf16>(weights[2 * i], weights[2 * i + 1]);
-}
-
-// ends: keys from there on are masked, relative to the first key of this thread (2c of the tile).
-__device__ inline void mask(float (&logits)[64], const int (&ends)[2]) {
-#pragma unroll
-  for (int i = 0; i < 64; ++i) {
-    const int key = 8 * (i >> 2) + (i & 1);
-    if (key >= ends[(i >> 1) & 1]) logits[i] = -INFINITY;
-  }
-}
-
-// Copies are written as ordinary stores are: whoever reads them by asynchronous products does so
-// after a fence_proxy_async of its own, since nobody waits for them at the writers.
-template <int kDim, bool kBf16>
-__device__ void consume(const Problem& p, const Schedule& schedule, int query_tiles,
-                        SharedTiles<kDim>& shared, const Places<kDim>& places, int group) {
-  using Shared = SharedTiles<kDim>;
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane >> 2, c = lane & 3;
-  const float scale = p.softmax_scale * recipe::kLog2E;
-  RingCursor ring, query_ring;
-  float logits[64];
-  float products[kDim / 2];
-  uint32_t weights[32];  // P of a tile
-  // The two warp groups take turns to issue a step's products, so that those of one run while the
-  // other is at its softmax. Both have the same steps; the first one begins.
-  constexpr int kTakers = 128 * kConsumers;
-  const int turn = 1 + group, next_turn = 2 - group;
-  if (group == 1) named_barrier_arrive(next_turn, kTakers);
-  WorkItem item;
+// By one warp.
+template <int kDim>
+__device__ void produce(const Problem& p, const Sources& sources, const Schedule& schedule,
+                        int query_tiles, SharedTiles<kDim>& shared, const Places<kDim>& places) {
+  constexpr int kStages = SharedTiles<kDim>::kStages;
+  int tiles = 0, slots = 0;  // of keys and of queries, loaded so far
+  // Waits for the stage of the n-th tile, of a ring of so many stages, to be empty.
+  const auto wait_empty = [](uint32_t empty, int n, int stages) {
+    mbarrier_wait_idle(empty, n / stages % 2 ^ 1);
+    __syncwarp();  // so that none falls back by a phase
+  };
+  WorkItem item = {};
   for (int index = blockIdx.x; schedule.get<kQueryTile>(p, query_tiles, index, item);
        index += gridDim.x) {
     if (item.kv_tiles < 0) continue;
-    RowState rows = {{kLowest, kLowest}, {0.0f, 0.0f}};
-    const int first_row = item.tile * kQueryTile + group * 64 + warp * 16;
+    const int slot = slots % kQuerySlots;
+    wait_empty(places.queries_empty(slot), slots++, kQuerySlots);
+    if (threadIdx.x == 0) shared.items[slot] = item;
+    load_tile<kDim, true>(p, p.q, sources.q, item.b, item.head, item.tile * kQueryTile, item.q_len,
+                          places.queries(slot), places.queries_full(slot));
+    // In the order of their use: keys of a tile, then values of the tile before.
+    for (int i = 0; i <= item.kv_tiles; ++i) {
+      if (i < item.kv_tiles) {
+        const int stage = tiles % kStages;
+        wait_empty(places.keys_empty(stage), tiles++, kStages);
+        load_tile<kDim, false>(p, p.k, sources.k, item.b, item.kv_head, item.tile_at(i) * kKeyTile,
+                               item.kv_len, places.keys(stage), places.keys_full(stage));
+      }
+      if (i > 0) {
+        const int n = i < item.kv_tiles ? tiles - 2 : tiles - 1, stage = n % kStages;
+        wait_empty(places.values_empty(stage), n, kStages);
+        load_tile<kDim, false>(p, p.v, sources.v, item.b, item.kv_head,
+                               item.tile_at(i - 1) * kKeyTile, item.kv_len, places.values(stage),
+                               places.values_full(stage));
+      }
+    }
+  }
+  const int slot = slots % kQuerySlots;
+  wait_empty(places.queries_empty(slot), slots, kQuerySlots);
+  if (threadIdx.x == 0) {
+    item.kv_tiles = -1;
+    shared.items[slot] = item;
+    mbarrier_arrive(places.queries_full(slot));
+  }
+}
+
+template <int kDim, bool kBf16>
+__device__ void consume(const Problem& p, SharedTiles<kDim>& shared, const Places<kDim>& places,
+                        int group) {
+  using Shared = SharedTiles<kDim>;
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane >> 2, c = lane & 3;
+  const int row = group * 64 + warp * 16;  // the warp's first of an item
+  const float scale = p.softmax_scale * recipe::kLog2E;
+  RingCursor ring, query_ring;
+  uint32_t
+      queries[kDim / 4];  // from shared memory once per item, which saves a third of QK's reads
+  float logits[64];
+  float products[kDim / 2];
+  uint32_t even[32], odd[32];  // P of a tile and of the next
+  // At head size 64 the two warp groups take turns to issue a step's products, so that those of one
+  // run while the other is at its softmax. Both have the same steps; the first one begins.
+  constexpr bool kTurns = kDim == 64;
+  constexpr int kTakers = 128 * kConsumers;
+  const int turn = kFirstTurn + group, next_turn = kFirstTurn + 1 - group;
+  if (kTurns && group == 1) named_barrier_arrive(next_turn, kTakers);
+  // Waits for the next item and issues its first QK. False past the last one.
+  const auto next_item = [&] {
+    const int slot = query_ring.stage;
+    mbarrier_wait(places.queries_full(slot), query_ring.parity);
+    const int kv_tiles = shared.items[slot].kv_tiles;
+    const uint32_t tile = places.queries(slot);
+    uint32_t keys = tile;  // if there are none: anything that nobody writes
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+      uint32_t chunks[4];
+      ptx::load_matrices(chunks, chunk_at(tile, row + lane % 16, 2 * k + lane / 16));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) queries[4 * k + i] = chunks[i];
+    }
+    if (kv_tiles > 0) {
+      mbarrier_wait(places.keys_full(ring.stage), ring.parity);
+      keys = places.keys(ring.stage);
+    }
+    issue_qk<kDim, kBf16>(logits, queries, keys);
+    return kv_tiles >= 0;
+  };
+  bool more = next_item();
+  wgmma_wait<0>();
+  pin(logits);
+  while (more) {
+    const int slot = query_ring.stage;
+    query_ring.advance(kQuerySlots);
+    const WorkItem item = shared.items[slot];
+    RowState rows = {};
+    const int first_row = item.tile * kQueryTile + row;
     // Keys from there on are masked, relative to this thread's first of tile 0.
     const int row_end[2] = {item.key_end(p, first_row + g) - 2 * c,
                             item.key_end(p, first_row + g + 8) - 2 * c};
-    // Tiles from there on need masks: the warp group's first row does not see all of their keys.
-    const int first_masked = item.key_end(p, item.tile * kQueryTile + group * 64) / kKeyTile;
-    const int slot = query_ring.stage;
-    const uint32_t queries = places.queries(slot) + group * 64 * kRowBytes;
 
     const auto release = [&](uint32_t barrier) {
       __syncwarp();
       if (lane == 0) mbarrier_arrive(barrier);
     };
-    // Logits of tile j, at the ring's stage, to weights.
+    // With the logits of tile j, which is at the ring's stage.
     const auto take_logits = [&](int j) {
       pin(logits);
       release(places.keys_empty(ring.stage));
-      if (j >= first_masked) {
-        const int ends[2] = {row_end[0] - j * kKeyTile, row_end[1] - j * kKeyTile};
-        mask(logits, ends);
-      }
-      return softmax(logits, rows, scale);
+      const int ends[2] = {row_end[0] - j * kKeyTile, row_end[1] - j * kKeyTile};
+      if (ends[0] <= kLastKey) mask(logits, ends);  // row g sees no more than row g + 8
     };
-    mbarrier_wait(places.queries_full(slot), query_ring.parity);
-    query_ring.advance(kQuerySlots);
-    if (item.kv_tiles > 0) {
-      int j = item.kv_tiles - 1;
-      mbarrier_wait(places.keys_full(ring.stage), ring.parity);
-      fence_proxy_async();
-      issue_qk<kDim, kBf16>(logits, queries, places.keys(ring.stage));
-      wgmma_wait<0>();
-      take_logits(j);
-      to_operand<kBf16>(logits, weights);
-      // The softmax of a tile runs beside the products with the values of the tile before.
-      while (--j >= 0) {
-        const RingCursor now = ring;
-        ring.advance(Shared::kStages);
-        mbarrier_wait(places.keys_full(ring.stage), ring.parity);
-        mbarrier_wait(places.values_full(now.stage), now.parity);
-        fence_proxy_async();
-        named_barrier_wait(turn, kTakers);
-        issue_qk<kDim, kBf16>(logits, queries, places.keys(ring.stage));
-        issue_pv<kDim, kBf16>(products, weights, places.values(now.stage), j + 2 < item.kv_tiles);
-        named_barrier_arrive(next_turn, kTakers);
-        wgmma_wait<1>();
-        const Rescale rescale = take_logits(j);
-        pin(logits);
-        wgmma_wait<0>();
-        pin(products);
-        release(places.values_empty(now.stage));
-        to_operand<kBf16>(logits, weights);
-        if (rescale.any) {
-#pragma unroll
-          for (int i = 0; i < kDim / 2; ++i) products[i] *= rescale.factor[(i >> 1) & 1];
-        }
-      }
-      release(places.queries_empty(slot));
-      mbarrier_wait(places.values_full(ring.stage), ring.parity);
-      fence_proxy_async();
-      issue_pv<kDim, kBf16>(products, weights, places.values(ring.stage), item.kv_tiles > 1);
+    const auto add_sums = [&](const float(&sums)[2]) {
+      rows.sum[0] += sums[0];
+      rows.sum[1] += sums[1];
+    };
+    const auto finish_values = [&](int stage) {
       wgmma_wait<0>();
       pin(products);
-      release(places.values_empty(ring.stage));
+      release(places.values_empty(stage));
+    };
+    // From P of a tile to P of the i-th, whose softmax runs beside the products with the values of
+    // the tile before.
+    const auto step = [&](int i, const uint32_t(&from)[32], uint32_t(&to)[32]) {
+      const RingCursor now = ring;
       ring.advance(Shared::kStages);
+      mbarrier_wait(places.keys_full(ring.stage), ring.parity);
+      if (kTurns) {
+        mbarrier_wait(places.values_full(now.stage), now.parity);
+        named_barrier_wait(turn, kTakers);
+      }
+      issue_qk<kDim, kBf16>(logits, queries, places.keys(ring.stage));
+      if (!kTurns) mbarrier_wait(places.values_full(now.stage), now.parity);
+      issue_pv<kDim, kBf16>(products, from, places.values(now.stage), i > 1);
+      if (kTurns) named_barrier_arrive(next_turn, kTakers);
+      wgmma_wait<1>();
+      take_logits(item.tile_at(i));
+      float sums[2];
+      const uint32_t most = exponentiate<kBf16>(logits, to, scale, rows, sums);
+      finish_values(now.stage);
+      if (__any_sync(0xFFFFFFFFu, near_most<kBf16>(most))) {
+        move_references<kBf16>(logits, to, scale, rows, products);
+        exponentiate<kBf16>(logits, to, scale, rows, sums);
+      }
+      add_sums(sums);
+    };
+    const auto last_step = [&](const uint32_t(&from)[32]) {
+      mbarrier_wait(places.values_full(ring.stage), ring.parity);
+      issue_pv<kDim, kBf16>(products, from, places.values(ring.stage), item.kv_tiles > 1);
+      finish_values(ring.stage);
+      ring.advance(Shared::kStages);
+    };
+
+    if (item.kv_tiles > 0) {
+      take_logits(item.tile_at(0));
+      rows.reference[0] = reference_of(logits, 0, scale);
+      rows.reference[1] = reference_of(logits, 1, scale);
+      float sums[2];
+      exponentiate<kBf16>(logits, even, scale, rows, sums);
+      add_sums(sums);
+      for (int i = 1;;) {
+        if (i == item.kv_tiles) {
+          last_step(even);
+          break;
+        }
+        step(i++, even, odd);
+        if (i == item.kv_tiles) {
+          last_step(odd);
+          break;
+        }
+        step(i++, odd, even);
+      }
     } else {
-      release(places.queries_empty(slot));
 #pragma unroll
       for (int i = 0; i < kDim / 2; ++i) products[i] = 0.0f;
     }
-    store_rows<kDim>(p, item, first_row, rows, products, shared.out[group * 4 + warp], nullptr);
+    more = next_item();  // whose first QK runs beside what follows
+    // Read again: most of it has not been kept through the loop.
+    const WorkItem stored = shared.items[slot];
+    store_rows<kDim>(p, stored, stored.tile * kQueryTile + row, rows, products,
+                     shared.out[group * 4 + warp], nullptr);
+    mbarrier_arrive(places.queries_empty(slot));  // from every lane: all of them have read it
+    wgmma_wait<0>();
+    pin(logits);
   }
 }
 
 template <int kDim, bool kBf16>
 __global__ void __launch_bounds__(kThreads, 1)
-    fp16_kernel(const __grid_constant__ Problem p, const Schedule schedule, int query_tiles) {
+    fp16_kernel(const __grid_constant__ Problem p, const __grid_constant__ Sources sources,
+                const Schedule schedule, int query_tiles) {
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<SharedTiles<kDim>*>(raw_shared);
   const Places<kDim> places(shared);
-  if (threadIdx.x == 0) init_barriers(places, kProducers, kReleases, kReleases);
+  if (threadIdx.x == 0) {
+    init_barriers(places, 1, kReleases, kReleases);
+    for (int s = 0; s < kQuerySlots; ++s) mbarrier_init(places.queries_empty(s), 32 * kReleases);
+    fence_barrier_init();
+  }
   __syncthreads();
   allow_next_kernel();
   wait_for_previous_kernel();
   const int group = threadIdx.x / 128;
   if (group == 0) {
     set_fewer_registers<kProducerRegisters>();
-    produce<kDim>(p, schedule, query_tiles, places);
+    if (threadIdx.x < 32) produce<kDim>(p, sources, schedule, query_tiles, shared, places);
   } else {
     set_more_registers<kConsumerRegisters>();
-    consume<kDim, kBf16>(p, schedule, query_tiles, shared, places, group - 1);
+    consume<kDim, kBf16>(p, shared, places, group - 1);
   }
+}
+
+// Describes tensors of so many tokens (of a sequence or page), heads and sequences or pages.
+Source describe(const Problem& p, const Tensor& x, int tokens, int heads, int sequences, int end,
+                int box_rows) {
+  Source source = {{}, box_rows, end};
+  const auto unsign = [](int64_t size) { return static_cast<cuuint64_t>(size); };
+  const cuuint64_t sizes[4] = {unsign(p.head_dim), unsign(tokens), unsign(heads),
+                               unsign(sequences)};
+  // Of a single one there is no stride, whatever stands there.
+  const auto stride = [&](int count, int64_t elements) {
+    return unsign(count > 1 ? 2 * elements : 2 * x.token_stride);
+  };
+  const cuuint64_t strides[3] = {unsign(2 * x.token_stride), stride(heads, x.head_stride),
+                                 stride(sequences, x.batch_stride)};
+  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const CUtensorMapDataType type =
+      p.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  // What cannot be described, as strides that are no multiples of 16 bytes, is copied otherwise.
+  if (encode_tiled() == nullptr ||
+      encode_tiled()(&source.map, type, 4, x.data, sizes, strides, box, steps,
+                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
+    source.box_rows = 0;
+  }
+  return source;
+}
+
+Sources describe(const Problem& p) {
+  const auto describe_kv = [&](const Tensor& x) {
+    if (p.page_table != nullptr) {
+      int box_rows = kTileRows;
+      while (p.page_tokens % box_rows != 0) box_rows /= 2;
+      return describe(p, x, p.page_tokens, p.num_kv_heads, INT32_MAX, -1, box_rows);
+    }
+    if (p.cu_kv_lens != nullptr) {
+      return describe(p, x, INT32_MAX, p.num_kv_heads, 1, -1, kTileRows);
+    }
+    return describe(p, x, p.max_kv_len, p.num_kv_heads, p.batch, p.max_kv_len, kTileRows);
+  };
+  const Source q =
+      p.cu_q_lens != nullptr
+          ? describe(p, p.q, INT32_MAX, p.num_heads, 1, -1, kTileRows)
+          : describe(p, p.q, p.max_q_len, p.num_heads, p.batch, p.max_q_len, kTileRows);
+  return {q, describe_kv(p.k), describe_kv(p.v)};
 }
 
 int query_tiles_of(const Problem& p) { return (p.max_q_len + kQueryTile - 1) / kQueryTile; }
@@ -337,7 +409,7 @@ cudaError_t attend(const Problem& p, cudaStream_t stream) {
                                         kBytes, p, kv_head_bytes, items, launch);
   if (error != cudaSuccess) return error;
   return launch_with_memory(fp16_kernel<kDim, kBf16>, dim3(launch.grid), kThreads, kBytes, stream,
-                            p, launch.schedule, query_tiles);
+                            p, describe(p), launch.schedule, query_tiles);
 }
 
 }  // namespace

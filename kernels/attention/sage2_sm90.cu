@@ -42,11 +42,6 @@ struct Queries {
     }
   }
   __device__ const uint32_t* step(int k) const { return rows + 4 * k; }
-  // As the products of the warp of `thread` by itself take them.
-  __device__ void chunks(int, int k, uint32_t (&to)[4]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = rows[4 * k + i];
-  }
 };
 template <>
 struct Queries<64> {
@@ -54,10 +49,6 @@ struct Queries<64> {
 
   __device__ void take(uint32_t place, int row) { rows = place + row / 64 * 64 * 64; }
   __device__ uint64_t step(int k) const { return wgmma_descriptor(rows, Swizzle::k64B) + 2 * k; }
-  __device__ void chunks(int thread, int k, uint32_t (&to)[4]) const {
-    const int row = thread / 32 % 4 * 16 + thread % 16;
-    ptx::load_matrices(to, rows + row * 64 + 16 * swizzled_chunk<64>(row, 2 * k + thread / 16 % 2));
-  }
 };
 
 template <int kDim>
@@ -80,44 +71,6 @@ __device__ inline void issue_pv(uint32_t (&products)[kDim / 4 + 2], const uint32
 #pragma unroll
   for (int k = 0; k < kKeyTile / 32; ++k) wgmma_e4m3(products, p + 4 * k, b + 2 * k, k > 0);
   wgmma_commit();
-}
-
-// One warp's share of these products by itself, of `thread`, with mma: 8 rows of a tile from 8n on.
-
-// Their operands B of steps 2k (the first two) and 2k + 1.
-template <int kRowBytes>
-__device__ inline void load_operands(int thread, uint32_t tile, int n, int k, uint32_t (&to)[4]) {
-  const int row = 8 * n + thread % 8;
-  ptx::load_matrices(
-      to, tile + row * kRowBytes + 16 * swizzled_chunk<kRowBytes>(row, 4 * k + thread / 8 % 4));
-}
-template <int kDim>
-__device__ inline void multiply_keys(int thread, const Queries<kDim>& queries, uint32_t keys, int n,
-                                     int32_t (&d)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) d[i] = 0;
-#pragma unroll
-  for (int k = 0; k < kDim / 64; ++k) {
-    uint32_t a[4], b[4];
-    load_operands<kDim>(thread, keys, n, k, b);
-    queries.chunks(thread, 2 * k, a);
-    ptx::multiply_int8(d, a, b[0], b[1]);
-    queries.chunks(thread, 2 * k + 1, a);
-    ptx::multiply_int8(d, a, b[2], b[3]);
-  }
-}
-__device__ inline void multiply_values(int thread, const uint32_t (&p)[16], uint32_t values, int n,
-                                       float (&d)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) d[i] = 0.0f;
-#pragma unroll
-  for (int k = 0; k < kKeyTile / 64; ++k) {
-    uint32_t b[4];
-    load_operands<kKeyTile>(thread, values, n, k, b);
-    const uint32_t* a = p + 8 * k;
-    ptx::multiply_e4m3(d, {a[0], a[1], a[2], a[3]}, b[0], b[1]);
-    ptx::multiply_e4m3(d, {a[4], a[5], a[6], a[7]}, b[2], b[3]);
-  }
 }
 
 template <int kDim>
@@ -225,123 +178,62 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
     const int first_away = kLong && item.kv_len > kLongKeys ? kPutAwayTiles + 1 : INT32_MAX;
     bool keys_ready = false, values_ready = false;
     sums.clear();
+    TileScales tile;
     float value_inverse = 0.0f;  // of the tile whose products are in flight
 
     const auto release = [&](uint32_t barrier) {
       __syncwarp();
       if (lane == 0) mbarrier_arrive(barrier);
     };
-    const auto scales_at = [&](int stage) {
-      const float* scales = shared.scales[stage];
+    // With the logits of the tile at the ring's stage.
+    const auto take_logits = [&] {
+      pin(logits);
+      const float* scales = shared.scales[ring.stage];
       const float key_scale = scales[c];
-      TileScales of_stage;
-      of_stage.value_bits = scales[kKeyGroups + 1];
-      of_stage.value_inverse = scales[kKeyGroups + 2];
-      of_stage.scale[0] = query_scale[0] * key_scale;
-      of_stage.scale[1] = query_scale[1] * key_scale;
-      return of_stage;
+      tile.value_bits = scales[kKeyGroups + 1];
+      tile.value_inverse = scales[kKeyGroups + 2];
+      tile.scale[0] = query_scale[0] * key_scale;
+      tile.scale[1] = query_scale[1] * key_scale;
+      // From every lane: all of them read the scales.
+      mbarrier_arrive(places.keys_empty(ring.stage));
     };
     const auto first_end = [&](int j, int r) { return row_end[r] - j * kKeyTile; };
-    // The logits of tile j to P.
-    const auto weigh = [&](int j, const TileScales& scales, uint32_t(&to)[16]) {
-      const float offset[2] = {rows.reference[0] - scales.value_bits,
-                               rows.reference[1] - scales.value_bits};
-      exponentiate<kDim>(logits, to, scales.scale, offset);
-      if (j < first_masked) return;
+    const auto weigh = [&](int j, uint32_t(&to)[16]) {
+      const float offset[2] = {rows.reference[0] - tile.value_bits,
+                               rows.reference[1] - tile.value_bits};
+      const uint32_t carries = exponentiate<kDim>(logits, to, tile.scale, offset);
+      if (j < first_masked) return carries;
       const int ends[2] = {first_end(j, 0), first_end(j, 1)};
-      mask_weights(to, ends);
+      return mask_weights(to, ends);
     };
-    // The weights of tile j, at `stage`, by the warp alone.
-    const auto weigh_alone = [&](int thread, int j, int stage, const TileScales& scales,
-                                 uint32_t(&to)[16]) {
-#pragma unroll 1
-      for (int n = 0; n < kKeyTile / 16; ++n) {
-        int32_t d[2][4];
-        multiply_keys<kDim>(thread, queries, places.keys(stage), 2 * n, d[0]);
-        multiply_keys<kDim>(thread, queries, places.keys(stage), 2 * n + 1, d[1]);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const float offset = rows.reference[r] - scales.value_bits;
-          float x[4];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            x[e] = ptx::exp2_fast(
-                fmaf(static_cast<float>(d[e >> 1][2 * r + (e & 1)]), scales.scale[r], -offset));
-          }
-          const int bits = max(0, 8 * first_end(j, r) - 128 * n);
-          to[2 * n + r] = ptx::to_e4m3(x[0], x[1], x[2], x[3]) & __funnelshift_lc(~0u, 0u, bits);
-        }
+    // Logits of tile j, the i-th, to P, beside the products of the tile before; finish waits for
+    // them.
+    const auto softmax = [&](int i, int j, uint32_t(&to)[16], const auto& finish) {
+      // Asked early, so that the answer is there when it is needed.
+      RingCursor next = ring;
+      next.advance(Shared::kStages);
+      values_ready = mbarrier_test(places.values_full(ring.stage), ring.parity);
+      keys_ready = mbarrier_test(places.keys_full(next.stage), next.parity);
+      const uint32_t carries = weigh(j, to);
+      finish();
+      if (__any_sync(0xFFFFFFFFu, near_most(carries))) {
+        const int ends[2] = {first_end(j, 0), first_end(j, 1)};
+        move_references<kDim>(logits, to, rows, sums, tile, ends, i >= first_away ? &out : nullptr);
+        weigh(j, to);
       }
+      value_inverse = tile.value_inverse;
     };
-    // Where rows of the i-th tile, at `stage`, have weights that may have saturated: moves their
-    // references, adds the tile's products as they are then, and makes their weights of the next
-    // tile again, if there is one. It is rare, and the warp does it alone and in little code: other
-    // rows' weights and products stay, so that no row's result depends on its neighbours.
-    const auto take_again = [&](const bool(&move)[2], int i, int stage, float(&weights)[2],
-                                void* away, const auto& weigh_next) {
-      // So that nothing of this is kept in registers where it is not needed.
-      const int thread = static_cast<int>(ptx::opaque(threadIdx.x));
-      const int j = item.tile_at(i);
-      const TileScales scales = scales_at(stage);
-      float largest[2] = {kNothing, kNothing};
-#pragma unroll 1
-      for (int n = 0; n < kKeyTile / 8; ++n) {
-        int32_t d[4];
-        multiply_keys<kDim>(thread, queries, places.keys(stage), n, d);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int key = 16 * (n >> 1) + 2 * (n & 1) + (e & 1);
-          if (key < first_end(j, e >> 1)) {
-            largest[e >> 1] = fmaxf(largest[e >> 1], static_cast<float>(d[e]));
-          }
-        }
-      }
-      move_references<kDim>(largest, move, rows, sums, scales, away);
-      uint32_t p[16], products[Accumulators<kDim>::kCount + 2];
-      weigh_alone(thread, j, stage, scales, p);
-#pragma unroll 1
-      for (int n = 0; n <= kDim / 8; ++n) {
-        float d[4];
-        multiply_values(thread, p, places.values(stage), n, d);
-        products[2 * n] = ptx::to_halves<false>(d[0], d[1]);
-        products[2 * n + 1] = ptx::to_halves<false>(d[2], d[3]);
-      }
-#pragma unroll
-      for (int k = 0; k < Accumulators<kDim>::kCount; ++k) {
-        sums.take(k, move[k & 1] ? products[k] : sums.products[k]);
-      }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (move[r]) weights[r] = __low2float(as_halves(products[2 * (kDim / 8) + r]));
-      }
-      weigh_next(thread);
-    };
-    // Waits for the products of the i-th tile, at `stage`, whose weights are p, and adds them.
-    const auto finish = [&](int i, int stage, const uint32_t(&p)[16], void* away,
-                            const auto& weigh_next) {
+    // Waits for the products of the tile at `stage`.
+    const auto finish_values = [&](int stage) {
       wgmma_wait<0>();
       pin(sums.products);
-      float weights[2] = {sums.weights_of(0), sums.weights_of(1)};
-      const bool sure = weights[0] < kSureSum && weights[1] < kSureSum;
-      if (__all_sync(0xFFFFFFFFu, sure)) {
-        sums.take();
-      } else {
-        const bool move[2] = {saturated(p, 0) || !(weights[0] < kMostSum),
-                              saturated(p, 1) || !(weights[1] < kMostSum)};
-        if (__any_sync(0xFFFFFFFFu, move[0] || move[1])) {
-          take_again(move, i, stage, weights, away, [&](int thread) { weigh_next(thread, move); });
-        } else {
-          sums.take();
-        }
-      }
-      // From every lane: all of them read the scales.
-      mbarrier_arrive(places.keys_empty(stage));
       release(places.values_empty(stage));
-      rows.sum[0] = fmaf(weights[0], value_inverse, rows.sum[0]);
-      rows.sum[1] = fmaf(weights[1], value_inverse, rows.sum[1]);
+      rows.sum[0] = fmaf(sums.weights_of(0), value_inverse, rows.sum[0]);
+      rows.sum[1] = fmaf(sums.weights_of(1), value_inverse, rows.sum[1]);
+      sums.take();
     };
     // From P of a tile to P of the next one, the i-th.
-    const auto step = [&](int i, uint32_t(&from)[16], uint32_t(&to)[16]) {
+    const auto step = [&](int i, const uint32_t(&from)[16], uint32_t(&to)[16]) {
       const int j = item.tile_at(i);
       const RingCursor now = ring;
       ring.advance(Shared::kStages);
@@ -350,40 +242,23 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       if (!values_ready) mbarrier_wait(places.values_full(now.stage), now.parity);
       issue_pv<kDim>(sums.products, from, places.values(now.stage));
       wgmma_wait<1>();
-      pin(logits);
-      const TileScales tile = scales_at(ring.stage);
-      // Asked early, so that the answer is there when it is needed.
-      RingCursor next = ring;
-      next.advance(Shared::kStages);
-      values_ready = mbarrier_test(places.values_full(ring.stage), ring.parity);
-      keys_ready = mbarrier_test(places.keys_full(next.stage), next.parity);
-      weigh(j, tile, to);
-      finish(i - 1, now.stage, from, i >= first_away ? &out : nullptr,
-             [&](int thread, const bool(&move)[2]) {
-               uint32_t again[16];
-               weigh_alone(thread, j, ring.stage, scales_at(ring.stage), again);
-#pragma unroll
-               for (int k = 0; k < 16; ++k) {
-                 if (move[k & 1]) to[k] = again[k];
-               }
-             });
-      value_inverse = tile.value_inverse;
+      take_logits();
+      softmax(i, j, to, [&] { finish_values(now.stage); });
     };
     const auto last_step = [&](const uint32_t(&from)[16]) {
+      mbarrier_arrive(places.queries_empty(slot));  // from every lane, as above
       mbarrier_wait(places.values_full(ring.stage), ring.parity);
       issue_pv<kDim>(sums.products, from, places.values(ring.stage));
-      finish(item.kv_tiles - 1, ring.stage, from, item.kv_tiles > first_away ? &out : nullptr,
-             [](int, const bool(&)[2]) {});
-      mbarrier_arrive(places.queries_empty(slot));  // from every lane, as above
+      finish_values(ring.stage);
       ring.advance(Shared::kStages);
     };
 
     if (item.kv_tiles > 0) {
       const int j = item.tile_at(0);
-      const TileScales tile = scales_at(ring.stage);
+      take_logits();
       const int ends[2] = {first_end(j, 0), first_end(j, 1)};
       set_references(logits, rows, tile, ends);
-      weigh(j, tile, even);
+      weigh(j, even);
       value_inverse = tile.value_inverse;
       for (int i = 1;;) {
         if (i == item.kv_tiles) {

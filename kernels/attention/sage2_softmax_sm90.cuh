@@ -16,7 +16,7 @@ namespace sagelm::kernels::sage2 {
 using namespace hopper;
 
 // The exponentials of a tile are taken against a row's reference. It is moved only when a weight
-// comes to the largest e4m3 number, to where the tile's largest weight has so many bits.
+// comes near the largest e4m3 number, to where the tile's largest weight has so many bits.
 constexpr float kFirstBits = recipe::kLog2E4m3Max - 6.0f;
 // The reference of a row that has seen no key: any logit is infinitely above it.
 constexpr float kNothing = -1e30f;
@@ -28,10 +28,10 @@ struct TileScales {
   float value_inverse;  // 1 / scale of V
 };
 
-// If a row's weights of a tile come to less than that, none of them has saturated (at 448).
-constexpr float kSureSum = 440.0f;
-// From there on their products may be beyond what the halves that sum them hold.
-constexpr float kMostSum = 16384.0f;
+// Whether a weight of e4m3 numbers, to whose codes kNearMost has been added, is 128 (the code 0x70)
+// or more, or NaN. If none is, then none has saturated.
+constexpr uint32_t kNearMost = 0x10101010u;
+__device__ inline bool near_most(uint32_t carries) { return (carries & 0x80808080u) != 0; }
 
 __device__ inline __half2 as_halves(uint32_t x) {
   __half2 halves;
@@ -69,13 +69,15 @@ __device__ constexpr bool in_halves(int i) {
   return kDim == 128 && (0x6318 >> i & 1) != 0;
 }
 
-// A tile's logits to P.
+// A tile's logits to P. Returns the union of what near_most takes.
 template <int kDim>
-__device__ __forceinline__ void exponentiate(const int32_t (&logits)[64], uint32_t (&p)[16],
-                                             const float (&scale)[2], const float (&offset)[2]) {
+__device__ __forceinline__ uint32_t exponentiate(const int32_t (&logits)[64], uint32_t (&p)[16],
+                                                 const float (&scale)[2],
+                                                 const float (&offset)[2]) {
   const float unit_scale[2] = {scale[0] * (1 / kBitRange), scale[1] * (1 / kBitRange)};
   const float unit_offset[2] = {(offset[0] + kLeastBits) * (1 / kBitRange),
                                 (offset[1] + kLeastBits) * (1 / kBitRange)};
+  uint32_t carries = 0;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const int r = i & 1;
@@ -89,34 +91,28 @@ __device__ __forceinline__ void exponentiate(const int32_t (&logits)[64], uint32
     p[i] = in_halves<kDim>(i)
                ? ptx::e4m3_from_halves(exp2_halves(x[0], x[1]), exp2_halves(x[2], x[3]))
                : ptx::to_e4m3(x[0], x[1], x[2], x[3]);
+    carries |= p[i] + kNearMost;
   }
+  return carries;
 }
 
 // Makes the weights of masked keys zero: of those from `ends` of their row on, relative to the
-// first key of this thread (4c of the tile).
-__device__ inline void mask_weights(uint32_t (&p)[16], const int (&ends)[2]) {
+// first key of this thread (4c of the tile). Returns what exponentiate does.
+__device__ inline uint32_t mask_weights(uint32_t (&p)[16], const int (&ends)[2]) {
+  uint32_t carries = 0;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     // Four keys from 16 (i / 2) on, of row i % 2.
     const int bits = max(0, 8 * ends[i & 1] - 128 * (i >> 1));
     p[i] &= __funnelshift_lc(~0u, 0u, bits);
+    carries |= p[i] + kNearMost;
   }
-}
-
-// Whether a weight of row r has saturated (or is NaN), to all threads of the row.
-__device__ inline bool saturated(const uint32_t (&p)[16], int r) {
-  constexpr uint32_t kCarry = 0x02020202u;  // to 0x7E, the code of 448, and 0x7F, of NaN
-  uint32_t carries = 0;
-#pragma unroll
-  for (int i = r; i < 16; i += 2) carries |= p[i] + kCarry;
-  carries |= __shfl_xor_sync(0xFFFFFFFFu, carries, 1);
-  carries |= __shfl_xor_sync(0xFFFFFFFFu, carries, 2);
-  return (carries & 0x80808080u) != 0;
+  return carries;
 }
 
 // The products of P V, summed on two levels, both in halves, packed as the accumulators lie:
 // register i is of row i % 2. The matrix unit sums those of a tile, from zero: 128 keys with
-// weights up to kMostSum in all and values up to recipe::kTileValueMax, 49,152. `sums`, in units of
+// weights below 128 and values up to recipe::kTileValueMax, 49,152 at most. `sums`, in units of
 // kUnit, takes them.
 template <int kDim>
 struct Accumulators {
@@ -133,13 +129,11 @@ struct Accumulators {
     for (int i = 0; i < kCount; ++i) sums[i] = __float2half2_rn(0.0f);
   }
   __device__ float weights_of(int r) const { return __low2float(as_halves(products[kCount + r])); }
-  // Adds a tile's products, or one register of them.
+  // Adds a tile's products.
   __device__ void take() {
+    const __half2 inverse = __float2half2_rn(1.0f / kUnit);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) take(i, products[i]);
-  }
-  __device__ void take(int i, uint32_t of_tile) {
-    sums[i] = __hfma2(as_halves(of_tile), __float2half2_rn(1.0f / kUnit), sums[i]);
+    for (int i = 0; i < kCount; ++i) sums[i] = __hfma2(as_halves(products[i]), inverse, sums[i]);
   }
   // Adds the sums to those put away in a warp's room of kCount * 32 of them, which may be none yet.
   __device__ void put_away(void* room, bool none) {
@@ -186,12 +180,6 @@ struct Accumulators {
   }
 };
 
-// The largest logit of row r, in bits, of this thread's largest and those of the row's other three.
-__device__ inline float in_bits(float largest, const TileScales& tile, int r) {
-  // The scale belongs to this thread's keys.
-  return quad_max(largest == kNothing ? kNothing : largest * tile.scale[r] + tile.value_bits);
-}
-
 // The largest logit of row r, in bits, among its keys before `end`; kNothing if there is none.
 __device__ inline float largest_logit(const int32_t (&logits)[64], int r, const TileScales& tile,
                                       int end) {
@@ -204,7 +192,8 @@ __device__ inline float largest_logit(const int32_t (&logits)[64], int r, const 
       if (key < end) most = fmaxf(most, static_cast<float>(logits[4 * j + 2 * r + e]));
     }
   }
-  return in_bits(most, tile, r);
+  // The scale belongs to this thread's keys.
+  return quad_max(most == kNothing ? kNothing : most * tile.scale[r] + tile.value_bits);
 }
 
 // References from the first keys, such that their weights fit whatever they are.
@@ -214,17 +203,22 @@ __device__ inline void set_references(const int32_t (&logits)[64], RowState& row
   rows.reference[1] = largest_logit(logits, 1, tile, ends[1]) - kFirstBits;
 }
 
-// Moves the references of the rows that `move` names, so that the weights of keys fit whose largest
-// logit among this thread's is that. A row without a weight so far takes its reference from them.
+// Moves the references of rows with a weight near the most; the weights p are then to be computed
+// again. A row without a weight so far takes its reference from these keys.
 template <int kDim>
-__device__ inline void move_references(const float (&largest)[2], const bool (&move)[2],
+__device__ inline void move_references(const int32_t (&logits)[64], const uint32_t (&p)[16],
                                        RowState& rows, Accumulators<kDim>& sums,
-                                       const TileScales& tile, void* away) {
+                                       const TileScales& tile, const int (&ends)[2], void* away) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float bits = in_bits(largest[r], tile, r);
+    uint32_t carries = 0;
+#pragma unroll
+    for (int i = r; i < 16; i += 2) carries |= p[i] + kNearMost;
+    carries |= __shfl_xor_sync(0xFFFFFFFFu, carries, 1);
+    carries |= __shfl_xor_sync(0xFFFFFFFFu, carries, 2);
+    const float largest = largest_logit(logits, r, tile, ends[r]);
     const float before = rows.reference[r];
-    if (move[r]) rows.reference[r] = bits - kFirstBits;
+    if (near_most(carries)) rows.reference[r] = largest - kFirstBits;
     const float factor = ptx::exp2_fast(before - rows.reference[r]);
     rows.sum[r] *= factor;
     sums.scale_row(r, factor);

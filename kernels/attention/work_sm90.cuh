@@ -110,10 +110,8 @@ struct WorkItem {
   // The i-th tile to take. The first one sets the references of all rows, so it is one that all
   // rows see in full, if there is any; then come those with masks, then the others. Tile 0, where
   // attention sinks lie, is last: weights before it have then been rounded against their own size.
-  // Where no tile is seen in full by all rows, the first one is the one that they all see some of.
   __device__ int tile_at(int i) const {
-    if (full_tiles == 0) return first_tile + i;
-    if (i > kv_tiles - full_tiles) return first_tile + kv_tiles - 1 - i;
+    if (full_tiles == 0 || i > kv_tiles - full_tiles) return first_tile + kv_tiles - 1 - i;
     return first_tile + (i == 0 ? full_tiles - 1 : kv_tiles - i);
   }
   // Index in Problem::part_lse of a query row, if it is one of several parts.

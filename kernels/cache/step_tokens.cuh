@@ -35,9 +35,7 @@ template <int kDim, bool kBf16>
 struct StepTokens {
   using Share = RowShare<kDim>;
 
-  const AppendToQuantizedKv& args;
-  int b, head;
-  bool is_value;
+  uint16_t* tail;        // token 0 of its page; not of queries
   const uint16_t* rows;  // the step's first row
   const float* angles;   // of position 0; null for values
   int row_stride;        // elements
@@ -47,22 +45,22 @@ struct StepTokens {
 
   // head: among the query or the KV heads.
   __device__ StepTokens(const AppendToQuantizedKv& args, int b, int head, Part part)
-      : args(args),
-        b(b),
-        head(head),
-        is_value(part == Part::kValue),
-        head_dim(args.cache.head_dim) {
+      : head_dim(args.cache.head_dim) {
     const QuantizedKv& cache = args.cache;
     const QuantizedKvStep& step = args.step;
     // What a step of one sequence needs no memory for.
     const bool alone = step.num_sequences == 1 && step.max_q_len > 1;
     const int first_row = alone ? 0 : step.cu_q_lens[b];
+    const bool is_value = part == Part::kValue;
     const int column_head =
         head + (part == Part::kQuery ? 0 : cache.num_heads + (is_value ? cache.num_kv_heads : 0));
     row_stride = (cache.num_heads + 2 * cache.num_kv_heads) * head_dim;
     end = alone ? step.max_kv_len : step.kv_lens[b];
     start = end - (alone ? step.rows : step.cu_q_lens[b + 1] - first_row);
     first_position = 0;
+    tail = part == Part::kQuery ? nullptr
+                                : static_cast<uint16_t*>(cache.tails) +
+                                      tail_offset(cache, step.tails[b], is_value, head);
     rows = static_cast<const uint16_t*>(args.qkv) + int64_t{first_row} * row_stride +
            column_head * head_dim;
     angles = is_value ? nullptr : args.rotations;
@@ -73,10 +71,7 @@ struct StepTokens {
     return position >= start && position < end;
   }
   // A token of a KV head in the tail.
-  __device__ uint16_t* tail_row(int token) const {
-    const int64_t page = tail_offset(args.cache, args.step.tails[b], is_value, head);
-    return static_cast<uint16_t*>(args.cache.tails) + page + token * head_dim;
-  }
+  __device__ uint16_t* tail_row(int token) const { return tail + token * head_dim; }
   // Whether a tile's tokens are all the step's and heads have all channels.
   __device__ bool is_whole() const {
     return head_dim == kDim && first_position >= start && first_position + kTileTokens <= end;

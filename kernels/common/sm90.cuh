@@ -293,7 +293,23 @@ __device__ inline void wgmma_half(float (&d)[64], uint64_t a, uint64_t b) {
   }
 }
 
-// D[64 x 256] (+)= A[64 x 16] B[256 x 16]^T, likewise; from zero unless accumulate.
+// The same, A in registers.
+template <bool kBf16, bool kFirst>
+__device__ inline void wgmma_half(float (&d)[64], const uint32_t* a, uint64_t b) {
+  if constexpr (kFirst) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32%69%69 " SAGELM_TEXT_64
+                 "}, {%64, %65, %66, %67}, %68, 0, 1, 1, 0;"
+                 : SAGELM_BIND_64("=f")
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "C"(HalfType<kBf16>::kName));
+  } else {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32%69%69 " SAGELM_TEXT_64
+                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+                 : SAGELM_BIND_64("+f")
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "C"(HalfType<kBf16>::kName));
+  }
+}
+
+// D[64 x 256] (+)= A[64 x 16] B[256 x 16]^T, A and B in shared memory; from zero unless accumulate.
 template <bool kBf16>
 __device__ inline void wgmma_half(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(

@@ -4,12 +4,27 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_runtime_api.h>
 
 #include <cstdint>
 
 #include "kernels/common/sm90.cuh"
 
 namespace sagelm::kernels::sm90 {
+
+// The driver's function that describes a tensor; null if it is too old to have it.
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+inline EncodeTiled encode_tiled() {
+  static const EncodeTiled found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &result);
+    const bool there = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return there ? reinterpret_cast<EncodeTiled>(function) : nullptr;
+  }();
+  return found;
+}
 
 // This block's place in its cluster.
 __device__ inline uint32_t cluster_rank() {
@@ -50,6 +65,15 @@ __device__ inline void tensor_load(uint32_t to, const CUtensorMap& map, int row,
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3}], [%4];" ::"r"(to),
       "l"(&map), "r"(col), "r"(row), "r"(barrier)
+      : "memory");
+}
+// The same of a tensor of four dimensions, the box's first element at [d, c, b, a], a within a row.
+__device__ inline void tensor_load(uint32_t to, const CUtensorMap& map, int d, int c, int b, int a,
+                                   uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+      "l"(&map), "r"(a), "r"(b), "r"(c), "r"(d), "r"(barrier)
       : "memory");
 }
 // To the same place in every block of the cluster whose bit is in `blocks`, each of which counts

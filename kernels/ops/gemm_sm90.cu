@@ -294,21 +294,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   cluster_sync();  // a block stays for what the other one still sends it
 }
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function; null if it is too old to have it.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                               12000, cudaEnableDefault, &result);
-    const bool there = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
-    return there ? reinterpret_cast<EncodeTiled>(function) : nullptr;
-  }();
-  return found;
-}
-
 // A matrix [rows, cols] in boxes of box_rows x box_cols.
 bool describe(CUtensorMap& map, Element type, const void* data, int64_t rows, int64_t cols,
               int box_rows, int box_cols) {
