@@ -87,21 +87,6 @@ __device__ inline void load_mean(const float* from, int chunk, float (&mean)[8])
   mean[4] = high.x, mean[5] = high.y, mean[6] = high.z, mean[7] = high.w;
 }
 
-// The larger and the smaller of each half of two words; NaN if either is.
-template <bool kBf16>
-using HalfPair = std::conditional_t<kBf16, __nv_bfloat162, __half2>;
-template <bool kBf16>
-__device__ inline uint32_t max_halves(uint32_t a, uint32_t b) {
-  using Pair = HalfPair<kBf16>;
-  const Pair most = __hmax2_nan(*reinterpret_cast<Pair*>(&a), *reinterpret_cast<Pair*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&most);
-}
-template <bool kBf16>
-__device__ inline uint32_t min_halves(uint32_t a, uint32_t b) {
-  using Pair = HalfPair<kBf16>;
-  const Pair least = __hmin2_nan(*reinterpret_cast<Pair*>(&a), *reinterpret_cast<Pair*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&least);
-}
 template <bool kBf16>
 __device__ inline uint32_t largest_half(const uint4& raw) {
   return ptx::larger_magnitudes<kBf16>(ptx::larger_magnitudes<kBf16>(raw.x, raw.y),
