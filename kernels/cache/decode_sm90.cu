@@ -2,8 +2,9 @@
 // tail; the parts are cut and merged as kernels/attention/decode_parts.cuh does. Pages come through
 // a ring of bulk copies, that one of the warps keeps filled; each warp computes 32 keys of every
 // page; up to 8 query rows are the columns of its products (decode_few_rows.cuh), up to 16 their
-// rows. What bounds this is memory: three blocks of an SM have up to 192 KiB on their way, where
-// about 40 are needed to hide the latency at full speed.
+// rows. What bounds this is memory: three blocks of an SM have up to 192 KiB on their way (216 with
+// INT4 keys), where about 40 are needed to hide the latency at full speed, but one of the three has
+// often just begun or is about to end.
 #include <algorithm>
 #include <cstdint>
 
@@ -21,6 +22,8 @@ namespace sagelm::kernels {
 namespace {
 
 using namespace decode;
+
+constexpr int kBlocks = 3;  // of an SM at once
 
 // Of a sequence with so many full pages.
 __host__ __device__ inline Cut cut(const Problem& p, int pages) {
@@ -272,7 +275,7 @@ __device__ __forceinline__ void attend_tail(const DecodeCall& call, int b, int k
 // more than kFewRows query rows in a tile. Without, the kernel needs no local memory; with 8 bytes
 // of it a layer took 4 us more on an H200, though the kernel by itself took no longer.
 template <bool kBf16, bool kManyRows, class Ring>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     decode_part(const __grid_constant__ DecodeCall call) {
   extern __shared__ __align__(128) uint8_t smem[];
   auto& ring = *reinterpret_cast<Ring*>(smem);
@@ -348,6 +351,7 @@ cudaError_t launch_decode(const DecodeCall& call, cudaStream_t stream) {
   using Ring = PageRing<kDim, kInt4>;
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
   constexpr int kBytes = sizeof(Ring);
+  static_assert(kBlocks * (kBytes + 1024) <= 228 * 1024);
   const Problem& p = call.p;
   const auto kernel = p.max_q_len * (p.num_heads / p.num_kv_heads) > kFewRows
                           ? decode_part<kBf16, true, Ring>

@@ -35,7 +35,7 @@ template <int kDim_, bool kInt4_>
 struct PageRing {
   static constexpr int kDim = kDim_;
   static constexpr bool kInt4 = kInt4_;
-  static constexpr int kStages = kDim == 64 ? 4 : 2;
+  static constexpr int kStages = kDim == 64 ? 4 : kInt4 ? 3 : 2;  // room for three blocks an SM
   static constexpr int kTileBytes = kTileTokens * kDim;
   static constexpr int kKeyBytes = kInt4 ? kTileBytes / 2 : kTileBytes;
   static constexpr int kScales = kInt4 ? kInt4Scales : kTileScales;
