@@ -398,10 +398,8 @@ __device__ inline bool is_last_of(uint32_t* arrivals, int count) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(arrivals, 1u) == static_cast<uint32_t>(count - 1);
+    last = add_released_acquired(arrivals, 1) == static_cast<uint32_t>(count - 1);
     if (last) *arrivals = 0;
-    __threadfence();
   }
   __syncthreads();
   return last;

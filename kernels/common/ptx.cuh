@@ -76,6 +76,16 @@ __device__ __forceinline__ uint32_t load_acquired(const uint32_t* from) {
   return x;
 }
 
+// Both at once; returns what was there.
+__device__ __forceinline__ uint32_t add_released_acquired(uint32_t* to, uint32_t x) {
+  uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(to), "r"(x)
+               : "memory");
+  return before;
+}
+
 // Brings the line that holds the address into L2.
 __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
