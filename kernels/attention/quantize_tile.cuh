@@ -72,11 +72,15 @@ __device__ inline uint2 to_int8(const float (&x)[8], float inverse) {
                     pack_bytes(bytes[4], bytes[5], bytes[6], bytes[7]));
 }
 
-// Where 8 bytes of a row go: chunk8 counts 8-byte halves of chunks.
+// Where 8 bytes of a row go: chunk8 counts 8-byte halves of chunks. In rows a multiple of 8 apart
+// they go to the same place of the row.
 template <int kDim>
-__device__ inline void store_half_chunk(int8_t* tile, int row, int chunk8, uint2 bytes) {
+__device__ inline int8_t* half_chunk(int8_t* tile, int row, int chunk8) {
   const int chunk = swizzled_chunk<kDim>(row, chunk8 >> 1);
-  *reinterpret_cast<uint2*>(tile + row * kDim + chunk * 16 + (chunk8 & 1) * 8) = bytes;
+  return tile + row * kDim + chunk * 16 + (chunk8 & 1) * 8;
+}
+__device__ inline void store_half_chunk(int8_t* to, uint2 bytes) {
+  *reinterpret_cast<uint2*>(to) = bytes;
 }
 
 // Channels 8 * chunk .. 8 * chunk + 7, 16-byte aligned.
@@ -156,7 +160,8 @@ __device__ __forceinline__ void quantize_key_tile(uint4 (&raw)[RowShare<kDim>::k
                                                   int count, const float (&mean)[2][8], int8_t* to,
                                                   float* scales) {
   using Share = RowShare<kDim>;
-  static_assert(Share::kRows % 16 == 0);          // so that a thread's keys are of one group
+  // So that a thread's keys are of one group, and their tile rows as far apart as they are.
+  static_assert(Share::kRows % 16 == 0);
   constexpr int kGroupLanes = 4 * Share::kLanes;  // of four keys in a row, which are of one group
   static_assert(kGroupLanes <= 32);
   __shared__ uint32_t group_largest[kKeyGroups];
@@ -206,6 +211,10 @@ __device__ __forceinline__ void quantize_key_tile(uint4 (&raw)[RowShare<kDim>::k
   if (threadIdx.x % kGroupLanes == 0) atomicMax(&group_largest[group], largest);
   __syncthreads();
   largest = group_largest[group];
+  // Of the thread's first row, in whose distance the others follow.
+  const int first_row = row_of_key(Share::row(0));
+  int8_t* const first[2] = {half_chunk<kDim>(to, first_row, Share::chunk(0)),
+                            half_chunk<kDim>(to, first_row, Share::chunk(1))};
   float scale;
   if constexpr (kBf16) {
     const float amax = __uint_as_float(max(largest, __float_as_uint(recipe::kAmaxFloor)));
@@ -215,8 +224,7 @@ __device__ __forceinline__ void quantize_key_tile(uint4 (&raw)[RowShare<kDim>::k
     for (int i = 0; i < Share::kSteps; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        store_half_chunk<kDim>(to, row_of_key(Share::row(i)), Share::chunk(half),
-                               to_int8(x[i][half], inverse));
+        store_half_chunk(first[half] + i * Share::kRows * kDim, to_int8(x[i][half], inverse));
       }
     }
   } else {
@@ -226,8 +234,8 @@ __device__ __forceinline__ void quantize_key_tile(uint4 (&raw)[RowShare<kDim>::k
     for (int i = 0; i < Share::kSteps; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        store_half_chunk<kDim>(to, row_of_key(Share::row(i)), Share::chunk(half),
-                               to_int8(raw[i][half], quantizer.factors));
+        store_half_chunk(first[half] + i * Share::kRows * kDim,
+                         to_int8(raw[i][half], quantizer.factors));
       }
     }
   }
@@ -246,7 +254,7 @@ __device__ inline void quantize_query_row(const float (&x)[2][8], uint32_t large
   const float inverse = recipe::kInt8Max / amax;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    store_half_chunk<kDim>(to, row, Share::chunk(half), to_int8(x[half], inverse));
+    store_half_chunk(half_chunk<kDim>(to, row, Share::chunk(half)), to_int8(x[half], inverse));
   }
   if (Share::lane() == 0) scales[row] = amax * (1.0f / recipe::kInt8Max) * logit_scale;
 }
@@ -267,7 +275,8 @@ __device__ inline void quantize_query_row(const uint4 (&raw)[2], int row, float 
     const auto quantizer = HalfQuantizer::of<false>(largest_of<kBf16>(most), recipe::kInt8Max);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      store_half_chunk<kDim>(to, row, Share::chunk(half), to_int8(raw[half], quantizer.factors));
+      store_half_chunk(half_chunk<kDim>(to, row, Share::chunk(half)),
+                       to_int8(raw[half], quantizer.factors));
     }
     if (Share::lane() == 0) scales[row] = logit_scale * ptx::reciprocal(quantizer.factor());
   }
@@ -371,17 +380,23 @@ __device__ __forceinline__ void quantize_value_tile(const uint4 (&raw)[ValueShar
   __syncthreads();
   const int warp = threadIdx.x / 32, l = threadIdx.x % 32;
   // Unit: 8 channels of 64 tokens. Matrix m takes the pairs 8a + 2m and 8a + 2m + 1, a = 0 .. 3, so
-  // that lane 4g + c ends with the 16 tokens from 16c on of channel g.
-  for (int unit = warp; unit < kLanes * 2; unit += kQuantizeThreads / 32) {
-    const int block = unit >> 1, half = unit & 1;
-    const int m = l >> 3, r = l & 7;
-    const int pair = half * 32 + 8 * (r >> 1) + 2 * m + (r & 1);
+  // that lane 4g + c ends with the 16 tokens from 16c on of channel g. A warp's units are of one
+  // half of the tokens, and kStride blocks of channels apart, a power of two: the bits that these
+  // differ in change places in shared memory, and not those in the tile's rows.
+  constexpr int kStride = kQuantizeThreads / 32 / 2;
+  const int block = warp >> 1, half = warp & 1;
+  const int m = l >> 3, r = l & 7;
+  const int pair = half * 32 + 8 * (r >> 1) + 2 * m + (r & 1);
+  const uint32_t from = ptx::smem_address(pairs + pair * (2 * kDim));
+  const int place = (block ^ spread(pair)) * 16;
+  const int channel = block * 8 + (l >> 2);
+  uint8_t* const out =
+      to + channel * kTileTokens + swizzled_chunk<128>(channel, half * 4 + (l & 3)) * 16;
+#pragma unroll
+  for (int i = 0; i < kLanes / kStride; ++i) {
     uint32_t tokens[4];
-    ptx::load_matrices_transposed(
-        tokens, ptx::smem_address(pairs + pair * (2 * kDim) + ((block ^ spread(pair)) * 16)));
-    const int channel = block * 8 + (l >> 2);
-    const int chunk = swizzled_chunk<128>(channel, half * 4 + (l & 3));
-    *reinterpret_cast<uint4*>(to + channel * kTileTokens + chunk * 16) =
+    ptx::load_matrices_transposed(tokens, from + (place ^ (i * kStride * 16)));
+    *reinterpret_cast<uint4*>(out + i * kStride * 8 * kTileTokens) =
         make_uint4(tokens[0], tokens[1], tokens[2], tokens[3]);
   }
   if (threadIdx.x == 0) {

@@ -90,9 +90,16 @@ __device__ __forceinline__ void quantize_int4_key_tile(
     const uint4 (&raw)[RowShare<kDim>::kSteps][2], const float (&mean)[2][8], uint8_t* to,
     uint32_t* words) {
   using Share = RowShare<kDim>;
+  const int first_row = row_of_key(Share::row(0));  // in whose distance the others follow
+  uint8_t* first[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int chunk = Share::chunk(half);
+    first[half] = to + int4_chunk_offset<kDim>(first_row, chunk / 4) + chunk % 4 * 4;
+  }
 #pragma unroll
   for (int i = 0; i < Share::kSteps; ++i) {
-    const int key = Share::row(i), row = row_of_key(key);
+    const int key = Share::row(i);
     float x[2][8];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -122,9 +129,7 @@ __device__ __forceinline__ void quantize_int4_key_tile(
         const float steps = fminf(fmaxf((x[half][e] - middle) * inverse, -8.0f), 7.0f);
         bytes |= (rounded_byte(steps, 1.0f) & 0xFu) << (e % 4 * 8 + e / 4 * 4);
       }
-      const int chunk = Share::chunk(half);
-      *reinterpret_cast<uint32_t*>(to + int4_chunk_offset<kDim>(row, chunk / 4) + chunk % 4 * 4) =
-          bytes;
+      *reinterpret_cast<uint32_t*>(first[half] + i * Share::kRows * (kDim / 2)) = bytes;
     }
     if (Share::lane() == 0) words[key] = __float_as_uint(step) >> 16 | __float_as_uint(middle);
   }
