@@ -96,7 +96,7 @@ struct StepTokens {
       raw[half] = load_chunk(token, Share::chunk(half), heads);
     }
   }
-  // A row of a whole tile by its angles, of which the thread's begin at `angle`.
+  // A row of heads of all channels by its angles, of which the thread's begin at `angle`.
   template <int kHeads>
   __device__ static void rotate_whole(const float* angle, uint4 (*raw)[2]) {
     float cosine[8], sine[8];
@@ -165,24 +165,13 @@ struct StepTokens {
   // Rows of kHeads heads by their token's angles, if they are the step's.
   template <int kHeads>
   __device__ void rotate(int token, uint4 (*raw)[2]) const {
-    const float* angle = angles + static_cast<int64_t>(first_position + token) * head_dim;
     const bool wanted = is_row(token);
-    float cosine[8], sine[8];
     if (head_dim == kDim) {
-      if (!wanted) return;
-      load(angle + Share::lane() * 8, cosine);
-      load(angle + kDim / 2 + Share::lane() * 8, sine);
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        float a[8], b[8];
-        unpack<kBf16>(raw[h][0], a);
-        unpack<kBf16>(raw[h][1], b);
-        rotate_pairs(a, b, cosine, sine);
-        raw[h][0] = pack<kBf16>(a);
-        raw[h][1] = pack<kBf16>(b);
-      }
+      if (wanted) rotate_whole<kHeads>(angles_of(token), raw);
       return;
     }
+    const float* angle = angles + static_cast<int64_t>(first_position + token) * head_dim;
+    float cosine[8], sine[8];
     // The partners are in other lanes.
     const int half_chunks = head_dim / 16;
 #pragma unroll
