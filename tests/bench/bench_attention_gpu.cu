@@ -7,7 +7,7 @@
 // attention, by the kernel that is chosen for the device and by the one that any has. TFLOPS count
 // 4 * batch * heads * N^2 * head_dim, half of it where causal. Medians of at least 7 runs.
 // --decode: one query a sequence over a quantized cache, with GB/s over the bytes that the cache
-// holds, beside an FP16 cache; every run finds the cache outside of L2.
+// holds, beside an FP16 cache; every run finds other data in L2, read as weights are in a model.
 // --prefill: steps of many tokens over a quantized cache: the append, beside that to an FP16 cache,
 // and the attention.
 #include <cuda_fp16.h>
@@ -61,6 +61,16 @@ __global__ void fill_scales(uint32_t* x, int64_t count, int page_words) {
        i += int64_t{gridDim.x} * blockDim.x) {
     x[i] = i % page_words < sagelm::kernels::kQuantizedKvScales ? __float_as_uint(0.01f) : 0x3C24u;
   }
+}
+
+// Puts other data into L2, of which nothing has to be written back.
+__global__ void read_all(const uint4* x, int64_t count, uint32_t* sum) {
+  uint32_t own = 0;
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    own += x[i].x + x[i].y + x[i].z + x[i].w;
+  }
+  if (own == 1) *sum = own;  // so that it is not left out
 }
 
 void must(sagelm_attention_status status) {
@@ -165,8 +175,13 @@ void bench_decode(int batch, int kv_heads, int n, double copy_rate) {
   const DeviceBuffer table_device = upload_integers(table), ids_device = upload_integers(ids),
                      starts_device = upload_integers(starts),
                      lens_device = upload_integers(std::vector<int32_t>(batch, length));
-  DeviceBuffer other(size_t{256} << 20);  // whatever takes the cache's place in L2
-  const auto evict = [&] { cudaMemsetAsync(other.data(), 1, other.bytes()); };
+  DeviceBuffer other(size_t{256} << 20), sum(sizeof(uint32_t));  // takes the cache's place in L2
+  other.fill(0);
+  const auto evict = [&] {
+    read_all<<<1024, 256>>>(static_cast<const uint4*>(other.data()),
+                            static_cast<int64_t>(other.bytes() / sizeof(uint4)),
+                            static_cast<uint32_t*>(sum.data()));
+  };
 
   const auto time_quantized = [&](bool int4_keys) {
     const Cache cache(kv_heads, int64_t{batch} * full, batch, int4_keys);
