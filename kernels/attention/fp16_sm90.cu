@@ -331,9 +331,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = *reinterpret_cast<SharedTiles<kDim>*>(raw_shared);
   const Places<kDim> places(shared);
   if (threadIdx.x == 0) {
-    init_barriers(places, 1, kReleases, kReleases);
-    for (int s = 0; s < kQuerySlots; ++s) mbarrier_init(places.queries_empty(s), 32 * kReleases);
-    fence_barrier_init();
+    // Every lane releases queries, which it has read.
+    init_barriers(places, {1, kReleases, kReleases, 32 * kReleases});
   }
   __syncthreads();
   allow_next_kernel();

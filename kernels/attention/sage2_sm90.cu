@@ -306,8 +306,11 @@ __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<SharedTiles<kDim>*>(raw_shared);
   const Places<kDim> places(shared);
-  if (threadIdx.x == 0)
-    init_barriers(places, 1, 32 * Groups<kDim>::kReleases, Groups<kDim>::kReleases);
+  if (threadIdx.x == 0) {
+    constexpr int kReleases = Groups<kDim>::kReleases;
+    // Of keys and queries threads also read scales by themselves, so that every lane releases them.
+    init_barriers(places, {1, 32 * kReleases, kReleases, 32 * kReleases});
+  }
   using Shared = SharedTiles<kDim>;
   for (int i = threadIdx.x; i < Shared::kStages * Shared::kOnesBytes; i += blockDim.x) {
     shared.values[i / Shared::kOnesBytes][Shared::kTileBytes + i % Shared::kOnesBytes] = 0x38;

@@ -60,20 +60,23 @@ struct TilePlaces {
   }
 };
 
-// By one thread, before the others use them. `fills` arrivals make a stage full, `releases` empty,
-// `read_releases` one of keys or queries, which threads also read by themselves.
+// Arrivals that make a stage full, and that make one of each kind empty.
+struct ArrivalCounts {
+  int fill, release_keys, release_values, release_queries;
+};
+
+// By one thread, before the others use them.
 template <typename Shared>
-__device__ inline void init_barriers(const TilePlaces<Shared>& places, int fills, int read_releases,
-                                     int releases) {
+__device__ inline void init_barriers(const TilePlaces<Shared>& places, ArrivalCounts counts) {
   for (int s = 0; s < Shared::kStages; ++s) {
-    sm90::mbarrier_init(places.keys_full(s), fills);
-    sm90::mbarrier_init(places.keys_empty(s), read_releases);
-    sm90::mbarrier_init(places.values_full(s), fills);
-    sm90::mbarrier_init(places.values_empty(s), releases);
+    sm90::mbarrier_init(places.keys_full(s), counts.fill);
+    sm90::mbarrier_init(places.keys_empty(s), counts.release_keys);
+    sm90::mbarrier_init(places.values_full(s), counts.fill);
+    sm90::mbarrier_init(places.values_empty(s), counts.release_values);
   }
   for (int s = 0; s < kQuerySlots; ++s) {
-    sm90::mbarrier_init(places.queries_full(s), fills);
-    sm90::mbarrier_init(places.queries_empty(s), read_releases);
+    sm90::mbarrier_init(places.queries_full(s), counts.fill);
+    sm90::mbarrier_init(places.queries_empty(s), counts.release_queries);
   }
   sm90::fence_barrier_init();
 }
