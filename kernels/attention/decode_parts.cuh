@@ -36,9 +36,9 @@ struct Cut {
   int part_units, most_parts;
 };
 
+constexpr int kBlocksAtOnce = 3 * 132;
 __host__ __device__ inline Cut cut_sequence(int units, int num_kv_heads, int others,
                                             int most_units) {
-  constexpr int kBlocksAtOnce = 3 * 132;
   for (int rounds = 1;; ++rounds) {
     const int room = kBlocksAtOnce * rounds / num_kv_heads - others;
     const int parts = room < 1 ? 1 : room;
@@ -449,12 +449,12 @@ __device__ inline void merge_row_in_warp(const Problem& p, const Parts& parts, i
   }
 }
 
-// At the end of a block that stored one of parts first .. end - 1: the last one merges the rows of
-// its KV head, a warp a row.
+// At the end of one of the `blocks` that stored parts first .. end - 1: the last one merges the
+// rows of its KV head, a warp a row.
 template <int kDim>
 __device__ inline void merge_if_last(const Problem& p, const Parts& parts, int first, int end,
-                                     int b, int kv_head, int rows, int group) {
-  if (!is_last_of(p.arrivals + b * p.num_kv_heads + kv_head, end - first)) return;
+                                     int blocks, int b, int kv_head, int rows, int group) {
+  if (!is_last_of(p.arrivals + b * p.num_kv_heads + kv_head, blocks)) return;
   for (int row = threadIdx.x / 32; row < rows; row += blockDim.x / 32) {
     merge_row_in_warp<kDim>(p, parts, first, end, b, row / group, kv_head * group + row % group);
   }

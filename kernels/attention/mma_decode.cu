@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(S::kThreads)
   store_part(p, parts, part, b, kv_head, rows, group, memory);
   if constexpr (S::kDim <= 128) {
     if (appends && parts.parts > 1) {
-      merge_if_last<S::kDim>(p, parts, 0, part_count(p, kv_len), b, kv_head, rows, group);
+      const int count = part_count(p, kv_len);
+      merge_if_last<S::kDim>(p, parts, 0, count, count, b, kv_head, rows, group);
     }
   }
 }

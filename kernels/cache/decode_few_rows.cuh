@@ -102,20 +102,20 @@ __device__ __forceinline__ void multiply_few(const uint32_t (&queries)[Ring::kDi
 // As attend_pages (decode_sm90.cu). Row r of 16 in a key tile is key 4 (r / 2 % 4) + r % 2 +
 // r / 8 * 2 of them: transposed, P has in thread 4g + c the weights of keys 4c .. 4c + 3 for query
 // g, the neighbours that the thread gets of a channel's row of values.
-template <bool kBf16, class Ring>
+template <bool kBf16, bool kRuns, class Ring, typename Leave>
 __device__ __forceinline__ void attend_pages_few(const DecodeCall& call, int b, int kv_head,
-                                                 int q_len, int kv_len, int first, int count,
-                                                 int lane_page, Ring& ring,
-                                                 FewRows<Ring::kDim>& result) {
+                                                 int q_len, int kv_len, const PageRun& run,
+                                                 int lane_page, Ring& ring, const Leave& leave) {
   constexpr int kDim = Ring::kDim;
   static_assert(kWarpSlices == 2);
   const Problem& p = call.p;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int group = p.num_heads / p.num_kv_heads;
-  const PageSource<Ring> source(call, kv_head, lane_page, count, ring);
+  PageSource<Ring> source(call, kv_head, lane_page, ring);
+  source.begin_part(0, kRuns ? min(run.part_pages, run.count) : run.count);
   uint32_t queries[kDim / 32][4];
   float row_scales[2], row_sums[2];
-  start_part<1, kBf16>(call, source, b, kv_head, q_len, kv_len, queries, row_scales, row_sums);
+  take_queries<1, kBf16, Ring>(call, b, kv_head, q_len, kv_len, queries, row_scales, row_sums);
   float query_scales[2], query_sums[2];
   int seen[2];
 #pragma unroll
@@ -127,8 +127,8 @@ __device__ __forceinline__ void attend_pages_few(const DecodeCall& call, int b, 
   }
   const int seen_by_all = kv_len - q_len + 1;
   const int first_of_thread = g / 2 * 4 + g % 2;  // of its keys of a slice; the other is 2 on
-  result.clear();
-  float value_scale = 1.0f;  // of what is in result
+  FewRows<kDim> result;
+  float value_scale;  // of what is in result
   // Of the page at hand.
   float logits[2][4];
   float key_scale = 1.0f, next_value_scale, inverse_value_scale;
@@ -160,7 +160,7 @@ __device__ __forceinline__ void attend_pages_few(const DecodeCall& call, int b, 
     inverse_value_scale = ring.scales[s][kKeyGroups + 2];
   };
   const auto weigh = [&](int i) {
-    const int first_key = (first + i) * kTileTokens + warp * kWarpKeys;
+    const int first_key = (run.first + i) * kTileTokens + warp * kWarpKeys;
     if (first_key + kWarpKeys > seen_by_all) {
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
@@ -203,9 +203,14 @@ __device__ __forceinline__ void attend_pages_few(const DecodeCall& call, int b, 
       }
     }
   };
-  visit_pages(source, count, ring, take_keys, weigh, take_values);
-  const float factor[2] = {value_scale, value_scale};
-  result.multiply(factor);
+  const auto visit = [&](int begin, int end) {
+    result.clear();
+    value_scale = 1.0f;
+    visit_pages(source, begin, end, run.count, ring, take_keys, weigh, take_values);
+    const float factor[2] = {value_scale, value_scale};
+    result.multiply(factor);
+  };
+  visit_parts<kRuns>(run, source, visit, [&](int part) { leave(part, result); });
 }
 
 // As leave_rows of decode_parts.cuh.

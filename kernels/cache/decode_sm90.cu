@@ -69,22 +69,23 @@ __device__ __forceinline__ void multiply_page_keys(const uint32_t (&queries)[Rin
 // that this thread's logits of every 16 keys are those of keys 4c .. 4c + 3, all of scale group c;
 // those are the four neighbours that it gets of every channel's row of the transposed values, so P
 // goes into the product as it is.
-template <bool kBf16, class Ring>
+template <bool kBf16, bool kRuns, class Ring, typename Leave>
 __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int kv_head, int q_len,
-                                             int kv_len, int first, int count, int lane_page,
-                                             Ring& ring, DecodeRows<Ring::kDim>& result) {
+                                             int kv_len, const PageRun& run, int lane_page,
+                                             Ring& ring, const Leave& leave) {
   constexpr int kDim = Ring::kDim;
   const Problem& p = call.p;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = p.num_heads / p.num_kv_heads;
-  const PageSource<Ring> source(call, kv_head, lane_page, count, ring);
+  PageSource<Ring> source(call, kv_head, lane_page, ring);
+  source.begin_part(0, kRuns ? min(run.part_pages, run.count) : run.count);
   uint32_t queries[kDim / 32][4];
   float query_scales[2], query_sums[2];
-  start_part<2, kBf16>(call, source, b, kv_head, q_len, kv_len, queries, query_scales, query_sums);
+  take_queries<2, kBf16, Ring>(call, b, kv_head, q_len, kv_len, queries, query_scales, query_sums);
   int seen[2];
   const int seen_by_all = visible_keys(p, q_len, kv_len, group, seen);
-  result.clear();
-  float value_scale = 1.0f;  // of what is in result
+  DecodeRows<kDim> result;
+  float value_scale;  // of what is in result
   // Of the page at hand.
   float logits[2 * kWarpSlices][4];
   float key_scale = 1.0f, next_value_scale, inverse_value_scale;
@@ -126,7 +127,7 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
     inverse_value_scale = ring.scales[s][kKeyGroups + 2];
   };
   const auto weigh = [&](int i) {
-    const int first_key = (first + i) * kTileTokens + warp * kWarpKeys;
+    const int first_key = (run.first + i) * kTileTokens + warp * kWarpKeys;
     if (first_key + kWarpKeys > seen_by_all) {
 #pragma unroll
       for (int n = 0; n < 2 * kWarpSlices; ++n) {
@@ -169,9 +170,14 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
       }
     }
   };
-  visit_pages(source, count, ring, take_keys, weigh, take_values);
-  const float factor[2] = {value_scale, value_scale};
-  result.multiply(factor);
+  const auto visit = [&](int begin, int end) {
+    result.clear();
+    value_scale = 1.0f;
+    visit_pages(source, begin, end, run.count, ring, take_keys, weigh, take_values);
+    const float factor[2] = {value_scale, value_scale};
+    result.multiply(factor);
+  };
+  visit_parts<kRuns>(run, source, visit, [&](int part) { leave(part, result); });
 }
 
 __device__ inline const float* mean_of(const DecodeCall& call, int b, int kv_head) {
@@ -271,17 +277,19 @@ __device__ __forceinline__ void attend_tail(const DecodeCall& call, int b, int k
   }
 }
 
-// Part 0 is the tail, part 1 + i the pages from i * part_pages on. kManyRows: a sequence may have
-// more than kFewRows query rows in a tile. Without, the kernel needs no local memory; with 8 bytes
-// of it a layer took 4 us more on an H200, though the kernel by itself took no longer.
-template <bool kBf16, bool kManyRows, class Ring>
+// Part 0 is the tail, part 1 + i the pages from i * part_pages on. Block 0 of a sequence and KV
+// head takes the tail, block 1 + i the pages' parts from i * block_parts on. kManyRows: a sequence
+// may have more than kFewRows query rows in a tile. Without, the kernel needs no local memory; with
+// 8 bytes of it a layer took 4 us more on an H200, though the kernel by itself took no longer.
+// kRuns: blocks take several parts each.
+template <bool kBf16, bool kManyRows, bool kRuns, class Ring>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     decode_part(const __grid_constant__ DecodeCall call) {
   extern __shared__ __align__(128) uint8_t smem[];
   auto& ring = *reinterpret_cast<Ring*>(smem);
   const Problem& p = call.p;
-  const int part = blockIdx.x, kv_head = blockIdx.y, b = blockIdx.z;
-  if (part > 0) {
+  const int block = blockIdx.x, kv_head = blockIdx.y, b = blockIdx.z;
+  if (block > 0) {
     if (threadIdx.x == 0) ring.init_barriers();
     __syncthreads();
   }
@@ -289,38 +297,43 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (p.rotations == nullptr) wait_for_previous_kernel();
   const int q_len = p.q_len(b), kv_len = p.kv_len(b), pages = kv_len / kTileTokens;
   const int part_pages = cut(p, pages).part_units;
-  const int first = (part - 1) * part_pages, lane = threadIdx.x % 32;
-  const int count = min(part_pages, pages - first);
+  const int block_parts = kRuns ? call.block_parts : 1;
+  const int first_part = (block - 1) * block_parts, first = first_part * part_pages;
+  const PageRun run = {first, min(block_parts * part_pages, pages - first), part_pages,
+                       1 + first_part};
+  const int lane = threadIdx.x % 32;
   const int lane_page =
-      part > 0 && lane < count
+      block > 0 && lane < run.count
           ? p.page_table[static_cast<int64_t>(b) * p.page_table_stride + first + lane]
           : 0;
   // Without anything to merge, a sequence without keys still has its zeros to write.
-  const bool empty = part > 0 ? count <= 0 : call.parts.parts > 1 && kv_len % kTileTokens == 0;
+  const bool empty = block > 0 ? run.count <= 0 : call.parts.parts > 1 && kv_len % kTileTokens == 0;
   if (q_len == 0 || empty) return;
   const int group = p.num_heads / p.num_kv_heads;
-  const auto leave = [&](auto& result) {
+  const auto store = [&](int part) {
+    store_part(p, call.parts, part, b, kv_head, q_len * group, group, ring.merge);
+  };
+  const auto leave = [&](int part, auto& result) {
     __syncthreads();
     leave_rows(result, static_cast<int>(threadIdx.x / 32), q_len * group, ring.merge);
     __syncthreads();
+    if (kRuns) store(part);
   };
-  if (part == 0) {
+  if (block == 0) {
     DecodeRows<Ring::kDim> result;
     attend_tail<kBf16>(call, b, kv_head, q_len, kv_len, ring, result);
-    leave(result);
+    leave(0, result);
   } else if (!kManyRows || q_len * group <= kFewRows) {
-    FewRows<Ring::kDim> result;
-    attend_pages_few<kBf16>(call, b, kv_head, q_len, kv_len, first, count, lane_page, ring, result);
-    leave(result);
+    attend_pages_few<kBf16, kRuns>(call, b, kv_head, q_len, kv_len, run, lane_page, ring, leave);
   } else if constexpr (kManyRows) {
-    DecodeRows<Ring::kDim> result;
-    attend_pages<kBf16>(call, b, kv_head, q_len, kv_len, first, count, lane_page, ring, result);
-    leave(result);
+    attend_pages<kBf16, kRuns>(call, b, kv_head, q_len, kv_len, run, lane_page, ring, leave);
   }
-  store_part(p, call.parts, part, b, kv_head, q_len * group, group, ring.merge);
+  if (!kRuns) store(block);  // once for both kinds of blocks, which is less code
   if (p.rotations != nullptr && call.parts.parts > 1) {
-    merge_if_last<Ring::kDim>(p, call.parts, 0, 1 + page_parts(p, pages), b, kv_head, q_len * group,
-                              group);
+    const int parts = page_parts(p, pages);
+    merge_if_last<Ring::kDim>(p, call.parts, 0, 1 + parts,
+                              1 + (parts + block_parts - 1) / block_parts, b, kv_head,
+                              q_len * group, group);
   }
 }
 
@@ -354,8 +367,9 @@ cudaError_t launch_decode(const DecodeCall& call, cudaStream_t stream) {
   static_assert(kBlocks * (kBytes + 1024) <= 228 * 1024);
   const Problem& p = call.p;
   const auto kernel = p.max_q_len * (p.num_heads / p.num_kv_heads) > kFewRows
-                          ? decode_part<kBf16, true, Ring>
-                          : decode_part<kBf16, false, Ring>;
+                          ? decode_part<kBf16, true, true, Ring>
+                      : call.block_parts > 1 ? decode_part<kBf16, false, true, Ring>
+                                             : decode_part<kBf16, false, false, Ring>;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
@@ -363,10 +377,10 @@ cudaError_t launch_decode(const DecodeCall& call, cudaStream_t stream) {
                                cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   const auto sequences = static_cast<unsigned>(p.batch);
-  error = launch_with_memory(kernel,
-                             dim3(static_cast<unsigned>(call.parts.parts),
-                                  static_cast<unsigned>(p.num_kv_heads), sequences),
-                             kThreads, kBytes, stream, call);
+  const int blocks = 1 + (call.parts.parts - 1 + call.block_parts - 1) / call.block_parts;
+  error = launch_with_memory(
+      kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.num_kv_heads), sequences),
+      kThreads, kBytes, stream, call);
   if (error != cudaSuccess || call.parts.parts == 1 || p.rotations != nullptr) return error;
   return launch(merge_parts<T>, dim3(static_cast<unsigned>(p.max_q_len * p.num_heads), sequences),
                 kDim, stream, call);
@@ -400,7 +414,15 @@ DecodeCall make_call(const DecodeFromQuantizedKv& args, void* workspace, size_t*
     p.out.batch_stride = args.out_stride;
   }
   const int most_pages = step.max_kv_len / kTileTokens;
-  call.parts = place_parts(p, 1 + cut(p, most_pages).most_parts, workspace, bytes);
+  const Cut longest = cut(p, most_pages);
+  call.parts = place_parts(p, 1 + longest.most_parts, workspace, bytes);
+  // Where there are more parts than blocks at once, a block takes several, of which none has more
+  // pages than the longest sequence's: their results are the same, and blocks begin and end less
+  // often.
+  constexpr int kBlockPages = 8;
+  const int64_t all_parts = int64_t{p.batch} * p.num_kv_heads * longest.most_parts;
+  call.block_parts = static_cast<int>(std::clamp<int64_t>(
+      all_parts / kBlocksAtOnce, 1, std::max(1, kBlockPages / longest.part_units)));
   call.cache = args.cache;
   call.tails = step.tails;
   call.means = step.means;

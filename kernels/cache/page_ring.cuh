@@ -28,7 +28,8 @@ struct DecodeCall {
   QuantizedKv cache;
   const int32_t* tails;
   const int32_t* means;
-  float scale;  // softmax_scale * log2(e)
+  float scale;      // softmax_scale * log2(e)
+  int block_parts;  // of pages, that a block takes one after another
 };
 
 template <int kDim_, bool kInt4_>
@@ -64,14 +65,24 @@ struct PageRing {
   }
 };
 
-// What fills the ring with the pages of a part: a whole warp calls it.
+// What fills the ring with the pages of a block's parts, one part after another: a whole warp calls
+// it.
 template <class Ring>
 class PageSource {
  public:
   // lane_page: lane i has the id of page i.
-  __device__ PageSource(const DecodeCall& call, int kv_head, int lane_page, int count, Ring& ring)
-      : call_(call), ring_(ring), kv_head_(kv_head), count_(count), lane_page_(lane_page) {}
+  __device__ PageSource(const DecodeCall& call, int kv_head, int lane_page, Ring& ring)
+      : call_(call), ring_(ring), kv_head_(kv_head), lane_page_(lane_page) {}
 
+  // A part's first pages; no others than its own are brought until the next one begins.
+  __device__ void begin_part(int begin, int end) {
+    end_ = end;
+    if (threadIdx.x / 32 != 0) return;
+    for (int i = begin; i < begin + Ring::kStages; ++i) {
+      bring_keys(i);
+      bring_values(i);
+    }
+  }
   // Keys and scales of page i, if there is one, once all warps are done with what is in its place.
   __device__ void bring_keys(int i) const {
     bring(i, ring_.keys_full, ring_.keys_empty, call_.cache.keys, ring_.pages.keys, true);
@@ -84,7 +95,7 @@ class PageSource {
   template <typename T, int kBytes>
   __device__ void bring(int i, uint64_t (&full)[Ring::kStages], uint64_t (&empty)[Ring::kStages],
                         const T* from, T (&to)[Ring::kStages][kBytes], bool scales) const {
-    if (i >= count_) return;
+    if (i >= end_) return;
     const int64_t place =
         static_cast<int64_t>(__shfl_sync(0xFFFFFFFFu, lane_page_, i)) * call_.p.num_kv_heads +
         kv_head_;
@@ -106,24 +117,17 @@ class PageSource {
 
   const DecodeCall& call_;
   Ring& ring_;
-  int kv_head_, count_, lane_page_;
+  int kv_head_, lane_page_, end_ = 0;
 };
 
-// The queries of a part in INT8 (decode_queries.cuh) while its first pages come in. kTiles: of 8
+// The queries of a block in INT8 (decode_queries.cuh) while its first pages come in. kTiles: of 8
 // rows each.
 template <int kTiles, bool kBf16, class Ring>
-__device__ __forceinline__ void start_part(const DecodeCall& call, const PageSource<Ring>& source,
-                                           int b, int kv_head, int q_len, int kv_len,
-                                           uint32_t (&queries)[Ring::kDim / 32][4],
-                                           float (&scales)[2], float (&sums)[2]) {
+__device__ __forceinline__ void take_queries(const DecodeCall& call, int b, int kv_head, int q_len,
+                                             int kv_len, uint32_t (&queries)[Ring::kDim / 32][4],
+                                             float (&scales)[2], float (&sums)[2]) {
   const Problem& p = call.p;
   const int group = p.num_heads / p.num_kv_heads;
-  if (threadIdx.x / 32 == 0) {
-    for (int i = 0; i < Ring::kStages; ++i) {
-      source.bring_keys(i);
-      source.bring_values(i);
-    }
-  }
   const bool appends = p.rotations != nullptr;
   if (appends) {
     prefetch_angles(p, kv_len);
@@ -134,25 +138,55 @@ __device__ __forceinline__ void start_part(const DecodeCall& call, const PageSou
       queries, scales, sums);
 }
 
-// For every page i of a part, at stage s of the ring: take_keys(s), the last that reads keys and
-// scales; weigh(i); take_values(s).
+// The pages that a block takes: `count` from page `first` of the sequence on, in parts of
+// part_pages, of which part `part` is the first.
+struct PageRun {
+  int first, count, part_pages, part;
+};
+
+// Calls visit(begin, end) for the pages of every part, which begins with those on their way, and
+// leave(part). Parts share the memory in which their warps meet with their pages. Without kRuns
+// there is one part.
+template <bool kRuns, class Ring, typename Visit, typename Leave>
+__device__ __forceinline__ void visit_parts(const PageRun& run, PageSource<Ring>& source,
+                                            const Visit& visit, const Leave& leave) {
+  if constexpr (!kRuns) {
+    visit(0, run.count);
+    leave(run.part);
+  } else {
+    for (int begin = 0, part = run.part; begin < run.count; ++part) {
+      const int end = min(begin + run.part_pages, run.count);
+      if (begin > 0) {
+        fence_proxy_async();
+        __syncthreads();
+        source.begin_part(begin, end);
+      }
+      visit(begin, end);
+      leave(part);
+      begin = end;
+    }
+  }
+}
+
+// For every page i of a part of the run, at stage s of the ring: take_keys(s), the last that reads
+// keys and scales; weigh(i); take_values(s).
 template <class Ring, typename TakeKeys, typename Weigh, typename TakeValues>
-__device__ __forceinline__ void visit_pages(const PageSource<Ring>& source, int count, Ring& ring,
-                                            const TakeKeys& take_keys, const Weigh& weigh,
-                                            const TakeValues& take_values) {
+__device__ __forceinline__ void visit_pages(const PageSource<Ring>& source, int begin, int end,
+                                            int run_count, Ring& ring, const TakeKeys& take_keys,
+                                            const Weigh& weigh, const TakeValues& take_values) {
   const int warp = threadIdx.x / 32;
-  for (int i = 0; i < count; ++i) {
+  for (int i = begin; i < end; ++i) {
     const int s = i % Ring::kStages;
     const uint32_t parity = i / Ring::kStages & 1;
     mbarrier_wait(smem_address(&ring.keys_full[s]), parity);
     take_keys(s);
-    if (i + Ring::kStages < count) mbarrier_arrive(smem_address(&ring.keys_empty[s]));
+    if (i + Ring::kStages < run_count) mbarrier_arrive(smem_address(&ring.keys_empty[s]));
     // The other warps have most probably left the page before this one.
-    if (warp == 0 && i > 0) source.bring_values(i - 1 + Ring::kStages);
+    if (warp == 0 && i > begin) source.bring_values(i - 1 + Ring::kStages);
     weigh(i);
     mbarrier_wait(smem_address(&ring.values_full[s]), parity);
     take_values(s);
-    if (i + Ring::kStages < count) mbarrier_arrive(smem_address(&ring.values_empty[s]));
+    if (i + Ring::kStages < run_count) mbarrier_arrive(smem_address(&ring.values_empty[s]));
     if (warp == 0) source.bring_keys(i + Ring::kStages);
   }
 }

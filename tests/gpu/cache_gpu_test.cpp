@@ -423,6 +423,31 @@ TEST_F(CacheGpu, SequenceDoesNotDependOnItsNeighbours) {
   EXPECT_EQ(together.decode().raw, both);
 }
 
+// Of so many that a block takes several parts of a sequence, by few rows and by many.
+TEST_F(CacheGpu, SequenceDoesNotDependOnManyNeighbours) {
+  std::vector<int> lengths(16, 1000);
+  lengths[0] = 910;
+  lengths[3] = 77;
+  const std::vector<int> ones(lengths.size(), 1);
+  for (const auto& [shape, queries] : {std::pair{KvShape{Element::kF16, 8, 8, 64}, 1},
+                                       {KvShape{Element::kF16, 8, 8, 64, true}, 1},
+                                       {KvShape{Element::kF16, 8, 8, 64}, 9}}) {
+    GpuQuantizedKv together(shape, lengths), alone(shape, {lengths[0]});
+    std::vector<int> before = lengths;
+    for (int& length : before) length -= queries;
+    together.append(before);
+    together.append(std::vector<int>(lengths.size(), queries));
+    alone.append({before[0]});
+    alone.append({queries});
+    const std::vector<std::byte> all = together.decode().raw, one = alone.decode().raw;
+    EXPECT_TRUE(std::equal(one.begin(), one.end(), all.begin())) << name(shape);
+    if (queries > 1) continue;
+    GpuQuantizedKv at_once(shape, lengths);
+    at_once.append(before);
+    EXPECT_EQ(at_once.append_and_decode(ones).raw, all) << name(shape);
+  }
+}
+
 TEST_F(CacheGpu, RefusesWhatItCannotDo) {
   EXPECT_EQ(kernels::quantized_kv_refusal(32, 8, 128), nullptr);
   EXPECT_NE(kernels::quantized_kv_refusal(32, 8, 256), nullptr);
