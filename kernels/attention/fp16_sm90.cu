@@ -150,8 +150,9 @@ __device__ void produce(const Problem& p, const Sources& sources, const Schedule
     __syncwarp();  // so that none falls back by a phase
   };
   WorkItem item = {};
-  for (int index = blockIdx.x; schedule.get<kQueryTile>(p, query_tiles, index, item);
-       index += gridDim.x) {
+  for (int index = blockIdx.x; schedule.find(p, query_tiles, index, item); index += gridDim.x) {
+    wait_for_previous_kernel();  // with the first item at hand
+    schedule.measure<kQueryTile>(p, item);
     if (item.kv_tiles < 0) continue;
     const int slot = slots % kQuerySlots;
     wait_empty(places.queries_empty(slot), slots++, kQuerySlots);
@@ -336,13 +337,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   allow_next_kernel();
-  wait_for_previous_kernel();
   const int group = threadIdx.x / 128;
   if (group == 0) {
     set_fewer_registers<kProducerRegisters>();
     if (threadIdx.x < 32) produce<kDim>(p, sources, schedule, query_tiles, shared, places);
   } else {
     set_more_registers<kConsumerRegisters>();
+    wait_for_previous_kernel();
     consume<kDim, kBf16>(p, shared, places, group - 1);
   }
 }

@@ -81,9 +81,13 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule
   RingCursor ring, query_ring;
   ring.parity = query_ring.parity = 1;  // all stages start empty
   WorkItem item = {};
-  for (int index = blockIdx.x;
-       schedule.get<kQueryTile>(p, items_per_head<kDim>(tiles), index, item); index += gridDim.x) {
+  for (int index = blockIdx.x; schedule.find(p, items_per_head<kDim>(tiles), index, item);
+       index += gridDim.x) {
+    wait_for_previous_kernel();  // with the first item at hand
+    schedule.measure<kQueryTile>(p, item);
     if (item.kv_tiles < 0) continue;
+    // A page's number comes from memory: each is asked for before it is needed.
+    int next = item.kv_tiles > 0 ? tile_place(p, tiles, item, item.tile_at(0)) : 0;
     const int slot = query_ring.stage;
     mbarrier_wait_idle(places.queries_empty(slot), query_ring.parity);
     query_ring.advance(kQuerySlots);
@@ -98,13 +102,10 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule
               places.queries_full(slot));
     bulk_copy(places.query_scales(slot), tiles.query_scales + first,
               rows * static_cast<int>(sizeof(float)), places.queries_full(slot));
-    if (item.kv_tiles == 0) continue;
-    int next = tile_place(p, tiles, item, item.tile_at(0));
     for (int i = 0; i < item.kv_tiles; ++i) {
       const int s = ring.stage;
       const int place = next;
       const int key_place = key_tile_place(p, tiles, item, item.tile_at(i), place);
-      // Asked for before it is needed: a page's number comes from memory.
       if (i + 1 < item.kv_tiles) next = tile_place(p, tiles, item, item.tile_at(i + 1));
       mbarrier_wait_idle(places.keys_empty(s), ring.parity);
       mbarrier_expect_bytes(places.keys_full(s), Shared::kTileBytes + sizeof(Shared::scales[0]));
@@ -318,13 +319,13 @@ __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
   fence_proxy_async();
   __syncthreads();
   allow_next_kernel();
-  wait_for_previous_kernel();
   const int group = threadIdx.x / 128;
   if (group == 0) {
     set_fewer_registers<kProducerRegisters>();
     if (threadIdx.x == 0) produce<kDim>(p, tiles, schedule, shared, places);
   } else {
     set_more_registers<Groups<kDim>::kConsumerRegisters>();
+    wait_for_previous_kernel();
     consume<kDim, kLong>(p, tiles, shared, places, group - 1);
   }
 }

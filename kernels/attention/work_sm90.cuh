@@ -126,15 +126,16 @@ struct WorkItem {
 // Items in the order in which they are taken: heads in sections whose keys and values fit the L2
 // cache together; within a section the longest rows of all heads first, so that the short ones fill
 // the end. Blocks take them round by round, where the rounds are few every other one from the last
-// block to the first: a block's items then add up to much the same. False past the last item;
-// kv_tiles < 0 for a tile or a part beyond its sequence.
+// block to the first: a block's items then add up to much the same.
 struct Schedule {
   static constexpr int kFewRounds = 32;
 
   int section_heads;  // query heads (of all sequences) per section
 
-  template <int kQueryTile>
-  __device__ bool get(const Problem& p, int query_tiles, int index, WorkItem& item) const {
+  // Which rows of which head item `index` is, and of which part of their keys: what takes no data
+  // that other kernels write, so that a block finds its first item while the one before it ends.
+  // False past the last item.
+  __device__ bool find(const Problem& p, int query_tiles, int index, WorkItem& item) const {
     const int most_parts = max(1, p.key_parts), head_items = query_tiles * most_parts;
     const int heads = p.batch * p.num_heads;
     const int blocks = static_cast<int>(gridDim.x), round = index / blocks;
@@ -151,19 +152,25 @@ struct Schedule {
     item.b = sequence_head / p.num_heads;
     item.head = sequence_head % p.num_heads;
     item.kv_head = item.head / (p.num_heads / p.num_kv_heads);
+    return true;
+  }
+
+  // The rest of an item that has been found. kv_tiles < 0 for a tile or a part beyond its sequence.
+  template <int kQueryTile>
+  __device__ void measure(const Problem& p, WorkItem& item) const {
     item.q_len = p.q_len(item.b);
     item.kv_len = p.kv_len(item.b);
+    item.parts = 1;
+    item.first_tile = 0;
     const int rows = min(kQueryTile, item.q_len - item.tile * kQueryTile);
     if (rows <= 0) {
       item.kv_tiles = -1;
-      return true;
+      return;
     }
     const int last = item.tile * kQueryTile + rows - 1;
     item.kv_tiles = (max(0, item.key_end(p, last)) + kKeyTile - 1) / kKeyTile;
     item.full_tiles = max(0, item.key_end(p, item.tile * kQueryTile)) / kKeyTile;
-    item.parts = 1;
-    item.first_tile = 0;
-    if (most_parts > 1) {
+    if (p.key_parts > 1) {
       const int tiles = (item.kv_len + kKeyTile - 1) / kKeyTile;
       item.parts = key_parts(p.num_heads, (item.q_len + kQueryTile - 1) / kQueryTile, tiles);
       const int each = (tiles + item.parts - 1) / item.parts;
@@ -172,7 +179,6 @@ struct Schedule {
       item.full_tiles = min(each, max(0, item.full_tiles - item.first_tile));
       if (item.part >= item.parts) item.kv_tiles = -1;
     }
-    return true;
   }
 };
 
