@@ -103,7 +103,7 @@ struct WorkItem {
   int part, parts;
   int first_tile;  // of the part's key tiles
   int kv_tiles;    // of them, those that a row of this item sees
-  int full_tiles;  // likewise, that all of its rows see in full
+  int full_tiles;  // likewise, that all of its rows see in full, or first of all
 
   // The key after the last one that query row `row` sees.
   __device__ int key_end(const Problem& p, int row) const {
@@ -169,14 +169,17 @@ struct Schedule {
     }
     const int last = item.tile * kQueryTile + rows - 1;
     item.kv_tiles = (max(0, item.key_end(p, last)) + kKeyTile - 1) / kKeyTile;
-    item.full_tiles = max(0, item.key_end(p, item.tile * kQueryTile)) / kKeyTile;
+    // Where items are not as long as key tiles, a head's first one sees two, none of them in full:
+    // its rows see more of the first.
+    constexpr int kLeastFull = kQueryTile % kKeyTile == 0 ? 0 : 1;
+    item.full_tiles = max(kLeastFull, max(0, item.key_end(p, item.tile * kQueryTile)) / kKeyTile);
     if (p.key_parts > 1) {
       const int tiles = (item.kv_len + kKeyTile - 1) / kKeyTile;
       item.parts = key_parts(p.num_heads, (item.q_len + kQueryTile - 1) / kQueryTile, tiles);
       const int each = (tiles + item.parts - 1) / item.parts;
       item.first_tile = item.part * each;
       item.kv_tiles = min(each, max(0, item.kv_tiles - item.first_tile));
-      item.full_tiles = min(each, max(0, item.full_tiles - item.first_tile));
+      item.full_tiles = min(each, max(kLeastFull, item.full_tiles - item.first_tile));
       if (item.part >= item.parts) item.kv_tiles = -1;
     }
   }
