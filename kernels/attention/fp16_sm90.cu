@@ -65,6 +65,10 @@ struct Source {
 };
 struct Sources {
   Source q, k, v;
+  // Whether lanes of a warp may copy a tile themselves: each of them then arrives for every tile.
+  bool by_lanes;
+
+  __device__ int fills() const { return by_lanes ? 32 : 1; }
 };
 
 template <int kDim, bool kBf16>
@@ -95,12 +99,16 @@ __device__ inline void issue_pv(float (&products)[kDim / 2], const uint32_t (&p)
 
 // Fills a tile with rows [first, first + 128) of head `head` of sequence b; rows from `length` on
 // and columns from head_dim on become zeros, whatever lies there. 0 <= first < length. By all of
-// the producer warp; the tile's barrier counts one arrival.
+// the producer warp, whose arrivals at the tile's barrier are Sources::fills().
 template <int kDim, bool kQueries>
 __device__ inline void load_tile(const Problem& p, const Tensor& x, const Source& source, int b,
-                                 int head, int first, int length, uint32_t to, uint32_t full) {
+                                 int head, int first, int length, uint32_t to, uint32_t full,
+                                 bool by_lanes) {
   if (source.box_rows > 0 && (first + kTileRows <= length || length == source.end)) {
-    if (threadIdx.x != 0) return;
+    if (threadIdx.x != 0) {
+      if (by_lanes) mbarrier_arrive(full);
+      return;
+    }
     mbarrier_expect_bytes(full, SharedTiles<kDim>::kTileBytes);
     for (int i = 0; i < kTileRows; i += source.box_rows) {
       int sequence = b, token = first + i;
@@ -134,8 +142,7 @@ __device__ inline void load_tile(const Problem& p, const Tensor& x, const Source
   ptx::wait_copies<0>();
   // Such copies are written as ordinary stores are.
   fence_proxy_async();
-  __syncwarp();
-  if (threadIdx.x == 0) mbarrier_arrive(full);
+  mbarrier_arrive(full);
 }
 
 // By one warp.
@@ -158,21 +165,22 @@ __device__ void produce(const Problem& p, const Sources& sources, const Schedule
     wait_empty(places.queries_empty(slot), slots++, kQuerySlots);
     if (threadIdx.x == 0) shared.items[slot] = item;
     load_tile<kDim, true>(p, p.q, sources.q, item.b, item.head, item.tile * kQueryTile, item.q_len,
-                          places.queries(slot), places.queries_full(slot));
+                          places.queries(slot), places.queries_full(slot), sources.by_lanes);
     // In the order of their use: keys of a tile, then values of the tile before.
     for (int i = 0; i <= item.kv_tiles; ++i) {
       if (i < item.kv_tiles) {
         const int stage = tiles % kStages;
         wait_empty(places.keys_empty(stage), tiles++, kStages);
         load_tile<kDim, false>(p, p.k, sources.k, item.b, item.kv_head, item.tile_at(i) * kKeyTile,
-                               item.kv_len, places.keys(stage), places.keys_full(stage));
+                               item.kv_len, places.keys(stage), places.keys_full(stage),
+                               sources.by_lanes);
       }
       if (i > 0) {
         const int n = i < item.kv_tiles ? tiles - 2 : tiles - 1, stage = n % kStages;
         wait_empty(places.values_empty(stage), n, kStages);
         load_tile<kDim, false>(p, p.v, sources.v, item.b, item.kv_head,
                                item.tile_at(i - 1) * kKeyTile, item.kv_len, places.values(stage),
-                               places.values_full(stage));
+                               places.values_full(stage), sources.by_lanes);
       }
     }
   }
@@ -181,8 +189,8 @@ __device__ void produce(const Problem& p, const Sources& sources, const Schedule
   if (threadIdx.x == 0) {
     item.kv_tiles = -1;
     shared.items[slot] = item;
-    mbarrier_arrive(places.queries_full(slot));
   }
+  if (threadIdx.x == 0 || sources.by_lanes) mbarrier_arrive(places.queries_full(slot));
 }
 
 template <int kDim, bool kBf16>
@@ -333,7 +341,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Places<kDim> places(shared);
   if (threadIdx.x == 0) {
     // Every lane releases queries, which it has read.
-    init_barriers(places, {1, kReleases, kReleases, 32 * kReleases});
+    init_barriers(places, {sources.fills(), kReleases, kReleases, 32 * kReleases});
   }
   __syncthreads();
   allow_next_kernel();
@@ -392,7 +400,9 @@ Sources describe(const Problem& p) {
       p.cu_q_lens != nullptr
           ? describe(p, p.q, INT32_MAX, p.num_heads, 1, -1, kTileRows)
           : describe(p, p.q, p.max_q_len, p.num_heads, p.batch, p.max_q_len, kTileRows);
-  return {q, describe_kv(p.k), describe_kv(p.v)};
+  const Source k = describe_kv(p.k), v = describe_kv(p.v);
+  const auto whole = [](const Source& x) { return x.box_rows > 0 && x.end >= 0; };
+  return {q, k, v, p.kv_lens != nullptr || !whole(q) || !whole(k) || !whole(v)};
 }
 
 int query_tiles_of(const Problem& p) { return (p.max_q_len + kQueryTile - 1) / kQueryTile; }
