@@ -170,14 +170,7 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
       }
     }
   };
-  const auto visit = [&](int begin, int end) {
-    result.clear();
-    value_scale = 1.0f;
-    visit_pages(source, begin, end, run.count, ring, take_keys, weigh, take_values);
-    const float factor[2] = {value_scale, value_scale};
-    result.multiply(factor);
-  };
-  visit_parts<kRuns>(run, source, visit, [&](int part) { leave(part, result); });
+  visit_parts<kRuns>(run, source, ring, result, value_scale, take_keys, weigh, take_values, leave);
 }
 
 __device__ inline const float* mean_of(const DecodeCall& call, int b, int kv_head) {

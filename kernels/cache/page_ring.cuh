@@ -144,30 +144,6 @@ struct PageRun {
   int first, count, part_pages, part;
 };
 
-// Calls visit(begin, end) for the pages of every part, which begins with those on their way, and
-// leave(part). Parts share the memory in which their warps meet with their pages. Without kRuns
-// there is one part.
-template <bool kRuns, class Ring, typename Visit, typename Leave>
-__device__ __forceinline__ void visit_parts(const PageRun& run, PageSource<Ring>& source,
-                                            const Visit& visit, const Leave& leave) {
-  if constexpr (!kRuns) {
-    visit(0, run.count);
-    leave(run.part);
-  } else {
-    for (int begin = 0, part = run.part; begin < run.count; ++part) {
-      const int end = min(begin + run.part_pages, run.count);
-      if (begin > 0) {
-        fence_proxy_async();
-        __syncthreads();
-        source.begin_part(begin, end);
-      }
-      visit(begin, end);
-      leave(part);
-      begin = end;
-    }
-  }
-}
-
 // For every page i of a part of the run, at stage s of the ring: take_keys(s), the last that reads
 // keys and scales; weigh(i); take_values(s).
 template <class Ring, typename TakeKeys, typename Weigh, typename TakeValues>
@@ -188,6 +164,40 @@ __device__ __forceinline__ void visit_pages(const PageSource<Ring>& source, int 
     take_values(s);
     if (i + Ring::kStages < run_count) mbarrier_arrive(smem_address(&ring.values_empty[s]));
     if (warp == 0) source.bring_keys(i + Ring::kStages);
+  }
+}
+
+// The pages of every part of a run to `result` (of value scale 1 at its end), then leave(part,
+// result); take_keys, weigh and take_values as above. `value_scale` is what weigh keeps. Parts
+// share the memory in which their warps meet with their pages. Without kRuns there is one part.
+template <bool kRuns, class Ring, class Result, typename TakeKeys, typename Weigh,
+          typename TakeValues, typename Leave>
+__device__ __forceinline__ void visit_parts(const PageRun& run, PageSource<Ring>& source,
+                                            Ring& ring, Result& result, float& value_scale,
+                                            const TakeKeys& take_keys, const Weigh& weigh,
+                                            const TakeValues& take_values, const Leave& leave) {
+  const auto visit = [&](int begin, int end) {
+    result.clear();
+    value_scale = 1.0f;
+    visit_pages(source, begin, end, run.count, ring, take_keys, weigh, take_values);
+    const float factor[2] = {value_scale, value_scale};
+    result.multiply(factor);
+  };
+  if constexpr (!kRuns) {
+    visit(0, run.count);
+    leave(run.part, result);
+  } else {
+    for (int begin = 0, part = run.part; begin < run.count; ++part) {
+      const int end = min(begin + run.part_pages, run.count);
+      if (begin > 0) {
+        fence_proxy_async();
+        __syncthreads();
+        source.begin_part(begin, end);
+      }
+      visit(begin, end);
+      leave(part, result);
+      begin = end;
+    }
   }
 }
 
