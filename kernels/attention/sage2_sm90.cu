@@ -199,13 +199,21 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       mbarrier_arrive(places.keys_empty(ring.stage));
     };
     const auto first_end = [&](int j, int r) { return row_end[r] - j * kKeyTile; };
-    const auto weigh = [&](int j, uint32_t(&to)[16]) {
+    const auto weigh = [&]<int kRow = kBothRows>(int j, uint32_t(&to)[16]) {
       const float offset[2] = {rows.reference[0] - tile.value_bits,
                                rows.reference[1] - tile.value_bits};
-      const uint32_t carries = exponentiate<kDim>(logits, to, tile.scale, offset);
+      const uint32_t carries = exponentiate<kDim, kRow>(logits, to, tile.scale, offset);
       if (j < first_masked) return carries;
       const int ends[2] = {first_end(j, 0), first_end(j, 1)};
-      return mask_weights(to, ends);
+      return mask_weights<kRow>(to, ends);
+    };
+    // Weights of tile j, the i-th, that are near the most, again, against a reference moved. Row by
+    // row, since mostly a single one of a warp has such weights.
+    const auto weigh_again = [&]<int kRow>(int i, int j, uint32_t(&to)[16]) {
+      void* away = i >= first_away ? &out : nullptr;
+      if (move_reference<kRow>(logits, to, rows, sums, tile, first_end(j, kRow), away)) {
+        weigh.template operator()<kRow>(j, to);
+      }
     };
     // Logits of tile j, the i-th, to P, beside the products of the tile before; finish waits for
     // them.
@@ -218,9 +226,8 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       const uint32_t carries = weigh(j, to);
       finish();
       if (__any_sync(0xFFFFFFFFu, near_most(carries))) {
-        const int ends[2] = {first_end(j, 0), first_end(j, 1)};
-        move_references<kDim>(logits, to, rows, sums, tile, ends, i >= first_away ? &out : nullptr);
-        weigh(j, to);
+        weigh_again.template operator()<0>(i, j, to);
+        weigh_again.template operator()<1>(i, j, to);
       }
       value_inverse = tile.value_inverse;
     };

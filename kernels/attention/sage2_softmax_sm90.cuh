@@ -28,9 +28,9 @@ struct TileScales {
   float value_inverse;  // 1 / scale of V
 };
 
-// Whether a weight of e4m3 numbers, to whose codes kNearMost has been added, is 128 (the code 0x70)
+// Whether a weight of e4m3 numbers, to whose codes kNearMost has been added, is 176 (the code 0x73)
 // or more, or NaN. If none is, then none has saturated.
-constexpr uint32_t kNearMost = 0x10101010u;
+constexpr uint32_t kNearMost = 0x0D0D0D0Du;
 __device__ inline bool near_most(uint32_t carries) { return (carries & 0x80808080u) != 0; }
 
 __device__ inline __half2 as_halves(uint32_t x) {
@@ -69,8 +69,15 @@ __device__ constexpr bool in_halves(int i) {
   return kDim == 128 && (0x6318 >> i & 1) != 0;
 }
 
+// Whether register i of P belongs to row kRow of a thread's two, or to any.
+constexpr int kBothRows = -1;
+template <int kRow>
+__device__ constexpr bool belongs(int i) {
+  return kRow == kBothRows || i % 2 == kRow;
+}
+
 // A tile's logits to P. Returns the union of what near_most takes.
-template <int kDim>
+template <int kDim, int kRow = kBothRows>
 __device__ __forceinline__ uint32_t exponentiate(const int32_t (&logits)[64], uint32_t (&p)[16],
                                                  const float (&scale)[2],
                                                  const float (&offset)[2]) {
@@ -80,6 +87,7 @@ __device__ __forceinline__ uint32_t exponentiate(const int32_t (&logits)[64], ui
   uint32_t carries = 0;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
+    if (!belongs<kRow>(i)) continue;
     const int r = i & 1;
     float x[4];
 #pragma unroll
@@ -98,10 +106,12 @@ __device__ __forceinline__ uint32_t exponentiate(const int32_t (&logits)[64], ui
 
 // Makes the weights of masked keys zero: of those from `ends` of their row on, relative to the
 // first key of this thread (4c of the tile). Returns what exponentiate does.
+template <int kRow = kBothRows>
 __device__ inline uint32_t mask_weights(uint32_t (&p)[16], const int (&ends)[2]) {
   uint32_t carries = 0;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
+    if (!belongs<kRow>(i)) continue;
     // Four keys from 16 (i / 2) on, of row i % 2.
     const int bits = max(0, 8 * ends[i & 1] - 128 * (i >> 1));
     p[i] &= __funnelshift_lc(~0u, 0u, bits);
@@ -112,7 +122,7 @@ __device__ inline uint32_t mask_weights(uint32_t (&p)[16], const int (&ends)[2])
 
 // The products of P V, summed on two levels, both in halves, packed as the accumulators lie:
 // register i is of row i % 2. The matrix unit sums those of a tile, from zero: 128 keys with
-// weights below 128 and values up to recipe::kTileValueMax, 49,152 at most. `sums`, in units of
+// weights up to 160 and values up to recipe::kTileValueMax, 61,440 at most. `sums`, in units of
 // kUnit, takes them.
 template <int kDim>
 struct Accumulators {
@@ -203,27 +213,27 @@ __device__ inline void set_references(const int32_t (&logits)[64], RowState& row
   rows.reference[1] = largest_logit(logits, 1, tile, ends[1]) - kFirstBits;
 }
 
-// Moves the references of rows with a weight near the most; the weights p are then to be computed
-// again. A row without a weight so far takes its reference from these keys.
-template <int kDim>
-__device__ inline void move_references(const int32_t (&logits)[64], const uint32_t (&p)[16],
-                                       RowState& rows, Accumulators<kDim>& sums,
-                                       const TileScales& tile, const int (&ends)[2], void* away) {
+// Moves the references of those of a warp's rows that are its threads' row kRow and have a weight
+// near the most. True if there is one: the weights of these rows are then to be computed again. A
+// row without a weight so far takes its reference from these keys.
+template <int kRow, int kDim>
+__device__ inline bool move_reference(const int32_t (&logits)[64], const uint32_t (&p)[16],
+                                      RowState& rows, Accumulators<kDim>& sums,
+                                      const TileScales& tile, int end, void* away) {
+  uint32_t carries = 0;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    uint32_t carries = 0;
-#pragma unroll
-    for (int i = r; i < 16; i += 2) carries |= p[i] + kNearMost;
-    carries |= __shfl_xor_sync(0xFFFFFFFFu, carries, 1);
-    carries |= __shfl_xor_sync(0xFFFFFFFFu, carries, 2);
-    const float largest = largest_logit(logits, r, tile, ends[r]);
-    const float before = rows.reference[r];
-    if (near_most(carries)) rows.reference[r] = largest - kFirstBits;
-    const float factor = ptx::exp2_fast(before - rows.reference[r]);
-    rows.sum[r] *= factor;
-    sums.scale_row(r, factor);
-    if (away != nullptr) sums.scale_row_away(away, r, factor);
-  }
+  for (int i = kRow; i < 16; i += 2) carries |= p[i] + kNearMost;
+  const unsigned near = __ballot_sync(0xFFFFFFFFu, near_most(carries));
+  if (near == 0) return false;
+  const bool moves = (near >> (threadIdx.x & 28) & 15) != 0;  // of the four threads of a row
+  const float largest = largest_logit(logits, kRow, tile, end);
+  const float before = rows.reference[kRow];
+  if (moves) rows.reference[kRow] = largest - kFirstBits;
+  const float factor = ptx::exp2_fast(before - rows.reference[kRow]);
+  rows.sum[kRow] *= factor;
+  sums.scale_row(kRow, factor);
+  if (away != nullptr) sums.scale_row_away(away, kRow, factor);
+  return true;
 }
 
 }  // namespace sagelm::kernels::sage2

@@ -6,6 +6,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "base/dtype.h"
 #include "gpu/gpu_attention.h"
 
 namespace sagelm::testing {
@@ -251,6 +252,36 @@ TEST_P(AttentionGpu, NeighboursAndRepeatsChangeNothing) {
   for (int i = 0; i < 5; ++i) {
     call.run();
     ASSERT_EQ(once, call.raw_out());
+  }
+}
+
+TEST_P(AttentionGpu, SumsOfLargestWeights) {
+  // Keys of one tile whose weights are all as large as a row's reference allows, or just beyond it,
+  // times values that are all the largest: what is summed in halves must not overflow.
+  constexpr int kDim = 128, kKeys = 512, kRows = 64;
+  for (int step = 0; step <= 30; ++step) {
+    const double bits = 3.0 + 0.1 * step;  // of these keys' logits above the others'
+    GpuAttention call({.q_lens = {kRows},
+                       .kv_lens = {kKeys},
+                       .num_heads = 1,
+                       .num_kv_heads = 1,
+                       .head_dim = kDim,
+                       .causal = false});
+    std::vector<uint16_t> q(kRows * kDim), k(kKeys * kDim), v(kKeys * kDim, float_to_half(1.0F));
+    const auto query = static_cast<float>(bits * std::log(2.0) * std::sqrt(double{kDim}));
+    for (int row = 0; row < kRows; ++row) q[row * kDim] = float_to_half(query);
+    for (int key = 128; key < 256; ++key) k[key * kDim] = float_to_half(1.0F);
+    const auto upload = [](const sagelm_attention_tensor& to, const std::vector<uint16_t>& from) {
+      check_cuda(cudaMemcpy(to.data, from.data(), 2 * from.size(), cudaMemcpyHostToDevice),
+                 "inputs");
+    };
+    upload(call.args.q, q);
+    upload(call.args.k, k);
+    upload(call.args.v, v);
+    if (!run(call)) GTEST_SKIP() << sagelm_attention_last_error();
+    for (const int row : {0, 37, kRows - 1}) {
+      for (const double x : call.out(0, row, 0)) ASSERT_NEAR(x, 1.0, 0.01) << bits << " bits";
+    }
   }
 }
 
