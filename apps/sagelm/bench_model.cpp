@@ -5,6 +5,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <utility>
 
 #include "base/error.h"
@@ -153,6 +154,7 @@ class TurnBench {
   std::vector<BenchResult> run(const DeviceBounds& bounds) {
     std::vector<BenchResult> results(settings_.size());
     run_prefill(bounds, results);
+    if (plan_->rest_seconds > 0) run_first_token(results);
     for (const int64_t at : plan_->decode_at) run_decode(at, bounds, results);
     return results;
   }
@@ -178,9 +180,10 @@ class TurnBench {
     }
   }
 
-  // An answer of so many tokens to ids, of which the session keeps the first `held`.
+  // An answer of so many tokens to ids, of which the session keeps the first `held`; the device
+  // rests before it.
   Generation generate(size_t setting, std::span<const int32_t> ids, int64_t held, int64_t tokens,
-                      const TextCallback& on_text = {}) {
+                      const TextCallback& on_text = {}, double rest_seconds = 0) {
     Session& session = sessions_[setting];
     const auto rest = ids.subspan(static_cast<size_t>(held));
     if (current_ != setting) {
@@ -193,20 +196,43 @@ class TurnBench {
                        answer_of(*plan_, std::min(tokens, kSettleTokens)));
     }
     session.truncate(held);
+    std::this_thread::sleep_for(std::chrono::duration<double>(rest_seconds));
     return session.generate(rest, answer_of(*plan_, tokens), on_text);
+  }
+
+  // Of each setting, of each length of prompt, one figure per run.
+  using PromptFigures = std::vector<std::vector<std::vector<double>>>;
+  PromptFigures run_prompts(double rest_seconds, double (*figure)(const Generation&)) {
+    const std::vector<int64_t>& lengths = plan_->prompt_tokens;
+    const std::vector<int32_t> ids =
+        random_ids(std::ranges::max(lengths), infos_.front().vocab_size);
+    PromptFigures figures(settings_.size(), std::vector<std::vector<double>>(lengths.size()));
+    take_turns(lengths.size(), [&](size_t length, size_t setting, int run) {
+      const auto prompt = std::span(ids).first(static_cast<size_t>(lengths[length]));
+      const Generation result = generate(setting, prompt, 0, 1, {}, run < 0 ? 0 : rest_seconds);
+      if (run >= 0) figures[setting][length].push_back(figure(result));
+    });
+    return figures;
+  }
+
+  void run_first_token(std::vector<BenchResult>& results) {
+    PromptFigures seconds =
+        run_prompts(plan_->rest_seconds, [](const Generation& g) { return g.prefill_seconds; });
+    for (size_t setting = 0; setting < settings_.size(); ++setting) {
+      for (size_t i = 0; i < plan_->prompt_tokens.size(); ++i) {
+        results[setting].first_token.push_back(
+            {.tokens = plan_->prompt_tokens[i],
+             .rest_seconds = plan_->rest_seconds,
+             .seconds = spread_of(std::move(seconds[setting][i]))});
+      }
+    }
   }
 
   void run_prefill(const DeviceBounds& bounds, std::vector<BenchResult>& results) {
     const std::vector<int64_t>& lengths = plan_->prompt_tokens;
     const ModelInfo& info = infos_.front();
-    const std::vector<int32_t> ids = random_ids(std::ranges::max(lengths), info.vocab_size);
-    std::vector<std::vector<std::vector<double>>> rates(
-        settings_.size(), std::vector<std::vector<double>>(lengths.size()));
-    take_turns(lengths.size(), [&](size_t length, size_t setting, int run) {
-      const auto prompt = std::span(ids).first(static_cast<size_t>(lengths[length]));
-      const Generation result = generate(setting, prompt, 0, 1);
-      if (run >= 0) rates[setting][length].push_back(result.prefill_tokens_per_second());
-    });
+    PromptFigures rates =
+        run_prompts(0, [](const Generation& g) { return g.prefill_tokens_per_second(); });
     for (size_t setting = 0; setting < settings_.size(); ++setting) {
       for (size_t i = 0; i < lengths.size(); ++i) {
         const auto tokens = static_cast<double>(lengths[i]);
@@ -285,7 +311,8 @@ int64_t ModelBenchPlan::context() const {
 }
 
 int64_t ModelBenchPlan::runs_of_setting() const {
-  return static_cast<int64_t>(prompt_tokens.size() + decode_at.size()) * (runs + 1);
+  const size_t series = (rest_seconds > 0 ? 2 : 1) * prompt_tokens.size() + decode_at.size();
+  return static_cast<int64_t>(series) * (runs + 1);
 }
 
 double prefill_ops(const ModelInfo& info, int64_t tokens) {

@@ -20,6 +20,9 @@ struct ModelBenchPlan {
   std::vector<int64_t> decode_at;  // tokens in the cache before the first one that is timed
   int64_t decode_tokens = 64;      // steps timed per run
   int runs = 5;
+  // Before every prompt whose first token is timed; 0: none is. A prompt that is run right behind
+  // others meets a device at its power limit, one that comes to a waiting device does not.
+  double rest_seconds = 0;
   SamplingOptions sampling;  // of the answers
 
   int64_t context() const;          // that all of it needs
@@ -31,6 +34,13 @@ struct PrefillResult {
   Spread tokens_per_second;
   double ops_per_second = 0;            // useful ones, at the median
   double linear_tokens_per_second = 0;  // bound: the linear layers alone
+};
+
+// Of prompts that come to a device that has rested.
+struct FirstTokenResult {
+  int64_t tokens = 0;
+  double rest_seconds = 0;
+  Spread seconds;  // from the call to the first token, which is chosen by then
 };
 
 struct DecodeResult {
@@ -64,6 +74,7 @@ struct BenchSetting {
 
 struct BenchResult {
   std::vector<PrefillResult> prefill;
+  std::vector<FirstTokenResult> first_token;
   std::vector<DecodeResult> decode;
 };
 struct BenchResults {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -26,10 +27,15 @@ struct ModelFlags {
   ModelBenchPlan plan;  // lists that are empty: what fits of the defaults
   GenerationFlags generation;
   int64_t batch_tokens = LoadOptions{}.batch_tokens;
+  std::optional<double> rest_seconds;
 };
 
 std::string shown(const Spread& spread) {
   return fmt::format("{:.1f} ({:.1f} to {:.1f})", spread.median, spread.smallest, spread.largest);
+}
+
+Spread in_ms(const Spread& seconds) {
+  return {seconds.median * 1e3, seconds.smallest * 1e3, seconds.largest * 1e3};
 }
 
 std::string in_gib(int64_t bytes) {
@@ -73,9 +79,17 @@ Shown show(const PrefillResult& r, const Ceilings& best) {
            {"percent_of_linear_layers", of_linear}}};
 }
 
+Shown show(const FirstTokenResult& r, const Ceilings& /*best*/) {
+  const Spread ms = in_ms(r.seconds);
+  return {
+      fmt::format("  first token after {:>5}: {:.3f} ms ({:.3f} to {:.3f}), each prompt after a "
+                  "rest of {:g} s\n",
+                  r.tokens, ms.median, ms.smallest, ms.largest, r.rest_seconds),
+      {{"tokens", r.tokens}, {"ms", spread_json(ms)}, {"rest_seconds", r.rest_seconds}}};
+}
+
 Shown show(const DecodeResult& r, const Ceilings& best) {
-  const Spread step = {r.step_seconds.median * 1e3, r.step_seconds.smallest * 1e3,
-                       r.step_seconds.largest * 1e3};
+  const Spread step = in_ms(r.step_seconds);
   const double of_copy = percent(r.bytes_per_second, best.copy_bytes);
   const std::string host =
       r.host_share > 0 ? fmt::format(", host {:.1f} %", 100 * r.host_share) : std::string();
@@ -145,6 +159,7 @@ void run_model(const ModelFlags& flags) {
   const double load_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   const ModelInfo info = model.info();
+  plan.rest_seconds = flags.rest_seconds.value_or(model.memory().device_bytes > 0 ? 0.2 : 0.0);
   const double load_rate = static_cast<double>(info.checkpoint_bytes) / load_seconds * 1e-9;
   output.text(fmt::format("{}: {} parameters, {}, loaded in {:.1f} s ({:.2f} GB/s)\non {}\n{}",
                           info.name, info.num_parameters, info.dtype, load_seconds, load_rate,
@@ -179,6 +194,7 @@ void run_model(const ModelFlags& flags) {
                                {"kernel", of.attention},
                                {"kv_cache", of.kv_cache},
                                {"prefill", Json::array()},
+                               {"first_token", Json::array()},
                                {"decode", Json::array()},
                                {"memory", memory[i].json}});
   }
@@ -204,6 +220,7 @@ void run_model(const ModelFlags& flags) {
       }
     };
     add("prefill", results.settings[i].prefill);
+    add("first_token", results.settings[i].first_token);
     add("decode", results.settings[i].decode);
     output.text(texts[i] + memory[i].text);
   }
@@ -234,6 +251,12 @@ void add_bench_model(CLI::App& bench) {
                    "measurements of each, after one to warm up; the attentions take turns")
       ->option_text("N (default: 5)")
       ->check(CLI::Range(1, 1000));
+  command
+      ->add_option("--rest", flags->rest_seconds,
+                   "rest before each prompt whose time to the first token is taken, apart from the "
+                   "prompts that follow each other; 0: it is not")
+      ->option_text("SECONDS (default: 0.2 on a GPU, 0 on a CPU)")
+      ->check(CLI::Range(0.0, 60.0));
   command->add_option("--batch-tokens", flags->batch_tokens, "tokens of a prompt run in one step")
       ->option_text("N (default: 4096 on a GPU, 2048 on a CPU)")
       ->check(CLI::Range(int64_t{2}, int64_t{1} << 24));

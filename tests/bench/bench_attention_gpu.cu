@@ -1,11 +1,13 @@
 // Times the attention kernels on the device beside the copy bandwidth of the same run.
-//   bench_attention_gpu [--quick] [--fp16] [--json FILE]
+//   bench_attention_gpu [--quick] [--fp16] [--rest] [--json FILE]
 //   bench_attention_gpu --decode
 //   bench_attention_gpu --prefill
 // Prints for every shape: time and TFLOPS of attention over tiles that are quantized already, of
 // the quantization (with GB/s), and of the whole call from FP16 tensors. With --fp16 also of FP16
 // attention, by the kernel that is chosen for the device and by the one that any has. TFLOPS count
 // 4 * batch * heads * N^2 * head_dim, half of it where causal. Medians of at least 7 runs.
+// --rest: 0.2 s before every run, so that each meets a card below its power limit, as the attention
+// of one prompt does, and not as calls without end do.
 // --decode: one query a sequence over a quantized cache, with GB/s over the bytes that the cache
 // holds, beside an FP16 cache; every run finds other data in L2, read as weights are in a model.
 // --prefill: steps of many tokens over a quantized cache: the append, beside that to an FP16 cache,
@@ -13,11 +15,13 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <functional>
 #include <numeric>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "gpu/gpu_attention.h"
@@ -87,6 +91,8 @@ __global__ void wait_for_host() {
   }
 }
 
+bool rest = false;  // --rest
+
 // before: not timed, before every run. The host's time to launch does not count: the device waits.
 double median_ms(
     const std::function<void()>& run, const std::function<void()>& before = [] {}) {
@@ -95,6 +101,7 @@ double median_ms(
   cudaEventCreate(&end);
   const auto once = [&] {
     before();
+    if (rest) std::this_thread::sleep_for(std::chrono::milliseconds(200));
     wait_for_host<<<1, 32>>>();
     cudaEventRecord(begin);
     run();
@@ -105,7 +112,7 @@ double median_ms(
     return static_cast<double>(ms);
   };
   for (int i = 0; i < 3; ++i) once();
-  const int count = std::clamp(static_cast<int>(60.0 / once()), 7, 50);
+  const int count = rest ? 7 : std::clamp(static_cast<int>(60.0 / once()), 7, 50);
   std::vector<double> times;
   for (int i = 0; i < count; ++i) times.push_back(once());
   std::sort(times.begin(), times.end());
@@ -338,6 +345,8 @@ int main(int argc, char** argv) {
       quick = true;
     else if (!std::strcmp(argv[i], "--fp16"))
       fp16 = true;
+    else if (!std::strcmp(argv[i], "--rest"))
+      rest = true;
     else if (!std::strcmp(argv[i], "--decode"))
       decode = true;
     else if (!std::strcmp(argv[i], "--prefill"))
