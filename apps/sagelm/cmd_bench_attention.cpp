@@ -2,16 +2,19 @@
 #include <spdlog/fmt/fmt.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <memory>
 #include <numbers>
 #include <span>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include "adaptive.h"
 #include "backend/attention_runner.h"
+#include "base/measure.h"
 #include "bench_output.h"
 #include "commands.h"
 #include "engine/device.h"
@@ -28,6 +31,7 @@ struct Flags {
   int64_t batch = 0, heads = 0, kv_heads = 0;  // 0: the device's default
   std::string mask = "causal";
   int runs = 0;
+  double rest_seconds = 0;
   bool quick = false;
 };
 
@@ -203,6 +207,19 @@ Inputs make_inputs(const std::vector<AttentionCall>& calls) {
   return {normal_halves(q, 1), normal_halves(kv, 2), normal_halves(kv, 3)};
 }
 
+// Median seconds of `runs` calls: one right behind the other or, with a rest, each behind one that
+// follows a rest.
+double measure(AttentionRunner& runner, const AttentionSpec& spec, int runs, double rest_seconds) {
+  if (rest_seconds == 0) return runner.median_seconds(spec, runs);
+  std::vector<double> seconds;
+  seconds.reserve(runs);
+  for (int i = 0; i < runs; ++i) {
+    std::this_thread::sleep_for(std::chrono::duration<double>(rest_seconds));
+    seconds.push_back(runner.median_seconds(spec, 1));
+  }
+  return spread_of(std::move(seconds)).median;
+}
+
 void run(const Flags& flags) {
   std::vector<AttentionVariant> variants;
   for (const std::string& name : flags.attention) {
@@ -235,6 +252,7 @@ void run(const Flags& flags) {
                {"ceilings", ceilings_json(best)},
                {"smooth_k", smooth_k},
                {"runs", runs},
+               {"rest_seconds", flags.rest_seconds},
                {"results", Json::array()}};
   const Inputs inputs = make_inputs(calls);
   Progress progress("measuring", "shapes", static_cast<int64_t>(calls.size()));
@@ -250,7 +268,7 @@ void run(const Flags& flags) {
     const ExactRows exact(call, inputs);
     for (const AttentionVariant variant : variants) {
       const double seconds =
-          runner->median_seconds({.variant = variant, .smooth_k = smooth_k}, runs);
+          measure(*runner, {.variant = variant, .smooth_k = smooth_k}, runs, flags.rest_seconds);
       const double rate = operations(call) / seconds;
       const double peak = product_ceiling(variant, best);
       const ExactRows::Error error = exact.compare(*runner);
@@ -311,6 +329,13 @@ void add_bench_attention(CLI::App& bench) {
   command->add_option("--runs", flags->runs, "measurements of each, of which the median counts")
       ->option_text("N (default: 21 on a GPU, 5 on a CPU)")
       ->check(CLI::Range(1, 10000));
+  command
+      ->add_option(
+          "--rest", flags->rest_seconds,
+          "rest before each measurement, so that it shows a GPU below its power limit, where "
+          "calls without end hold it")
+      ->option_text("SECONDS (default: 0)")
+      ->check(CLI::Range(0.0, 60.0));
   command->add_flag("--quick", flags->quick, "fewer lengths, head size 128 alone");
   command->callback([flags] { run(*flags); });
 }

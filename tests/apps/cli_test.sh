@@ -159,9 +159,10 @@ for key in '"tokens_per_second"' '"percent_of_linear_layers"' '"percent_of_copy"
   holds "$work/out" "$key"
 done
 run 0 bench attention --device cpu --threads 1 --tokens 70 --head-dim 64 --heads 2 --kv-heads 1 \
-  --mask both --runs 1 --json "$work/bench.json"
+  --mask both --runs 1 --rest 0.01 --json "$work/bench.json"
 holds "$work/out" "sage1"
 holds "$work/bench.json" '"relative_l1"'
+holds "$work/bench.json" '"rest_seconds": 0.01'
 [ "$(grep -cE '"cosine": (0\.99|1\.)' "$work/bench.json")" = 6 ] ||
   fail "bench attention's error: $(grep cosine "$work/bench.json")"
 refused 2 "llama2-7b" bench model --random-weights bogus
