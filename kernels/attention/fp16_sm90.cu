@@ -212,13 +212,7 @@ __device__ void consume(const Problem& p, SharedTiles<kDim>& shared, const Place
   constexpr int kTakers = 128 * kConsumers;
   const int turn = kFirstTurn + group, next_turn = kFirstTurn + 1 - group;
   if (kTurns && group == 1) named_barrier_arrive(next_turn, kTakers);
-  // Waits for the next item and issues its first QK. False past the last one.
-  const auto next_item = [&] {
-    const int slot = query_ring.stage;
-    mbarrier_wait(places.queries_full(slot), query_ring.parity);
-    const int kv_tiles = shared.items[slot].kv_tiles;
-    const uint32_t tile = places.queries(slot);
-    uint32_t keys = tile;  // if there are none: anything that nobody writes
+  const auto take_queries = [&](uint32_t tile) {
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
       uint32_t chunks[4];
@@ -226,12 +220,10 @@ __device__ void consume(const Problem& p, SharedTiles<kDim>& shared, const Place
 #pragma unroll
       for (int i = 0; i < 4; ++i) queries[4 * k + i] = chunks[i];
     }
-    if (kv_tiles > 0) {
-      mbarrier_wait(places.keys_full(ring.stage), ring.parity);
-      keys = places.keys(ring.stage);
-    }
-    issue_qk<kDim, kBf16>(logits, queries, keys);
-    return kv_tiles >= 0;
+  };
+  const auto next_item = [&] {
+    return begin_item(shared, places, ring, query_ring, take_queries,
+                      [&](uint32_t keys) { issue_qk<kDim, kBf16>(logits, queries, keys); });
   };
   bool more = next_item();
   wgmma_wait<0>();

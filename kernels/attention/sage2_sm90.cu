@@ -144,19 +144,10 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
   static_assert(!kLong || sizeof out >= sizeof sums.sums * 32);
   uint32_t even[16], odd[16];              // P of a tile and of the next
   const int row = group * 64 + warp * 16;  // the warp's first of an item
-  // Waits for the next item and issues its first QK. False past the last one.
   const auto next_item = [&] {
-    const int slot = query_ring.stage;
-    mbarrier_wait(places.queries_full(slot), query_ring.parity);
-    const int kv_tiles = shared.items[slot].kv_tiles;
-    uint32_t keys = places.queries(slot);  // if there are none: anything that nobody writes
-    queries.take(keys, row);
-    if (kv_tiles > 0) {
-      mbarrier_wait(places.keys_full(ring.stage), ring.parity);
-      keys = places.keys(ring.stage);
-    }
-    issue_qk<kDim>(logits, queries, keys);
-    return kv_tiles >= 0;
+    return begin_item(
+        shared, places, ring, query_ring, [&](uint32_t place) { queries.take(place, row); },
+        [&](uint32_t keys) { issue_qk<kDim>(logits, queries, keys); });
   };
   bool more = next_item();
   wgmma_wait<0>();

@@ -185,6 +185,26 @@ struct Schedule {
   }
 };
 
+// For a warp group that computes: waits for the next item, takes its queries by take_queries(place)
+// and issues its first QK by issue_qk(keys), so that it runs beside what follows. False past the
+// last item, of which it takes whatever lies there.
+template <typename Shared, typename Take, typename Issue>
+__device__ __forceinline__ bool begin_item(const Shared& shared, const TilePlaces<Shared>& places,
+                                           const RingCursor& ring, const RingCursor& query_ring,
+                                           const Take& take_queries, const Issue& issue_qk) {
+  const int slot = query_ring.stage;
+  sm90::mbarrier_wait(places.queries_full(slot), query_ring.parity);
+  const int kv_tiles = shared.items[slot].kv_tiles;
+  uint32_t keys = places.queries(slot);  // if there are none: anything that nobody writes
+  take_queries(keys);
+  if (kv_tiles > 0) {
+    sm90::mbarrier_wait(places.keys_full(ring.stage), ring.parity);
+    keys = places.keys(ring.stage);
+  }
+  issue_qk(keys);
+  return kv_tiles >= 0;
+}
+
 // How to launch a persistent kernel of so many items, of all keys each, whose keys and values take
 // kv_head_bytes per key head; lets it have its shared memory.
 struct Launch {
