@@ -74,29 +74,19 @@ __device__ __forceinline__ void softmax_of_few(float (&s)[2][4], const float (&s
 template <class Ring>
 __device__ __forceinline__ void multiply_few(const uint32_t (&queries)[Ring::kDim / 32][4],
                                              uint32_t keys, int row, int32_t (&integers)[4]) {
-  const int lane = threadIdx.x % 32;
-  const int lane_row = row + lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
-  if constexpr (Ring::kInt4) {
-#pragma unroll
-    for (int k = 0; k < Ring::kDim / 32; k += 2) {
-      uint32_t key[4];  // of 8 keys: 32 channels, the next 32; then of the next 8 keys
-      load_matrices(key, keys + int4_chunk_offset<Ring::kDim>(lane_row, k + half));
+  load_page_keys<Ring>(keys, row, [&](int k, const uint32_t(&key)[4]) {
+    if constexpr (Ring::kInt4) {
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         const uint32_t tile[4] = {low_nibbles(key[m]), low_nibbles(key[m + 2]),
                                   high_nibbles(key[m]), high_nibbles(key[m + 2])};
         multiply_int8(integers, tile, queries[k + m][0], queries[k + m][2]);
       }
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < Ring::kDim / 32; ++k) {
-      uint32_t key[4];
-      load_matrices(key, keys + chunk_offset<Ring::kDim>(lane_row, 2 * k + half));
+    } else {
       const uint32_t tile[4] = {key[0], key[2], key[1], key[3]};
       multiply_int8(integers, tile, queries[k][0], queries[k][2]);
     }
-  }
+  });
 }
 
 // As attend_pages (decode_sm90.cu). Row r of 16 in a key tile is key 4 (r / 2 % 4) + r % 2 +

@@ -41,28 +41,18 @@ template <class Ring>
 __device__ __forceinline__ void multiply_page_keys(const uint32_t (&queries)[Ring::kDim / 32][4],
                                                    uint32_t keys, int row,
                                                    int32_t (&integers)[2][4]) {
-  const int lane = threadIdx.x % 32;
-  const int lane_row = row + lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
-  if constexpr (Ring::kInt4) {
-#pragma unroll
-    for (int k = 0; k < Ring::kDim / 32; k += 2) {
-      uint32_t key[4];  // of 8 keys: 32 channels, the next 32; then of the next 8 keys
-      load_matrices(key, keys + int4_chunk_offset<Ring::kDim>(lane_row, k + half));
+  load_page_keys<Ring>(keys, row, [&](int k, const uint32_t(&key)[4]) {
+    if constexpr (Ring::kInt4) {
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         multiply_int8(integers[m / 2], queries[k + m % 2], low_nibbles(key[m]),
                       high_nibbles(key[m]));
       }
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < Ring::kDim / 32; ++k) {
-      uint32_t key[4];
-      load_matrices(key, keys + chunk_offset<Ring::kDim>(lane_row, 2 * k + half));
+    } else {
       multiply_int8(integers[0], queries[k], key[0], key[1]);
       multiply_int8(integers[1], queries[k], key[2], key[3]);
     }
-  }
+  });
 }
 
 // A warp's 32 keys of every page of the part. Rows of a key tile are permuted (sage_tiles.cuh) such

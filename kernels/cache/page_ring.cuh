@@ -167,6 +167,26 @@ __device__ __forceinline__ void visit_pages(const PageSource<Ring>& source, int 
   }
 }
 
+// 16 keys, from row `row` of a page's tile on, as operands of products with queries: take(k, key)
+// gets, in this order, 8 keys' channels 32k .. 32k + 15 and the 16 behind, then the next 8 keys'.
+// INT4 keys come 64 channels at a time: both times the 32 from 32k on, then the next 32.
+template <class Ring, typename Take>
+__device__ __forceinline__ void load_page_keys(uint32_t keys, int row, const Take& take) {
+  constexpr int kDim = Ring::kDim;
+  const int lane = threadIdx.x % 32;
+  const int lane_row = row + lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
+#pragma unroll
+  for (int k = 0; k < kDim / 32; k += Ring::kInt4 ? 2 : 1) {
+    uint32_t key[4];
+    if constexpr (Ring::kInt4) {
+      load_matrices(key, keys + int4_chunk_offset<kDim>(lane_row, k + half));
+    } else {
+      load_matrices(key, keys + chunk_offset<kDim>(lane_row, 2 * k + half));
+    }
+    take(k, key);
+  }
+}
+
 // The pages of every part of a run to `result` (of value scale 1 at its end), then leave(part,
 // result); take_keys, weigh and take_values as above. `value_scale` is what weigh keeps. Parts
 // share the memory in which their warps meet with their pages. Without kRuns there is one part.
