@@ -43,4 +43,18 @@ void add_attention_list(CLI::App& command, std::vector<std::string>& names) {
       ->option_text("LIST (default: " + fmt::format("{}", fmt::join(names, ",")) + ")");
 }
 
+void add_rest(CLI::App& command, std::optional<double>& seconds, const std::string& help,
+              const std::string& default_text) {
+  // Not CLI::Range, which lets NaN pass.
+  const auto check = [](const std::string& text) {
+    constexpr double kMost = 60;
+    double value = 0;
+    const bool fits = CLI::detail::lexical_cast(text, value) && value >= 0 && value <= kMost;
+    return fits ? std::string() : fmt::format("{} is not from 0 to {} seconds", text, kMost);
+  };
+  command.add_option("--rest", seconds, help)
+      ->option_text("SECONDS (default: " + default_text + ")")
+      ->check(check);
+}
+
 }  // namespace sagelm::cli

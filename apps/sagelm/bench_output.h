@@ -1,7 +1,8 @@
-// What the bench subcommands print alike.
+// What the bench subcommands print alike, and the options that they share.
 #pragma once
 
 #include <CLI/App.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -25,5 +26,8 @@ void add_number_list(CLI::App& command, const std::string& name, std::vector<int
                      const std::string& help, const std::string& default_text);
 // --attention, a comma-separated list.
 void add_attention_list(CLI::App& command, std::vector<std::string>& names);
+// --rest, seconds from 0 to a minute.
+void add_rest(CLI::App& command, std::optional<double>& seconds, const std::string& help,
+              const std::string& default_text);
 
 }  // namespace sagelm::cli

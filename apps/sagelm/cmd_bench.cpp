@@ -251,12 +251,10 @@ void add_bench_model(CLI::App& bench) {
                    "measurements of each, after one to warm up; the attentions take turns")
       ->option_text("N (default: 5)")
       ->check(CLI::Range(1, 1000));
-  command
-      ->add_option("--rest", flags->rest_seconds,
-                   "rest before each prompt whose time to the first token is taken, apart from the "
-                   "prompts that follow each other; 0: it is not")
-      ->option_text("SECONDS (default: 0.2 on a GPU, 0 on a CPU)")
-      ->check(CLI::Range(0.0, 60.0));
+  add_rest(*command, flags->rest_seconds,
+           "rest before each prompt whose time to the first token is taken, apart from the prompts "
+           "that follow each other; 0: it is not",
+           "0.2 on a GPU, 0 on a CPU");
   command->add_option("--batch-tokens", flags->batch_tokens, "tokens of a prompt run in one step")
       ->option_text("N (default: 4096 on a GPU, 2048 on a CPU)")
       ->check(CLI::Range(int64_t{2}, int64_t{1} << 24));

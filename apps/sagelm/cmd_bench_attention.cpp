@@ -6,6 +6,7 @@
 #include <cmath>
 #include <memory>
 #include <numbers>
+#include <optional>
 #include <span>
 #include <string>
 #include <thread>
@@ -31,7 +32,7 @@ struct Flags {
   int64_t batch = 0, heads = 0, kv_heads = 0;  // 0: the device's default
   std::string mask = "causal";
   int runs = 0;
-  double rest_seconds = 0;
+  std::optional<double> rest_seconds;
   bool quick = false;
 };
 
@@ -242,6 +243,7 @@ void run(const Flags& flags) {
     }
   }
   const int runs = flags.runs > 0 ? flags.runs : gpu ? 21 : 5;
+  const double rest_seconds = flags.rest_seconds.value_or(0);
 
   const Ceilings best = backend->measure_ceilings();
   output.text(fmt::format("{}\n{}", backend->device_name(), describe_ceilings(best)));
@@ -252,7 +254,7 @@ void run(const Flags& flags) {
                {"ceilings", ceilings_json(best)},
                {"smooth_k", smooth_k},
                {"runs", runs},
-               {"rest_seconds", flags.rest_seconds},
+               {"rest_seconds", rest_seconds},
                {"results", Json::array()}};
   const Inputs inputs = make_inputs(calls);
   Progress progress("measuring", "shapes", static_cast<int64_t>(calls.size()));
@@ -268,7 +270,7 @@ void run(const Flags& flags) {
     const ExactRows exact(call, inputs);
     for (const AttentionVariant variant : variants) {
       const double seconds =
-          measure(*runner, {.variant = variant, .smooth_k = smooth_k}, runs, flags.rest_seconds);
+          measure(*runner, {.variant = variant, .smooth_k = smooth_k}, runs, rest_seconds);
       const double rate = operations(call) / seconds;
       const double peak = product_ceiling(variant, best);
       const ExactRows::Error error = exact.compare(*runner);
@@ -329,13 +331,11 @@ void add_bench_attention(CLI::App& bench) {
   command->add_option("--runs", flags->runs, "measurements of each, of which the median counts")
       ->option_text("N (default: 21 on a GPU, 5 on a CPU)")
       ->check(CLI::Range(1, 10000));
-  command
-      ->add_option(
-          "--rest", flags->rest_seconds,
-          "rest before each measurement, so that it shows a GPU below its power limit, where "
-          "calls without end hold it")
-      ->option_text("SECONDS (default: 0)")
-      ->check(CLI::Range(0.0, 60.0));
+  add_rest(
+      *command, flags->rest_seconds,
+      "rest before each measurement, so that it shows a GPU below its power limit, where calls "
+      "without end hold it",
+      "0");
   command->add_flag("--quick", flags->quick, "fewer lengths, head size 128 alone");
   command->callback([flags] { run(*flags); });
 }

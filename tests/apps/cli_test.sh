@@ -93,6 +93,9 @@ refused 2 "no 'bogus' in sagelm bench" bench bogus
 refused 2 "A subcommand is required" bench
 refused 2 "at most" generate --prompt x --seed 18446744073709551616
 refused 2 "see sagelm bench model --help" bench model --runs 0
+refused 2 "nan is not from 0 to 60 seconds" bench model --rest nan
+refused 2 "nan is not from 0 to 60 seconds" bench attention --rest nan
+refused 2 "-1 is not from 0 to 60 seconds" bench attention --rest -1
 refused 1 "context" generate --prompt "$prompt" --ctx 8
 refused 1 "empty" generate --prompt "" --no-bos
 refused 1 "$work/none/x" generate --prompt x --json "$work/none/x"
