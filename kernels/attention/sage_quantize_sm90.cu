@@ -70,6 +70,44 @@ __global__ void __launch_bounds__(kMeanThreads) key_means(Problem p, float* mean
   }
 }
 
+// A thread's share of a tile's rows, of which there are `count`: kSteps times two chunks, from row
+// `first` on in steps of kRow rows, the second of two kHalfRow rows and kHalfChunk chunks behind
+// the first. Zeros past the last row and beyond the head's channels. place(row): offset of a row in
+// elements. That takes divisions where rows are paged; else they lie x.token_stride apart.
+template <int kRow, int kHalfRow, int kHalfChunk, int kSteps, typename Place>
+__device__ __forceinline__ void load_share(uint4 (&raw)[kSteps][2], const Tensor& x, int head_dim,
+                                           int first, int chunk, int count, bool paged,
+                                           const Place& place) {
+  const auto load = [&](int i, int half, const uint16_t* row) {
+    const bool inside =
+        (chunk + half * kHalfChunk) * 8 < head_dim && first + i * kRow + half * kHalfRow < count;
+    raw[i][half] = inside ? __ldg(reinterpret_cast<const uint4*>(row) + chunk + half * kHalfChunk)
+                          : make_uint4(0, 0, 0, 0);
+  };
+  const uint16_t* data = static_cast<const uint16_t*>(x.data);
+  if (paged) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = min(first + i * kRow + half * kHalfRow, count - 1);
+        load(i, half, data + place(row));
+      }
+    }
+  } else {
+    const uint16_t* row = data + place(0) + first * x.token_stride;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        load(i, half, row);
+        if (half == 0) row += kHalfRow * x.token_stride;
+      }
+      row += (kRow - kHalfRow) * x.token_stride;
+    }
+  }
+}
+
 template <int kDim, bool kBf16>
 __device__ void quantize_queries(const Problem& p, const SageTiles& tiles, int tile, int head,
                                  int b) {
@@ -84,17 +122,9 @@ __device__ void quantize_queries(const Problem& p, const SageTiles& tiles, int t
                      mean);
   }
   uint4 raw[Share::kSteps][2];
-#pragma unroll
-  for (int i = 0; i < Share::kSteps; ++i) {
-    const int token = first + Share::row(i);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int chunk = Share::chunk(half);
-      raw[i][half] = chunk * 8 < p.head_dim && token < length
-                         ? __ldg(row_chunk(p.q, p.q_offset(p.q, b, token, head), chunk))
-                         : make_uint4(0, 0, 0, 0);
-    }
-  }
+  load_share<Share::kRows, 0, Share::kLanes>(
+      raw, p.q, p.head_dim, Share::row(0), Share::chunk(0), length - first, false,
+      [&](int row) { return p.q_offset(p.q, b, first + row, head); });
   const float logit_scale = p.softmax_scale * recipe::kLog2E;
 #pragma unroll
   for (int i = 0; i < Share::kSteps; ++i) {
@@ -116,20 +146,6 @@ __device__ void quantize_queries(const Problem& p, const SageTiles& tiles, int t
   }
 }
 
-// Of a tile of K or V: a chunk of token `token`; zeros past the sequence's end.
-template <int kDim>
-struct LoadRows {
-  const Problem& p;
-  const Tensor& x;
-  int b, first_token, length, head;
-
-  __device__ uint4 load(int token, int chunk) const {
-    return chunk * 8 < p.head_dim && first_token + token < length
-               ? __ldg(row_chunk(x, p.kv_offset(x, b, first_token + token, head), chunk))
-               : make_uint4(0, 0, 0, 0);
-  }
-};
-
 template <int kDim, bool kBf16>
 __device__ void quantize_keys(const Problem& p, const SageTiles& tiles, int tile, int head, int b) {
   using Share = RowShare<kDim>;
@@ -137,15 +153,10 @@ __device__ void quantize_keys(const Problem& p, const SageTiles& tiles, int tile
   if (first >= length) return;
   const int64_t sequence_head = static_cast<int64_t>(b) * p.num_kv_heads + head;
   const int64_t index = sequence_head * tiles.kv_tiles + tile;
-  const LoadRows<kDim> rows{p, p.k, b, first, length, head};
   uint4 raw[Share::kSteps][2];
-#pragma unroll
-  for (int i = 0; i < Share::kSteps; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      raw[i][half] = rows.load(Share::row(i), Share::chunk(half));
-    }
-  }
+  load_share<Share::kRows, 0, Share::kLanes>(
+      raw, p.k, p.head_dim, Share::row(0), Share::chunk(0), length - first, p.page_table != nullptr,
+      [&](int row) { return p.kv_offset(p.k, b, first + row, head); });
   float mean[2][8] = {};
   if (p.smooth_k) load_means<kDim>(tiles.key_means + sequence_head * kDim, mean);
   quantize_key_tile<kDim, kBf16>(raw, length - first, mean,
@@ -160,15 +171,10 @@ __device__ void quantize_values(const Problem& p, const SageTiles& tiles, int ti
   if (first >= length) return;
   const int64_t index = (static_cast<int64_t>(b) * p.num_kv_heads + head) * tiles.kv_tiles + tile;
   using Share = ValueShare<kDim>;
-  const LoadRows<kDim> rows{p, p.v, b, first, length, head};
   uint4 raw[Share::kSteps][2];
-#pragma unroll
-  for (int i = 0; i < Share::kSteps; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      raw[i][half] = rows.load(Share::token(i, half), Share::chunk());
-    }
-  }
+  load_share<2, 1, 0>(raw, p.v, p.head_dim, Share::token(0, 0), Share::chunk(), length - first,
+                      p.page_table != nullptr,
+                      [&](int row) { return p.kv_offset(p.v, b, first + row, head); });
   quantize_value_tile<kDim, kBf16>(raw, tiles.values + index * (kTileTokens * kDim),
                                    tiles.scales + index * kTileScales);
 }
