@@ -73,25 +73,48 @@ __device__ inline void issue_pv(uint32_t (&products)[kDim / 4 + 2], const uint32
   wgmma_commit();
 }
 
+// By a thread of its own, so that the next item is at hand when the one before it has been loaded.
 template <int kDim>
-__device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule& schedule,
-                        SharedTiles<kDim>& shared, const Places<kDim>& places) {
+__device__ void schedule_items(const Problem& p, const SageTiles& tiles, const Schedule& schedule,
+                               SharedTiles<kDim>& shared, const Places<kDim>& places) {
+  RingCursor slots;
+  slots.parity = 1;  // all of them start empty
+  WorkItem item = {};
+  for (int index = blockIdx.x;; index += gridDim.x) {
+    const bool more = schedule.find(p, items_per_head<kDim>(tiles), index, item);
+    if (more) {
+      wait_for_previous_kernel();  // with the first item at hand
+      schedule.measure<SharedTiles<kDim>::kQueryTile>(p, item);
+      if (item.kv_tiles < 0) continue;
+    } else {
+      item.kv_tiles = -1;
+    }
+    mbarrier_wait_idle(places.queries_empty(slots.stage), slots.parity);
+    shared.items[slots.stage] = item;
+    mbarrier_arrive(places.items_full(slots.stage));
+    if (!more) return;
+    slots.advance(kQuerySlots);
+  }
+}
+
+template <int kDim>
+__device__ void produce(const Problem& p, const SageTiles& tiles, SharedTiles<kDim>& shared,
+                        const Places<kDim>& places) {
   using Shared = SharedTiles<kDim>;
   constexpr int kQueryTile = Shared::kQueryTile;
   RingCursor ring, query_ring;
-  ring.parity = query_ring.parity = 1;  // all stages start empty
-  WorkItem item = {};
-  for (int index = blockIdx.x; schedule.find(p, items_per_head<kDim>(tiles), index, item);
-       index += gridDim.x) {
-    wait_for_previous_kernel();  // with the first item at hand
-    schedule.measure<kQueryTile>(p, item);
-    if (item.kv_tiles < 0) continue;
+  ring.parity = 1;  // all stages start empty
+  for (;;) {
+    const int slot = query_ring.stage;
+    mbarrier_wait_idle(places.items_full(slot), query_ring.parity);
+    query_ring.advance(kQuerySlots);
+    const WorkItem item = shared.items[slot];
+    if (item.kv_tiles < 0) {
+      mbarrier_arrive(places.queries_full(slot));
+      return;
+    }
     // A page's number comes from memory: each is asked for before it is needed.
     int next = item.kv_tiles > 0 ? tile_place(p, tiles, item, item.tile_at(0)) : 0;
-    const int slot = query_ring.stage;
-    mbarrier_wait_idle(places.queries_empty(slot), query_ring.parity);
-    query_ring.advance(kQuerySlots);
-    shared.items[slot] = item;
     // The last item may reach beyond the tiles that the sequence has room for.
     const int padded = (item.q_len + kTileTokens - 1) / kTileTokens * kTileTokens;
     const int rows = min(kQueryTile, padded - item.tile * kQueryTile);
@@ -109,7 +132,7 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule
       if (i + 1 < item.kv_tiles) next = tile_place(p, tiles, item, item.tile_at(i + 1));
       mbarrier_wait_idle(places.keys_empty(s), ring.parity);
       mbarrier_expect_bytes(places.keys_full(s), Shared::kTileBytes + sizeof(Shared::scales[0]));
-      bulk_copy(places.scales(s),
+      bulk_copy(places.scales(places.scales_slot(s, ring.parity ^ 1)),
                 tile_at_place<kTileScales>(tiles.scales, tiles.tail_scales, key_place),
                 sizeof(Shared::scales[0]), places.keys_full(s));
       bulk_copy(places.keys(s),
@@ -123,11 +146,6 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, const Schedule
       ring.advance(Shared::kStages);
     }
   }
-  const int slot = query_ring.stage;
-  mbarrier_wait_idle(places.queries_empty(slot), query_ring.parity);
-  item.kv_tiles = -1;
-  shared.items[slot] = item;
-  mbarrier_arrive(places.queries_full(slot));
 }
 
 template <int kDim, bool kLong>
@@ -180,7 +198,7 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
     // With the logits of the tile at the ring's stage.
     const auto take_logits = [&] {
       pin(logits);
-      const float* scales = shared.scales[ring.stage];
+      const float* scales = shared.scales[places.scales_slot(ring.stage, ring.parity)];
       const float key_scale = scales[c];
       tile.value_bits = scales[kKeyGroups + 1];
       tile.value_inverse = scales[kKeyGroups + 2];
@@ -308,6 +326,7 @@ __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
   if (threadIdx.x == 0) {
     constexpr int kReleases = Groups<kDim>::kReleases;
     // Of keys and queries threads also read scales by themselves, so that every lane releases them.
+    for (int s = 0; s < kQuerySlots; ++s) mbarrier_init(places.items_full(s), 1);
     init_barriers(places, {1, 32 * kReleases, kReleases, 32 * kReleases});
   }
   using Shared = SharedTiles<kDim>;
@@ -320,7 +339,14 @@ __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
   const int group = threadIdx.x / 128;
   if (group == 0) {
     set_fewer_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce<kDim>(p, tiles, schedule, shared, places);
+    // By whole warps first: only then are these threads' numbers kept in uniform registers, without
+    // which they spill.
+    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
+    if (warp == 0) {
+      if (threadIdx.x == 0) produce<kDim>(p, tiles, shared, places);
+    } else if (warp == 1) {
+      if (threadIdx.x == 32) schedule_items<kDim>(p, tiles, schedule, shared, places);
+    }
   } else {
     set_more_registers<Groups<kDim>::kConsumerRegisters>();
     wait_for_previous_kernel();

@@ -66,7 +66,7 @@ __device__ __forceinline__ uint32_t exp2_halves(float low, float high) {
 // thread that sees a key of it has one there, and so a NaN passes. At head size 64 it does not pay.
 template <int kDim>
 __device__ constexpr bool in_halves(int i) {
-  return kDim == 128 && (0x6318 >> i & 1) != 0;
+  return kDim == 128 && (0x3198 >> i & 1) != 0;
 }
 
 // Whether register i of P belongs to row kRow of a thread's two, or to any.

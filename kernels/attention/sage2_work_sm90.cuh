@@ -39,12 +39,16 @@ struct SharedTiles {
   alignas(1024) int8_t queries[kQuerySlots][kQueryTile * kDim];
   // Finished rows on their way out, per warp; padded against bank conflicts.
   alignas(128) uint16_t out[4 * Groups<kDim>::kConsumers][16][kDim + 8];
-  alignas(16) float scales[kStages][kTileScales];
+  // Twice as many as stages. An arrival does not wait for loads on their way, and products that
+  // read shared memory can hold those up until the copy engine has filled the stage again; but who
+  // releases a stage twice has what it read before the first time.
+  alignas(16) float scales[2 * kStages][kTileScales];
   alignas(16) float query_scales[kQuerySlots][kQueryTile];
   WorkItem items[kQuerySlots];  // of the queries; kv_tiles < 0 where there is no more
   uint64_t keys_full[kStages], keys_empty[kStages];
   uint64_t values_full[kStages], values_empty[kStages];
   uint64_t queries_full[kQuerySlots], queries_empty[kQuerySlots];
+  uint64_t items_full[kQuerySlots];
 };
 
 template <int kDim>
@@ -53,6 +57,13 @@ struct Places : TilePlaces<SharedTiles<kDim>> {
   __device__ uint32_t values(int s) const {
     return this->base + static_cast<uint32_t>(offsetof(SharedTiles<kDim>, values) +
                                               s * sizeof(SharedTiles<kDim>::values[0]));
+  }
+  // Of the tile at a stage in the pass of the ring in which its full barriers have that parity.
+  __device__ static int scales_slot(int stage, uint32_t parity) {
+    return stage + static_cast<int>(parity) * SharedTiles<kDim>::kStages;
+  }
+  __device__ uint32_t items_full(int s) const {
+    return this->base + static_cast<uint32_t>(offsetof(SharedTiles<kDim>, items_full) + 8 * s);
   }
   __device__ uint32_t query_scales(int s) const {
     return this->base + static_cast<uint32_t>(offsetof(SharedTiles<kDim>, query_scales) +

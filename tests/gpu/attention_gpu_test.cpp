@@ -255,6 +255,23 @@ TEST_P(AttentionGpu, NeighboursAndRepeatsChangeNothing) {
   }
 }
 
+TEST_P(AttentionGpu, LargeCallsRepeat) {
+  // Blocks that go from long items to many short ones, so that stages are filled again at once.
+  if (GetParam().kernel != SAGELM_ATTENTION_KERNEL_WGMMA) GTEST_SKIP() << "no ring of stages";
+  constexpr int kTokens = 16384;
+  GpuAttention call({.q_lens = {kTokens},
+                     .kv_lens = {kTokens},
+                     .num_heads = 32,
+                     .num_kv_heads = 32,
+                     .head_dim = 64});
+  if (!run(call)) GTEST_SKIP() << sagelm_attention_last_error();
+  const std::vector<uint16_t> once = call.raw_out();
+  for (int i = 0; i < 30; ++i) {
+    call.run();
+    ASSERT_TRUE(once == call.raw_out()) << "run " << i;
+  }
+}
+
 TEST_P(AttentionGpu, SumsOfLargestWeights) {
   // Keys of one tile whose weights are all as large as a row's reference allows, or just beyond it,
   // times values that are all the largest: what is summed in halves must not overflow.
