@@ -325,8 +325,8 @@ __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
   const Places<kDim> places(shared);
   if (threadIdx.x == 0) {
     constexpr int kReleases = Groups<kDim>::kReleases;
-    // Of keys and queries threads also read scales by themselves, so that every lane releases them.
     for (int s = 0; s < kQuerySlots; ++s) mbarrier_init(places.items_full(s), 1);
+    // Of keys and queries threads also read scales by themselves, so that every lane releases them.
     init_barriers(places, {1, 32 * kReleases, kReleases, 32 * kReleases});
   }
   using Shared = SharedTiles<kDim>;
