@@ -169,6 +169,9 @@ class Session {
 
 class Tokenizer;
 
+// On a CPU, signal handlers that may run on the calling thread while it computes need a stack of
+// their own (sigaltstack, SA_ONSTACK): products of oneDNN 2.6 on CPUs without AVX-512 do not leave
+// the ordinary one as handlers expect it.
 class Model {
  public:
   static Model load(const LoadOptions& options);
