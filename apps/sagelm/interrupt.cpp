@@ -16,8 +16,8 @@ void on_sigint(int /*signal*/) { g_interrupted = 1; }
 
 InterruptGuard::InterruptGuard() {
   g_interrupted = 0;
-  // On a stack of its own: products of oneDNN 2.6 on CPUs without AVX-512 use the stack pointer for
-  // other things, and a handler that runs there overwrites what lies below, the heap included.
+  // On a stack of its own: on CPUs without AVX-512 products of oneDNN 2.6 do not survive a handler
+  // on the one that they run on. What is overwritten there lets them corrupt the heap.
   sigaltstack(nullptr, &g_previous_stack);
   if ((g_previous_stack.ss_flags & SS_DISABLE) != 0) {
     stack_t stack = {};
