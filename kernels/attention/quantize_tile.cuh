@@ -401,9 +401,8 @@ __device__ __forceinline__ void quantize_value_tile(const uint4 (&raw)[ValueShar
   }
   if (threadIdx.x == 0) {
     const float scale = kBf16 ? amax * (1.0f / recipe::kTileValueMax) : 1.0f / quantizer.factor();
-    scales[kKeyGroups] = scale;
-    scales[kKeyGroups + 1] = log2f(scale);
-    scales[kKeyGroups + 2] = 1.0f / scale;
+    scales[kValueScale] = scale;
+    scales[kValueScaleInverse] = 1.0f / scale;
   }
 }
 

@@ -27,36 +27,40 @@ struct RowState {
   float sum[2];  // of the weights of this thread's keys
 };
 
-// A warp's finished rows, two to a register as the accumulators lie, to `staging`.
-template <int kDim, bool kBf16>
-__device__ inline void stage_rows(const float (&out)[kDim / 2], uint16_t (&staging)[16][kDim + 8]) {
+// A warp's finished rows, pair(i) the i-th pair of 16-bit numbers as the accumulators lie, to
+// `staging`.
+template <int kPitch, typename Pair>
+__device__ inline void stage_pairs(uint16_t (&staging)[16][kPitch], const Pair& pair) {
   const int lane = threadIdx.x % 32;
   const uint32_t address = ptx::smem_address(&staging[(lane & 7) + (lane & 8)][lane >= 16 ? 8 : 0]);
 #pragma unroll
-  for (int j = 0; j < kDim / 8; j += 2) {
+  for (int j = 0; j < (kPitch - 8) / 8; j += 2) {
     uint32_t pairs[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      pairs[i] = ptx::to_halves<kBf16>(out[4 * j + 2 * i], out[4 * j + 2 * i + 1]);
+    for (int i = 0; i < 4; ++i) pairs[i] = pair(2 * j + i);
     sm90::store_matrices(address + 16 * j, pairs);
   }
 }
 
-// Divides by the sum and stores a warp's 16 rows, through shared memory for whole-row writes.
-template <int kDim>
-__device__ inline void store_rows(const Problem& p, const WorkItem& item, int first_row,
-                                  const RowState& rows, float (&out)[kDim / 2],
-                                  uint16_t (&staging)[16][kDim + 8], const float* biases) {
+// A warp's finished rows, two to a register as the accumulators lie, to `staging`.
+template <int kDim, bool kBf16>
+__device__ inline void stage_rows(const float (&out)[kDim / 2], uint16_t (&staging)[16][kDim + 8]) {
+  stage_pairs(staging, [&](int i) { return ptx::to_halves<kBf16>(out[2 * i], out[2 * i + 1]); });
+}
+
+// Of a warp's rows that are its threads' rows g and g + 8: adds the sums of a row's four threads,
+// stores what is wanted of them, and gives their inverses.
+struct RowInverses {
+  float of[2];
+};
+__device__ inline RowInverses finish_sums(const Problem& p, const WorkItem& item, int first_row,
+                                          const RowState& rows, const float* biases) {
   const int lane = threadIdx.x % 32, g = lane >> 2, c = lane & 3;
+  RowInverses inverses;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(rows.sum[r]);
-    const float inverse = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
-#pragma unroll
-    for (int j = 0; j < kDim / 8; ++j) {
-      out[4 * j + 2 * r] *= inverse;
-      out[4 * j + 2 * r + 1] *= inverse;
-    }
+    inverses.of[r] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
     const int row = first_row + g + 8 * r;
     if ((p.lse != nullptr || item.parts > 1) && c == 0 && row < item.q_len) {
       const float bias = biases != nullptr ? biases[g + 8 * r] : 0.0f;
@@ -68,11 +72,14 @@ __device__ inline void store_rows(const Problem& p, const WorkItem& item, int fi
       *lse = sum == 0.0f ? -INFINITY : (rows.reference[r] + log2f(sum) + bias) * recipe::kLn2;
     }
   }
-  if (p.bf16) {
-    stage_rows<kDim, true>(out, staging);
-  } else {
-    stage_rows<kDim, false>(out, staging);
-  }
+  return inverses;
+}
+
+// Stores a warp's 16 rows as they lie in shared memory, so that whole rows are written.
+template <int kDim>
+__device__ inline void store_staged(const Problem& p, const WorkItem& item, int first_row,
+                                    const uint16_t (&staging)[16][kDim + 8]) {
+  const int lane = threadIdx.x % 32;
   __syncwarp();
   constexpr int kLanes = kDim / 8, kRows = 32 / kLanes;
   const int chunk = lane % kLanes, first = lane / kLanes;
@@ -97,6 +104,22 @@ __device__ inline void store_rows(const Problem& p, const WorkItem& item, int fi
       to += kRows * stride;
     }
   }
+}
+
+// Divides by the sum and stores a warp's 16 rows.
+template <int kDim>
+__device__ inline void store_rows(const Problem& p, const WorkItem& item, int first_row,
+                                  const RowState& rows, float (&out)[kDim / 2],
+                                  uint16_t (&staging)[16][kDim + 8], const float* biases) {
+  const RowInverses inverses = finish_sums(p, item, first_row, rows, biases);
+#pragma unroll
+  for (int i = 0; i < kDim / 2; ++i) out[i] *= inverses.of[i / 2 % 2];
+  if (p.bf16) {
+    stage_rows<kDim, true>(out, staging);
+  } else {
+    stage_rows<kDim, false>(out, staging);
+  }
+  store_staged<kDim>(p, item, first_row, staging);
 }
 
 }  // namespace sagelm::kernels::hopper

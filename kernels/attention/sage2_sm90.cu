@@ -22,6 +22,8 @@ using namespace sage2;
 // (kLong), which tells them from the others, so that a sequence's result is that of it alone.
 constexpr int kLongKeys = 32768;
 constexpr int kPutAwayTiles = 32;
+// By these the products of a tile, 61,440 at most, are divided, so that a half holds those of all.
+constexpr float kUnit = 0x1p8f, kLongUnit = 0x1p12f;
 
 // A warp group's queries as QK takes them. In registers, where there are enough, they are read from
 // shared memory once per item and not once per tile, which saves a third of QK's reads and power.
@@ -185,11 +187,15 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
     // Tiles from there on need masks: the warp group's first row does not see all of their keys.
     const int first_masked = item.key_end(p, item.tile * kQueryTile + group * 64) / kKeyTile;
     // From this tile on, the i-th, sums have been put away.
-    const int first_away = kLong && item.kv_len > kLongKeys ? kPutAwayTiles + 1 : INT32_MAX;
+    const bool is_long = kLong && item.kv_len > kLongKeys;
+    const int first_away = is_long ? kPutAwayTiles + 1 : INT32_MAX;
+    // Sums are in units of `unit` times `value_power`, which no tile's scale of V so far exceeds.
+    const float unit = is_long ? kLongUnit : kUnit;
+    float value_power = 0.0f, unit_inverse = 0.0f;
     bool keys_ready = false, values_ready = false;
     sums.clear();
     TileScales tile;
-    float value_inverse = 0.0f;  // of the tile whose products are in flight
+    __half2 value_factor = {};  // of the tile whose products are in flight
 
     const auto release = [&](uint32_t barrier) {
       __syncwarp();
@@ -200,8 +206,7 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       pin(logits);
       const float* scales = shared.scales[places.scales_slot(ring.stage, ring.parity)];
       const float key_scale = scales[c];
-      tile.value_bits = scales[kKeyGroups + 1];
-      tile.value_inverse = scales[kKeyGroups + 2];
+      tile.value_scale = scales[kValueScale];
       tile.scale[0] = query_scale[0] * key_scale;
       tile.scale[1] = query_scale[1] * key_scale;
       // From every lane: all of them read the scales.
@@ -209,9 +214,7 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
     };
     const auto first_end = [&](int j, int r) { return row_end[r] - j * kKeyTile; };
     const auto weigh = [&]<int kRow = kBothRows>(int j, uint32_t(&to)[16]) {
-      const float offset[2] = {rows.reference[0] - tile.value_bits,
-                               rows.reference[1] - tile.value_bits};
-      const uint32_t carries = exponentiate<kDim, kRow>(logits, to, tile.scale, offset);
+      const uint32_t carries = exponentiate<kDim, kRow>(logits, to, tile.scale, rows.reference);
       if (j < first_masked) return carries;
       const int ends[2] = {first_end(j, 0), first_end(j, 1)};
       return mask_weights<kRow>(to, ends);
@@ -224,6 +227,23 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
         weigh.template operator()<kRow>(j, to);
       }
     };
+    // From the tile's scale of V: the next power of two.
+    const auto set_unit = [&] {
+      const uint32_t exponent = __float_as_uint(tile.value_scale) & 0x7F800000u;
+      value_power = __uint_as_float(exponent + 0x00800000u);
+      unit_inverse = __uint_as_float(0x7F000000u - __float_as_uint(unit * value_power));
+    };
+    // For tile i, when the products of those before have been taken.
+    const auto raise_unit = [&](int i) {
+      const float before = value_power;
+      set_unit();
+      const __half2 factor = __float2half2_rn(__fdividef(before, value_power));
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        sums.scale_row(r, factor);
+        if (i >= first_away) sums.scale_row_away(&out, r, factor);
+      }
+    };
     // Logits of tile j, the i-th, to P, beside the products of the tile before; finish waits for
     // them.
     const auto softmax = [&](int i, int j, uint32_t(&to)[16], const auto& finish) {
@@ -234,20 +254,21 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       keys_ready = mbarrier_test(places.keys_full(next.stage), next.parity);
       const uint32_t carries = weigh(j, to);
       finish();
-      if (__any_sync(0xFFFFFFFFu, near_most(carries))) {
+      if (__any_sync(0xFFFFFFFFu, near_most(carries)) || tile.value_scale > value_power) {
         weigh_again.template operator()<0>(i, j, to);
         weigh_again.template operator()<1>(i, j, to);
+        if (tile.value_scale > value_power) raise_unit(i);
       }
-      value_inverse = tile.value_inverse;
+      value_factor = __float2half2_rn(tile.value_scale * unit_inverse);
     };
     // Waits for the products of the tile at `stage`.
     const auto finish_values = [&](int stage) {
       wgmma_wait<0>();
       pin(sums.products);
       release(places.values_empty(stage));
-      rows.sum[0] = fmaf(sums.weights_of(0), value_inverse, rows.sum[0]);
-      rows.sum[1] = fmaf(sums.weights_of(1), value_inverse, rows.sum[1]);
-      sums.take();
+      rows.sum[0] += sums.weights_of(0);
+      rows.sum[1] += sums.weights_of(1);
+      sums.take(value_factor);
     };
     // From P of a tile to P of the next one, the i-th.
     const auto step = [&](int i, const uint32_t(&from)[16], uint32_t(&to)[16]) {
@@ -276,7 +297,8 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       const int ends[2] = {first_end(j, 0), first_end(j, 1)};
       set_references(logits, rows, tile, ends);
       weigh(j, even);
-      value_inverse = tile.value_inverse;
+      set_unit();
+      value_factor = __float2half2_rn(tile.value_scale * unit_inverse);
       for (int i = 1;;) {
         if (i == item.kv_tiles) {
           last_step(even);
@@ -292,25 +314,30 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
         }
         step(i++, odd, even);
       }
-      // store_rows adds those of four threads, which here are the same, and divides by them: they
-      // come in the unit of the totals.
+      // finish_sums adds those of four threads, which here are the same, for the totals to be
+      // divided by: they come in the totals' unit.
+      const auto unit_bits = static_cast<float>(127 - (__float_as_int(unit_inverse) >> 23));
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        rows.sum[r] *= 0.25f / Accumulators<kDim>::kUnit;
-        rows.reference[r] += Accumulators<kDim>::kUnitBits;
+        rows.sum[r] *= 0.25f * unit_inverse;
+        rows.reference[r] += unit_bits;
       }
     } else {
       mbarrier_arrive(places.queries_empty(slot));  // from every lane, as above
     }
     more = next_item();  // whose first QK runs beside what follows
-    float totals[kDim / 2];
     if (item.kv_tiles > first_away) sums.bring_back(&out);
-    sums.total(totals);
     const float* biases = nullptr;
     if (tiles.query_biases != nullptr) {
       biases = tiles.query_biases + first_query<kQueryTile>(p, tiles, item) + row;
     }
-    store_rows<kDim>(p, item, first_row, rows, totals, out, biases);
+    const RowInverses inverses = finish_sums(p, item, first_row, rows, biases);
+    if (p.bf16) {
+      sums.template stage<true>(inverses, out);
+    } else {
+      sums.template stage<false>(inverses, out);
+    }
+    store_staged<kDim>(p, item, first_row, out);
     wgmma_wait<0>();
     pin(logits);
   }

@@ -21,11 +21,11 @@ constexpr float kFirstBits = recipe::kLog2E4m3Max - 6.0f;
 // The reference of a row that has seen no key: any logit is infinitely above it.
 constexpr float kNothing = -1e30f;
 
-// How a tile's integers become weights: 2^(logit * scale - offset), times the scale of V.
+// Of the integers of a tile's keys, times those of each row's queries, to logits in bits; and of
+// its values.
 struct TileScales {
   float scale[2];
-  float value_bits;     // log2 of the scale of V
-  float value_inverse;  // 1 / scale of V
+  float value_scale;
 };
 
 // Whether a weight of e4m3 numbers, to whose codes kNearMost has been added, is 176 (the code 0x73)
@@ -66,7 +66,7 @@ __device__ __forceinline__ uint32_t exp2_halves(float low, float high) {
 // thread that sees a key of it has one there, and so a NaN passes. At head size 64 it does not pay.
 template <int kDim>
 __device__ constexpr bool in_halves(int i) {
-  return kDim == 128 && (0x3198 >> i & 1) != 0;
+  return kDim == 128 && (0x3C30 >> i & 1) != 0;
 }
 
 // Whether register i of P belongs to row kRow of a thread's two, or to any.
@@ -122,12 +122,11 @@ __device__ inline uint32_t mask_weights(uint32_t (&p)[16], const int (&ends)[2])
 
 // The products of P V, summed on two levels, both in halves, packed as the accumulators lie:
 // register i is of row i % 2. The matrix unit sums those of a tile, from zero: 128 keys with
-// weights up to 160 and values up to recipe::kTileValueMax, 61,440 at most. `sums`, in units of
-// kUnit, takes them.
+// weights up to 160 and codes of values up to recipe::kTileValueMax, 61,440 at most. `sums` takes
+// them times the tile's scale of V, in a unit that keeps the sum of all tiles in range.
 template <int kDim>
 struct Accumulators {
   static constexpr int kCount = kDim / 4;
-  static constexpr float kUnitBits = 12.0f, kUnit = 0x1p12f;
 
   // The last two are the sums of the weights of row g and of row g + 8: P is multiplied by ones
   // too.
@@ -139,11 +138,10 @@ struct Accumulators {
     for (int i = 0; i < kCount; ++i) sums[i] = __float2half2_rn(0.0f);
   }
   __device__ float weights_of(int r) const { return __low2float(as_halves(products[kCount + r])); }
-  // Adds a tile's products.
-  __device__ void take() {
-    const __half2 inverse = __float2half2_rn(1.0f / kUnit);
+  // Adds a tile's products, times the factor.
+  __device__ void take(__half2 factor) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sums[i] = __hfma2(as_halves(products[i]), inverse, sums[i]);
+    for (int i = 0; i < kCount; ++i) sums[i] = __hfma2(as_halves(products[i]), factor, sums[i]);
   }
   // Adds the sums to those put away in a warp's room of kCount * 32 of them, which may be none yet.
   __device__ void put_away(void* room, bool none) {
@@ -161,32 +159,43 @@ struct Accumulators {
     for (int i = 0; i < kCount; ++i) sums[i] = __hadd2(from[32 * i], sums[i]);
     __syncwarp();
   }
-  __device__ void scale_row(int r, float factor) {
+  __device__ void scale_row(int r, __half2 factor) {
 #pragma unroll
-    for (int i = r; i < kCount; i += 2) sums[i] = scaled(sums[i], factor);
+    for (int i = r; i < kCount; i += 2) sums[i] = __hmul2(sums[i], factor);
   }
-  __device__ static void scale_row_away(void* room, int r, float factor) {
+  __device__ static void scale_row_away(void* room, int r, __half2 factor) {
     __half2* const there = own(room);
 #pragma unroll
-    for (int i = r; i < kCount; i += 2) there[32 * i] = scaled(there[32 * i], factor);
+    for (int i = r; i < kCount; i += 2) there[32 * i] = __hmul2(there[32 * i], factor);
   }
-  // In units of kUnit.
-  __device__ void total(float (&totals)[kDim / 2]) const {
+  // The sums times the rows' factors, to `staging`. As FP16 numbers they are multiplied as such,
+  // by a power of two and by what is left: the factor alone may be beyond their range.
+  template <bool kBf16>
+  __device__ void stage(const RowInverses& factors, uint16_t (&staging)[16][kDim + 8]) const {
+    if constexpr (kBf16) {
+      stage_pairs(staging, [&](int i) {
+        const float2 x = __half22float2(sums[i]);
+        return ptx::to_halves<true>(x.x * factors.of[i % 2], x.y * factors.of[i % 2]);
+      });
+    } else {
+      __half2 powers[2], rests[2];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float2 x = __half22float2(sums[i]);
-      totals[2 * i] = x.x;
-      totals[2 * i + 1] = x.y;
+      for (int r = 0; r < 2; ++r) {
+        // Of the factor's exponent as much as a half can have.
+        const uint32_t exponent =
+            min(max(__float_as_uint(factors.of[r]) & 0x7F800000u, 0x38800000u), 0x47000000u);
+        powers[r] = __float2half2_rn(__uint_as_float(exponent));
+        rests[r] = __float2half2_rn(factors.of[r] * __uint_as_float(0x7F000000u - exponent));
+      }
+      stage_pairs(staging, [&](int i) {
+        return bits_of(__hmul2(__hmul2(sums[i], powers[i % 2]), rests[i % 2]));
+      });
     }
   }
 
  private:
   __device__ static __half2* own(void* room) {
     return static_cast<__half2*>(room) + threadIdx.x % 32;
-  }
-  __device__ static __half2 scaled(__half2 halves, float factor) {
-    const float2 x = __half22float2(halves);
-    return __floats2half2_rn(x.x * factor, x.y * factor);
   }
 };
 
@@ -203,7 +212,7 @@ __device__ inline float largest_logit(const int32_t (&logits)[64], int r, const 
     }
   }
   // The scale belongs to this thread's keys.
-  return quad_max(most == kNothing ? kNothing : most * tile.scale[r] + tile.value_bits);
+  return quad_max(most == kNothing ? kNothing : most * tile.scale[r]);
 }
 
 // References from the first keys, such that their weights fit whatever they are.
@@ -229,8 +238,8 @@ __device__ inline bool move_reference(const int32_t (&logits)[64], const uint32_
   const float largest = largest_logit(logits, kRow, tile, end);
   const float before = rows.reference[kRow];
   if (moves) rows.reference[kRow] = largest - kFirstBits;
-  const float factor = ptx::exp2_fast(before - rows.reference[kRow]);
-  rows.sum[kRow] *= factor;
+  const __half2 factor = __float2half2_rn(ptx::exp2_fast(before - rows.reference[kRow]));
+  rows.sum[kRow] *= __low2float(factor);  // as the products are
   sums.scale_row(kRow, factor);
   if (away != nullptr) sums.scale_row_away(away, kRow, factor);
   return true;

@@ -16,8 +16,11 @@ namespace sagelm::kernels {
 
 inline constexpr int kTileTokens = 128;
 inline constexpr int kKeyGroups = 4;
-inline constexpr int kTileScales = 8;  // floats per tile: 4 key groups; the values', its
-                                       // log2 and its inverse; 1 unused
+
+// Floats per tile: the scales of its key groups; that of its values, and its inverse; 2 unused.
+inline constexpr int kTileScales = 8;
+inline constexpr int kValueScale = kKeyGroups;
+inline constexpr int kValueScaleInverse = kKeyGroups + 1;
 
 // Where the chunk of 16 bytes lies in a row of kRowBytes.
 template <int kRowBytes>

@@ -146,8 +146,8 @@ __device__ __forceinline__ void attend_pages_few(const DecodeCall& call, int b, 
     } else {
       key_scale = ring.scales[s][g / 2];
     }
-    next_value_scale = ring.scales[s][kKeyGroups];
-    inverse_value_scale = ring.scales[s][kKeyGroups + 2];
+    next_value_scale = ring.scales[s][kValueScale];
+    inverse_value_scale = ring.scales[s][kValueScaleInverse];
   };
   const auto weigh = [&](int i) {
     const int first_key = (run.first + i) * kTileTokens + warp * kWarpKeys;

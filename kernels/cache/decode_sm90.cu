@@ -113,8 +113,8 @@ __device__ __forceinline__ void attend_pages(const DecodeCall& call, int b, int 
     } else {
       key_scale = ring.scales[s][lane % 4];
     }
-    next_value_scale = ring.scales[s][kKeyGroups];
-    inverse_value_scale = ring.scales[s][kKeyGroups + 2];
+    next_value_scale = ring.scales[s][kValueScale];
+    inverse_value_scale = ring.scales[s][kValueScaleInverse];
   };
   const auto weigh = [&](int i) {
     const int first_key = (run.first + i) * kTileTokens + warp * kWarpKeys;

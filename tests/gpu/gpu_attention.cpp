@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -53,6 +54,10 @@ void make_values(std::vector<float>& x, int heads, int dim, bool is_q, bool is_v
   for (size_t i = 0; i < x.size(); ++i) {
     const size_t channel = i % scales.size();
     x[i] = normal(random) * scales[channel] + offsets[channel];
+    if (inputs == GpuInputs::kUnevenV && is_v) {
+      constexpr float kSizes[] = {1.0f, 1.0f / 64, 0.0f, 16.0f, 1.0f / 1024, 0.25f};
+      x[i] *= kSizes[i / scales.size() / 100 % std::size(kSizes)];
+    }
   }
 }
 

@@ -41,6 +41,7 @@ enum class GpuInputs : uint8_t {
   kOffsetK,      // plus +-8 on every 16th channel of K and +-2 there on Q
   kHeavyTailed,  // the same offsets, and log-normal channel scales on Q, K and V
   kBiasedV,      // V around 1: shows a lossy accumulator as a gain error
+  kUnevenV,      // V of every 100 tokens of another size: 1, 1/64, 0, 16, 1/1024, 1/4
 };
 enum class GpuLayout : uint8_t {
   kTokensFirst,  // [batch, tokens, heads, dim]
