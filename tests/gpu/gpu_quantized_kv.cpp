@@ -388,7 +388,7 @@ GpuQuantizedKv::Page GpuQuantizedKv::page(int sequence, int index, int kv_head) 
   }
   const float* scales =
       host_scales_.data() + place(sequence, index, kv_head) * static_cast<size_t>(shape_.scales());
-  page.scales.assign(scales, scales + kernels::kTileScales - 1);
+  page.scales.assign(scales, scales + kernels::kValueScaleInverse + 1);
   for (int key = 0; shape_.int4_keys && key < kPage; ++key) {
     uint32_t word;
     std::memcpy(&word, scales + kernels::kTileScales + key, sizeof word);

@@ -73,9 +73,9 @@ class GpuQuantizedKv {
 
   // Of one page of a sequence, in order of tokens.
   struct Page {
-    std::vector<int8_t> keys;     // [128][padded]
-    std::vector<uint8_t> values;  // [128][padded], e4m3
-    std::vector<float> scales;  // 4 of keys (INT4: not written), the values', its log2, its inverse
+    std::vector<int8_t> keys;           // [128][padded]
+    std::vector<uint8_t> values;        // [128][padded], e4m3
+    std::vector<float> scales;          // 4 of keys (INT4: not written), the values', its inverse
     std::vector<float> steps, middles;  // INT4: of each key
     bool operator==(const Page&) const = default;
   };
