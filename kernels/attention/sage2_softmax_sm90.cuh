@@ -16,8 +16,11 @@ namespace sagelm::kernels::sage2 {
 using namespace hopper;
 
 // The exponentials of a tile are taken against a row's reference. It is moved only when a weight
-// comes near the largest e4m3 number, to where the tile's largest weight has so many bits.
+// comes near the largest e4m3 number. The largest weight of the tile that sets it, or moves it,
+// then has so many bits: what moves it is mostly a key far above the others, and weights of those
+// after it keep what is left of the range.
 constexpr float kFirstBits = recipe::kLog2E4m3Max - 6.0f;
+constexpr float kMovedBits = recipe::kLog2E4m3Max - 3.0f;
 // The reference of a row that has seen no key: any logit is infinitely above it.
 constexpr float kNothing = -1e30f;
 
@@ -237,7 +240,7 @@ __device__ inline bool move_reference(const int32_t (&logits)[64], const uint32_
   const bool moves = (near >> (threadIdx.x & 28) & 15) != 0;  // of the four threads of a row
   const float largest = largest_logit(logits, kRow, tile, end);
   const float before = rows.reference[kRow];
-  if (moves) rows.reference[kRow] = largest - kFirstBits;
+  if (moves) rows.reference[kRow] = largest - kMovedBits;
   const __half2 factor = __float2half2_rn(ptx::exp2_fast(before - rows.reference[kRow]));
   rows.sum[kRow] *= __low2float(factor);  // as the products are
   sums.scale_row(kRow, factor);
