@@ -7,69 +7,27 @@
 #include <stdexcept>
 
 #include "base/dtype.h"
-#include "gpu/gpu_attention.h"
+#include "gpu/attention_kernels.h"
 
 namespace sagelm::testing {
 namespace {
 
-struct Kernel {
-  const char* name;
-  sagelm_attention_variant variant;
-  sagelm_attention_kernel kernel;
-  // Bounds of the error against float64: the level of the published kernels on normal inputs
-  // (docs/benchmarks.md), times what a few rows of short sequences spread around it.
-  double relative_l1[5];  // by GpuInputs
-};
-
-constexpr Kernel kKernels[] = {
-    {"fp16_mma",
-     SAGELM_ATTENTION_FP16,
-     SAGELM_ATTENTION_KERNEL_MMA,
-     {1e-3, 1e-3, 2e-3, 1e-3, 1e-3}},
-    {"fp16_wgmma",
-     SAGELM_ATTENTION_FP16,
-     SAGELM_ATTENTION_KERNEL_WGMMA,
-     {1e-3, 1e-3, 2e-3, 1e-3, 1e-3}},
-    {"sage1_mma", SAGELM_ATTENTION_SAGE1, SAGELM_ATTENTION_KERNEL_MMA, {.02, .03, .08, .004, .02}},
-    {"sage2_mma",
-     SAGELM_ATTENTION_SAGE2,
-     SAGELM_ATTENTION_KERNEL_MMA,
-     {.045, .05, .08, .012, .045}},
-    {"sage2_wgmma",
-     SAGELM_ATTENTION_SAGE2,
-     SAGELM_ATTENTION_KERNEL_WGMMA,
-     {.045, .05, .08, .012, .045}},
-    {"sage2_4b_mma",
-     SAGELM_ATTENTION_SAGE2_4B,
-     SAGELM_ATTENTION_KERNEL_MMA,
-     {.3, .25, .6, .06, .3}},
-};
-
-class AttentionGpu : public ::testing::TestWithParam<Kernel> {
+class AttentionGpu : public ::testing::TestWithParam<GpuKernel> {
  protected:
   void SetUp() override {
     if (const std::string reason = no_device_reason(); !reason.empty()) GTEST_SKIP() << reason;
   }
 
   // Skips the test where the library has no such kernel for the shape on this device.
-  static bool run(GpuAttention& call) {
-    call.args.variant = GetParam().variant;
-    call.args.kernel = GetParam().kernel;
-    size_t bytes = 0;
-    if (sagelm_attention_workspace_bytes(&call.args, &bytes) == SAGELM_ATTENTION_UNSUPPORTED) {
-      return false;
-    }
-    call.run();
-    return true;
-  }
+  static bool run(GpuAttention& call) { return testing::run(GetParam(), call); }
 
   static void expect_close(const GpuShape& shape, int max_rows, double slack = 1.0) {
     GpuAttention call(shape);
     if (!run(call)) return;
     const GpuError error = measure_error(call, max_rows);
-    const double bound =
-        GetParam().relative_l1[static_cast<int>(shape.inputs)] * slack * (shape.bf16 ? 1.1 : 1.0) +
-        (shape.bf16 ? 4e-3 : 0.0);
+    const double bound = GetParam().relative_l1[static_cast<size_t>(shape.inputs)] * slack *
+                             (shape.bf16 ? 1.1 : 1.0) +
+                         (shape.bf16 ? 4e-3 : 0.0);
     EXPECT_LE(error.relative_l1, bound) << describe(shape);
     EXPECT_FALSE(std::isnan(error.max_abs)) << describe(shape);
     // Of INT4 products some are off by more.
@@ -351,7 +309,7 @@ TEST_P(AttentionGpu, RefusesWhatItCannotDo) {
   EXPECT_THROW(run(call), std::runtime_error);
 }
 
-INSTANTIATE_TEST_SUITE_P(Kernels, AttentionGpu, ::testing::ValuesIn(kKernels),
+INSTANTIATE_TEST_SUITE_P(Kernels, AttentionGpu, ::testing::ValuesIn(kGpuKernels),
                          [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace

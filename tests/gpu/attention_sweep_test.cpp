@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "gpu/gpu_attention.h"
+#include "gpu/attention_kernels.h"
 #include "support/sweep.h"
 
 namespace sagelm::testing {
@@ -20,37 +20,6 @@ constexpr double kSeconds = 10;
 constexpr int kMostCases = 150;
 constexpr int kMostKeys = 4097;
 
-struct Kernel {
-  const char* name;
-  sagelm_attention_variant variant;
-  sagelm_attention_kernel kernel;
-  std::array<double, 5> relative_l1;  // by GpuInputs, of many values
-};
-
-// The first is what the others are compared with.
-constexpr Kernel kKernels[] = {
-    {"fp16 mma",
-     SAGELM_ATTENTION_FP16,
-     SAGELM_ATTENTION_KERNEL_MMA,
-     {1e-3, 1e-3, 2e-3, 1e-3, 1e-3}},
-    {"fp16 wgmma",
-     SAGELM_ATTENTION_FP16,
-     SAGELM_ATTENTION_KERNEL_WGMMA,
-     {1e-3, 1e-3, 2e-3, 1e-3, 1e-3}},
-    {"sage1 mma", SAGELM_ATTENTION_SAGE1, SAGELM_ATTENTION_KERNEL_MMA, {.02, .03, .08, .004, .02}},
-    {"sage2 mma",
-     SAGELM_ATTENTION_SAGE2,
-     SAGELM_ATTENTION_KERNEL_MMA,
-     {.045, .05, .08, .012, .045}},
-    {"sage2 wgmma",
-     SAGELM_ATTENTION_SAGE2,
-     SAGELM_ATTENTION_KERNEL_WGMMA,
-     {.045, .05, .08, .012, .045}},
-    {"sage2-4b mma",
-     SAGELM_ATTENTION_SAGE2_4B,
-     SAGELM_ATTENTION_KERNEL_MMA,
-     {.3, .25, .6, .06, .3}},
-};
 // Of what few values may be off the level of many, and one row off the level of all.
 constexpr double kFew = 2.5;
 constexpr double kOneRow = 8;
@@ -99,18 +68,6 @@ int64_t count_values(const GpuShape& shape) {
   return rows * shape.num_heads * shape.head_dim;
 }
 
-// False if the library has no such kernel for the shape on this device.
-bool run(const Kernel& kernel, GpuAttention& call) {
-  call.args.variant = kernel.variant;
-  call.args.kernel = kernel.kernel;
-  size_t bytes = 0;
-  if (sagelm_attention_workspace_bytes(&call.args, &bytes) == SAGELM_ATTENTION_UNSUPPORTED) {
-    return false;
-  }
-  call.run();
-  return true;
-}
-
 class AttentionSweepGpu : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -128,7 +85,7 @@ GpuShape random_shape(Sweep& sweep) {
                  .causal = picked.causal,
                  .bf16 = sweep.one_in(3),
                  .layout = sweep.one_in(2) ? GpuLayout::kRagged : GpuLayout::kPaged,
-                 .inputs = static_cast<GpuInputs>(sweep.uniform(0, 4)),
+                 .inputs = static_cast<GpuInputs>(sweep.uniform(0, kGpuInputs - 1)),
                  .seed = static_cast<uint32_t>(sweep.uniform(1, 1 << 30))};
   if (sweep.one_in(3)) {  // sequences alike, as whole tensors
     for (int& len : shape.q_lens) len = shape.q_lens[0];
@@ -143,7 +100,7 @@ TEST_F(AttentionSweepGpu, EveryKernelAgreesWithFloat64) {
   Sweep sweep(seed, {8, 16, 40, 48, 64, 64, 72, 80, 96, 104, 112, 128, 128, 128, 256});
   const TimeLimit limit(kSeconds);
   int cases = 0;
-  std::array<double, std::size(kKernels)> highest{}, highest_row{};
+  std::array<double, std::size(kGpuKernels)> highest{}, highest_row{};
   for (; cases < kMostCases && !limit.passed() && !HasFailure(); ++cases) {
     const GpuShape shape = random_shape(sweep);
     const std::string where = "seed " + std::to_string(seed) + ", case " + std::to_string(cases) +
@@ -154,10 +111,10 @@ TEST_F(AttentionSweepGpu, EveryKernelAgreesWithFloat64) {
                                         shape.num_kv_heads, shape.head_dim, shape.causal}
                                   .describe();
     GpuAttention reference(shape), call(shape);
-    ASSERT_TRUE(run(kKernels[0], reference)) << where;
+    ASSERT_TRUE(run(kGpuKernels[0], reference)) << where;
     const double few = count_values(shape) < 20'000 ? kFew : 1.5;
-    for (size_t k = 0; k < std::size(kKernels); ++k) {
-      const Kernel& kernel = kKernels[k];
+    for (size_t k = 0; k < std::size(kGpuKernels); ++k) {
+      const GpuKernel& kernel = kGpuKernels[k];
       if (!run(kernel, call)) continue;
       const double level =
           kernel.relative_l1[static_cast<size_t>(shape.inputs)] + (shape.bf16 ? 4e-3 : 0.0);
@@ -178,8 +135,8 @@ TEST_F(AttentionSweepGpu, EveryKernelAgreesWithFloat64) {
     }
   }
   std::printf("seed %u, %d cases; highest errors as parts of their levels:", seed, cases);
-  for (size_t k = 0; k < std::size(kKernels); ++k) {
-    std::printf(" %s %.2f (of a row %.2f)", kKernels[k].name, highest[k], highest_row[k]);
+  for (size_t k = 0; k < std::size(kGpuKernels); ++k) {
+    std::printf(" %s %.2f (of a row %.2f)", kGpuKernels[k].name, highest[k], highest_row[k]);
   }
   std::printf("\n");
 }
@@ -198,7 +155,7 @@ TEST_F(AttentionSweepGpu, MoreQueriesThanKeysAreRefusedOrDefined) {
                    .seed = static_cast<uint32_t>(i)};
     const std::string where = std::to_string(queries) + " queries, " + std::to_string(keys) +
                               " keys, seed " + std::to_string(sweep_seed());
-    for (const Kernel& kernel : kKernels) {
+    for (const GpuKernel& kernel : kGpuKernels) {
       GpuAttention refused(shape);
       EXPECT_THROW(run(kernel, refused), std::runtime_error) << kernel.name << ", " << where;
       shape.causal = false;

@@ -43,6 +43,7 @@ enum class GpuInputs : uint8_t {
   kBiasedV,      // V around 1: shows a lossy accumulator as a gain error
   kUnevenV,      // V of every 100 tokens of another size: 1, 1/64, 0, 16, 1/1024, 1/4
 };
+inline constexpr int kGpuInputs = 5;  // of them
 enum class GpuLayout : uint8_t {
   kTokensFirst,  // [batch, tokens, heads, dim]
   kHeadsFirst,   // [batch, heads, tokens, dim]
