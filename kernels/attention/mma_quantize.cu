@@ -295,13 +295,13 @@ __device__ void quantize_values(const Problem& p, const MmaOperands& operands, i
       return __fmul_rn(from_halves(rows[chunk * 16 + token][channel], p.bf16).x, inverse);
     };
     uint32_t words[4];
-    float2 errors = {};
+    float2 moves = {};
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      if (2 * w % recipe::kValueRun<kDim> == 0) errors = {};
+      if (2 * w % recipe::kValueRun<kDim> == 0) moves = {};
       // Places 4w .. 4w + 3 hold tokens 2w, 2w + 1, 2w + 8, 2w + 9.
-      const uint32_t even = round_values<kDim>(scaled(2 * w), scaled(2 * w + 8), errors);
-      const uint32_t odd = round_values<kDim>(scaled(2 * w + 1), scaled(2 * w + 9), errors);
+      const uint32_t even = round_values<kDim>(scaled(2 * w), scaled(2 * w + 8), moves);
+      const uint32_t odd = round_values<kDim>(scaled(2 * w + 1), scaled(2 * w + 9), moves);
       words[w] = __byte_perm(even, odd, 0x5140);
     }
     *reinterpret_cast<uint4*>(to + chunk_offset<kMmaKeyTile>(channel, chunk)) =

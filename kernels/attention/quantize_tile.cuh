@@ -283,23 +283,28 @@ __device__ inline void quantize_query_row(const uint4 (&raw)[2], int row, float 
 }
 
 // Next elements of two runs of values (recipe.h), already scaled, as e4m3, a in the low byte.
-// errors: the runs' sums of errors. Rounded step by step, so that a CPU can do the same.
+// moves: the runs' next moves over kValueMove. Rounded step by step, so that a CPU can do the same.
 template <int kDim>
-__device__ inline uint32_t round_values(float a, float b, float2& errors) {
-  constexpr float kPart = 1.0f / static_cast<float>(recipe::kValueRun<kDim>);  // exact products
-  const uint32_t codes = ptx::to_e4m3(fmaf(-kPart, errors.x, a), fmaf(-kPart, errors.y, b));
+__device__ inline uint32_t round_values(float a, float b, float2& moves) {
+  constexpr float kGain = recipe::kValueGain<kDim>;
+  const auto moved = [](float x, float move) {
+    return fmaf(recipe::kValueMove, fminf(fmaxf(move, -fabsf(x)), fabsf(x)), x);
+  };
+  const uint32_t codes = ptx::to_e4m3(moved(a, moves.x), moved(b, moves.y));
   const uint32_t halves = ptx::halves_from_e4m3(codes);
   const float2 rounded = __half22float2(*reinterpret_cast<const __half2*>(&halves));
-  errors.x = __fadd_rn(errors.x, __fsub_rn(rounded.x, a));
-  errors.y = __fadd_rn(errors.y, __fsub_rn(rounded.y, b));
+  moves.x = fmaf(-kGain, __fsub_rn(rounded.x, a), moves.x);
+  moves.y = fmaf(-kGain, __fsub_rn(rounded.y, b), moves.y);
   return codes;
 }
 // Of FP16 values, in FP16.
 template <int kDim>
-__device__ inline uint16_t round_values(__half2 x, __half2& errors) {
-  const __half2 part = __float2half2_rn(-1.0f / static_cast<float>(recipe::kValueRun<kDim>));
-  const uint16_t codes = ptx::to_e4m3(as_word(__hfma2(part, errors, x)));
-  errors = __hadd2_rn(errors, __hsub2_rn(as_half2(ptx::halves_from_e4m3(codes)), x));
+__device__ inline uint16_t round_values(__half2 x, __half2& moves) {
+  const __half2 gain = __float2half2_rn(-recipe::kValueGain<kDim>);
+  const __half2 part = __float2half2_rn(recipe::kValueMove);
+  const __half2 move = as_half2(ptx::limit_magnitudes(as_word(moves), as_word(x)));
+  const uint16_t codes = ptx::to_e4m3(as_word(__hfma2(part, move, x)));
+  moves = __hfma2(gain, __hsub2_rn(as_half2(ptx::halves_from_e4m3(codes)), x), moves);
   return codes;
 }
 
@@ -351,7 +356,7 @@ __device__ __forceinline__ void quantize_value_tile(const uint4 (&raw)[ValueShar
   uint32_t words[kSteps][4];
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
-    std::conditional_t<kBf16, float2, __half2> errors = {};
+    std::conditional_t<kBf16, float2, __half2> moves = {};
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       std::conditional_t<kBf16, uint32_t, uint16_t> codes[2];
@@ -362,10 +367,10 @@ __device__ __forceinline__ void quantize_value_tile(const uint4 (&raw)[ValueShar
         if constexpr (kBf16) {
           const float2 pair = to_floats<kBf16>(two);
           codes[half] =
-              round_values<kDim>(__fmul_rn(pair.x, inverse), __fmul_rn(pair.y, inverse), errors);
+              round_values<kDim>(__fmul_rn(pair.x, inverse), __fmul_rn(pair.y, inverse), moves);
         } else {
           codes[half] =
-              round_values<kDim>(__hmul2_rn(as_half2(two), as_half2(quantizer.factors)), errors);
+              round_values<kDim>(__hmul2_rn(as_half2(two), as_half2(quantizer.factors)), moves);
         }
       }
       words[i][w] = __byte_perm(codes[0] | codes[1] << 16, 0, 0x3120);

@@ -45,12 +45,22 @@ inline constexpr int kMeanRows = mean_rows(kDim);
 
 // V is rounded with feedback: in runs of so many tokens, counted from the start of the sequence, a
 // channel's next element is first moved against the sum of the run's errors so far, by one over the
-// run's length of it. Weights of neighbours have much in common, and what is common to them meets
-// the sum of the errors, which is then small (docs/accuracy.md). A run is what one thread has.
-// It moves by less than a third of a step, so no code is beyond that of the largest magnitude.
+// run's length of it, and by kValueMove of itself at most: an element near zero may be a sink's and
+// have most of a row's weight. Weights of neighbours have much in common, and what is common to
+// them meets the sum of the errors, which is then small (docs/accuracy.md). A run is what one
+// thread has. The largest moves by less than a third of a step, so no code is beyond that of the
+// largest magnitude.
 constexpr int value_run(int head_dim) { return head_dim <= 64 ? 4 : 8; }
 template <int kDim>
 inline constexpr int kValueRun = value_run(kDim);
+inline constexpr float kValueMove = 1.0f / 16;
+// What is kept of a run is the next element's move over kValueMove, which grows by so much of an
+// error: a power of two, so that products with it are exact.
+constexpr float value_gain(int head_dim) {
+  return 1.0f / (kValueMove * static_cast<float>(value_run(head_dim)));
+}
+template <int kDim>
+inline constexpr float kValueGain = value_gain(kDim);
 
 // A group whose largest magnitude is below this is scaled as if it were this: all zeros stay zeros
 // and no scale is zero (the official CUDA quantizer's guard).

@@ -180,6 +180,13 @@ __device__ __forceinline__ uint32_t larger_magnitudes(uint32_t a, uint32_t b) {
   return most;
 }
 
+// Two FP16 numbers, of which those of larger magnitude than the other word's get that magnitude.
+__device__ __forceinline__ uint32_t limit_magnitudes(uint32_t x, uint32_t largest) {
+  uint32_t limited;
+  asm("min.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(limited) : "r"(x), "r"(largest & 0x7FFF7FFFu));
+  return limited;
+}
+
 // 1 / x of a normal number, within two units of the last place.
 __device__ __forceinline__ float reciprocal(float x) {
   float y;

@@ -30,8 +30,9 @@ class AttentionGpu : public ::testing::TestWithParam<GpuKernel> {
                          (shape.bf16 ? 4e-3 : 0.0);
     EXPECT_LE(error.relative_l1, bound) << describe(shape);
     EXPECT_FALSE(std::isnan(error.max_abs)) << describe(shape);
-    // Of INT4 products some are off by more.
-    const double wide = GetParam().variant == SAGELM_ATTENTION_SAGE2_4B ? 3.0 : 1.0;
+    // Of INT4 products some are off by more, those with large keys by most.
+    const bool four_bits = GetParam().variant == SAGELM_ATTENTION_SAGE2_4B;
+    const double wide = !four_bits ? 1.0 : shape.inputs == GpuInputs::kSinks ? 9.0 : 3.0;
     EXPECT_LE(error.max_lse, wide * (shape.inputs == GpuInputs::kHeavyTailed ? 1.0 : 0.2))
         << describe(shape);
     if (shape.inputs == GpuInputs::kBiasedV) {
@@ -52,7 +53,7 @@ class AttentionGpu : public ::testing::TestWithParam<GpuKernel> {
 TEST_P(AttentionGpu, InputDistributions) {
   for (const int dim : {64, 128}) {
     for (const GpuInputs inputs : {GpuInputs::kNormal, GpuInputs::kOffsetK, GpuInputs::kHeavyTailed,
-                                   GpuInputs::kBiasedV, GpuInputs::kUnevenV}) {
+                                   GpuInputs::kBiasedV, GpuInputs::kUnevenV, GpuInputs::kSinks}) {
       for (const bool causal : {true, false}) {
         GpuShape shape{.q_lens = {1500},
                        .kv_lens = {1500},

@@ -17,10 +17,10 @@ struct GpuKernel {
   std::array<double, kGpuInputs> relative_l1;  // by GpuInputs
 };
 
-constexpr std::array<double, kGpuInputs> kFp16L1 = {1e-3, 1e-3, 2e-3, 1e-3, 1e-3};
-constexpr std::array<double, kGpuInputs> kSage1L1 = {.02, .03, .08, .004, .02};
-constexpr std::array<double, kGpuInputs> kSage2L1 = {.045, .05, .08, .012, .045};
-constexpr std::array<double, kGpuInputs> kSage2Of4BitsL1 = {.3, .25, .6, .06, .3};
+constexpr std::array<double, kGpuInputs> kFp16L1 = {1e-3, 1e-3, 2e-3, 1e-3, 1e-3, 1e-3};
+constexpr std::array<double, kGpuInputs> kSage1L1 = {.02, .03, .08, .004, .02, .025};
+constexpr std::array<double, kGpuInputs> kSage2L1 = {.045, .05, .08, .012, .045, .14};
+constexpr std::array<double, kGpuInputs> kSage2Of4BitsL1 = {.3, .25, .6, .06, .3, .35};
 
 // The first is what the others may be compared with.
 constexpr GpuKernel kGpuKernels[] = {

@@ -45,19 +45,25 @@ void make_values(std::vector<float>& x, int heads, int dim, bool is_q, bool is_v
   for (size_t i = 0; i < scales.size(); ++i) {
     if (inputs == GpuInputs::kHeavyTailed) scales[i] = std::exp(0.5f * normal(random));
     const size_t channel = i % static_cast<size_t>(dim);
-    const bool shifted = inputs == GpuInputs::kOffsetK || inputs == GpuInputs::kHeavyTailed;
+    const bool sinks = inputs == GpuInputs::kSinks;
+    const bool shifted =
+        inputs == GpuInputs::kOffsetK || inputs == GpuInputs::kHeavyTailed || sinks;
     if (shifted && !is_v && channel % 16 == 0) {
-      offsets[i] = (is_q ? 2.0f : 8.0f) * (channel % 32 == 0 ? 1.0f : -1.0f);
+      // A sink's logits are around 10.
+      const float of_key = sinks ? 80.0f / std::sqrt(static_cast<float>(dim)) : 8.0f;
+      offsets[i] = (is_q ? 2.0f : of_key) * (channel % 32 == 0 ? 1.0f : -1.0f);
     }
     if (inputs == GpuInputs::kBiasedV && is_v) offsets[i] = 1.0f;
   }
   for (size_t i = 0; i < x.size(); ++i) {
-    const size_t channel = i % scales.size();
-    x[i] = normal(random) * scales[channel] + offsets[channel];
+    const size_t channel = i % scales.size(), token = i / scales.size();
+    const bool common = inputs == GpuInputs::kSinks && token % 1000 != 303;
+    x[i] = normal(random) * scales[channel] + (common && !is_q ? 0.0f : offsets[channel]);
     if (inputs == GpuInputs::kUnevenV && is_v) {
       constexpr float kSizes[] = {1.0f, 1.0f / 64, 0.0f, 16.0f, 1.0f / 1024, 0.25f};
-      x[i] *= kSizes[i / scales.size() / 100 % std::size(kSizes)];
+      x[i] *= kSizes[token / 100 % std::size(kSizes)];
     }
+    if (inputs == GpuInputs::kSinks && is_v && !common) x[i] *= 0.01f;
   }
 }
 

@@ -42,8 +42,9 @@ enum class GpuInputs : uint8_t {
   kHeavyTailed,  // the same offsets, and log-normal channel scales on Q, K and V
   kBiasedV,      // V around 1: shows a lossy accumulator as a gain error
   kUnevenV,      // V of every 100 tokens of another size: 1, 1/64, 0, 16, 1/1024, 1/4
+  kSinks,        // tokens 303, 1303, ... have most of the weight, and values near zero
 };
-inline constexpr int kGpuInputs = 5;  // of them
+inline constexpr int kGpuInputs = 6;  // of them
 enum class GpuLayout : uint8_t {
   kTokensFirst,  // [batch, tokens, heads, dim]
   kHeadsFirst,   // [batch, heads, tokens, dim]

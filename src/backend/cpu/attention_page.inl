@@ -98,18 +98,14 @@ inline float write_values(const uint16_t* v, int64_t head_dim, int64_t dim, uint
   }
   const Quantizer values = make_half_quantizer(reduce_max(amax), recipe::kTileValueMax);
   const int run = recipe::value_run(static_cast<int>(head_dim));
-  const float part = 1.0f / static_cast<float>(run);
-  float errors[kMaxHeadDim];
+  const float gain = recipe::value_gain(static_cast<int>(head_dim));
+  float moves[kMaxHeadDim];
   for (int64_t key = 0; key < kPageTokens; ++key) {
-    if (key % run == 0) zero_row(errors, dim);
+    if (key % run == 0) zero_row(moves, dim);
     for (int64_t c = 0; c < dim; c += kLanes) {
       const VecF value =
           round_to_half(load_channels(v + key * head_dim, c, head_dim) * values.inverse);
-      VecF sum = load<VecF>(errors + c);
-      const VecF rounded = round_to_e4m3(round_to_half(value - sum * part));
-      sum = round_to_half(sum + round_to_half(rounded - value));
-      store(errors + c, sum);
-      store_e4m3(codes + key * dim + c, rounded);
+      store_e4m3(codes + key * dim + c, round_values<true>(value, gain, moves + c));
     }
   }
   return values.scale;

@@ -264,29 +264,32 @@ void scale_values(const Plan& plan, const KvHead& kv, float* amax, float* invers
   }
 }
 
-// The next elements of runs of values (recipe.h), x already scaled, as e4m3 numbers. errors: the
-// sums of the runs' errors.
-inline VecF round_values(VecF x, float part, float* errors) {
-  VecF sum = load<VecF>(errors);
-  const VecF rounded = round_to_e4m3(x - sum * part);
-  sum += rounded - x;
-  store(errors, sum);
+// The next elements of runs of values (recipe.h), x already scaled, as e4m3 numbers. kHalves: what
+// an operation yields is rounded to FP16. moves: the runs' next moves over kValueMove.
+template <bool kHalves>
+inline VecF round_values(VecF x, float gain, float* moves) {
+  const auto round = [](VecF y) { return kHalves ? round_to_half(y) : y; };
+  const VecF next = load<VecF>(moves);
+  const VecF limit = as_float(magnitude_bits(x));
+  const VecF move = -max(-max(next, -limit), -limit);
+  const VecF rounded = round_to_e4m3(round(x + move * recipe::kValueMove));
+  store(moves, round(next - round(rounded - x) * gain));
   return rounded;
 }
 
-// errors: scratch, [dim].
+// moves: scratch, [dim].
 template <PvKind kPv>
-void convert_values(const KvHead& kv, const float* inverse, float* errors) {
+void convert_values(const KvHead& kv, const float* inverse, float* moves) {
   const int run = recipe::value_run(static_cast<int>(kv.head_dim));
-  const float part = 1.0f / static_cast<float>(run);
+  const float gain = recipe::value_gain(static_cast<int>(kv.head_dim));
   RowCursor cursor = rows_of(kv, kv.v_pages);
   for (int64_t j = 0; j < kv.kv_len - kv.first_prepared; ++j) {
     const uint16_t* row = cursor.next();
-    if (kPv == PvKind::kE4m3 && j % run == 0) zero_row(errors, kv.dim);
+    if (kPv == PvKind::kE4m3 && j % run == 0) zero_row(moves, kv.dim);
     for (int64_t c = 0; c < kv.dim; c += kLanes) {
       VecF x = load_channels(row, c, kv.head_dim);
       if constexpr (kPv == PvKind::kE4m3) {
-        x = round_values(rounded_product(x, load<VecF>(inverse + c)), part, errors + c);
+        x = round_values<false>(rounded_product(x, load<VecF>(inverse + c)), gain, moves + c);
       } else if constexpr (kPv == PvKind::kInt8) {
         x = round_to_integer(x * load<VecF>(inverse + c));
       }
