@@ -57,19 +57,25 @@ __device__ inline RowInverses finish_sums(const Problem& p, const WorkItem& item
                                           const RowState& rows, const float* biases) {
   const int lane = threadIdx.x % 32, g = lane >> 2, c = lane & 3;
   RowInverses inverses;
+  float sums[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float sum = quad_sum(rows.sum[r]);
-    inverses.of[r] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
-    const int row = first_row + g + 8 * r;
-    if ((p.lse != nullptr || item.parts > 1) && c == 0 && row < item.q_len) {
+    sums[r] = quad_sum(rows.sum[r]);
+    inverses.of[r] = sums[r] == 0.0f ? 0.0f : ptx::reciprocal(sums[r]);
+  }
+  if ((p.lse != nullptr || item.parts > 1) && c == 0) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = first_row + g + 8 * r;
+      if (row >= item.q_len) continue;
       const float bias = biases != nullptr ? biases[g + 8 * r] : 0.0f;
       float* lse =
           item.parts > 1
               ? p.part_lse + item.part_place(p, row)
               : p.lse + (static_cast<int64_t>(item.b) * p.num_heads + item.head) * p.max_q_len +
                     row;
-      *lse = sum == 0.0f ? -INFINITY : (rows.reference[r] + log2f(sum) + bias) * recipe::kLn2;
+      *lse =
+          sums[r] == 0.0f ? -INFINITY : (rows.reference[r] + log2f(sums[r]) + bias) * recipe::kLn2;
     }
   }
   return inverses;

@@ -261,9 +261,9 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       }
       value_factor = __float2half2_rn(tile.value_scale * unit_inverse);
     };
-    // Waits for the products of the tile at `stage`.
-    const auto finish_values = [&](int stage) {
-      wgmma_wait<0>();
+    // Waits for the products of the tile at `stage`, behind which kBehind others have been issued.
+    const auto finish_values = [&]<int kBehind = 0>(int stage) {
+      wgmma_wait<kBehind>();
       pin(sums.products);
       release(places.values_empty(stage));
       rows.sum[0] += sums.weights_of(0);
@@ -287,15 +287,13 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       mbarrier_arrive(places.queries_empty(slot));  // from every lane, as above
       mbarrier_wait(places.values_full(ring.stage), ring.parity);
       issue_pv<kDim>(sums.products, from, places.values(ring.stage));
-      finish_values(ring.stage);
-      ring.advance(Shared::kStages);
     };
 
     if (item.kv_tiles > 0) {
       const int j = item.tile_at(0);
       take_logits();
       const int ends[2] = {first_end(j, 0), first_end(j, 1)};
-      set_references(logits, rows, tile, ends);
+      set_references(logits, rows, tile, ends, j >= first_masked);
       weigh(j, even);
       set_unit();
       value_factor = __float2half2_rn(tile.value_scale * unit_inverse);
@@ -314,6 +312,11 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
         }
         step(i++, odd, even);
       }
+      const int last_stage = ring.stage;
+      ring.advance(Shared::kStages);
+      // Before the last products are there: its first QK runs beside what follows.
+      more = next_item();
+      finish_values.template operator()<1>(last_stage);
       // finish_sums adds those of four threads, which here are the same, for the totals to be
       // divided by: they come in the totals' unit.
       const auto unit_bits = static_cast<float>(127 - (__float_as_int(unit_inverse) >> 23));
@@ -324,8 +327,8 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       }
     } else {
       mbarrier_arrive(places.queries_empty(slot));  // from every lane, as above
+      more = next_item();
     }
-    more = next_item();  // whose first QK runs beside what follows
     if (item.kv_tiles > first_away) sums.bring_back(&out);
     const float* biases = nullptr;
     if (tiles.query_biases != nullptr) {

@@ -202,6 +202,9 @@ struct Accumulators {
   }
 };
 
+// The key of a thread's i-th logit, relative to its first.
+__device__ constexpr int key_of(int i) { return 16 * (i >> 3) + 2 * (i >> 2 & 1) + (i & 1); }
+
 // The largest logit of row r, in bits, among its keys before `end`; kNothing if there is none.
 __device__ inline float largest_logit(const int32_t (&logits)[64], int r, const TileScales& tile,
                                       int end) {
@@ -210,19 +213,34 @@ __device__ inline float largest_logit(const int32_t (&logits)[64], int r, const 
   for (int j = 0; j < 16; ++j) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int key = 16 * (j >> 1) + 2 * (j & 1) + e;
-      if (key < end) most = fmaxf(most, static_cast<float>(logits[4 * j + 2 * r + e]));
+      const auto logit = static_cast<float>(logits[4 * j + 2 * r + e]);
+      if (key_of(4 * j + e) < end) most = fmaxf(most, logit);
     }
   }
   // The scale belongs to this thread's keys.
   return quad_max(most == kNothing ? kNothing : most * tile.scale[r]);
 }
 
-// References from the first keys, such that their weights fit whatever they are.
-__device__ inline void set_references(const int32_t (&logits)[64], RowState& rows,
-                                      const TileScales& tile, const int (&ends)[2]) {
-  rows.reference[0] = largest_logit(logits, 0, tile, ends[0]) - kFirstBits;
-  rows.reference[1] = largest_logit(logits, 1, tile, ends[1]) - kFirstBits;
+// References from the first keys, such that their weights fit whatever they are. masked: whether a
+// row may not see all of them; what stands in for the logits of those that it does not see is then
+// no logit. By the integers, since a thread's keys have one scale.
+__device__ inline void set_references(int32_t (&logits)[64], RowState& rows, const TileScales& tile,
+                                      const int (&ends)[2], bool masked) {
+  constexpr int32_t kHidden = -0x40000000;
+  if (masked) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      if (key_of(i) >= ends[i >> 1 & 1]) logits[i] = kHidden;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int32_t most = logits[2 * r];
+#pragma unroll
+    for (int i = 1; i < 32; ++i) most = max(most, logits[4 * (i >> 1) + 2 * r + (i & 1)]);
+    const float largest = most == kHidden ? kNothing : static_cast<float>(most) * tile.scale[r];
+    rows.reference[r] = quad_max(largest) - kFirstBits;
+  }
 }
 
 // Moves the references of those of a warp's rows that are its threads' row kRow and have a weight
