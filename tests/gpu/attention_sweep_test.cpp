@@ -26,7 +26,7 @@ constexpr double kOneRow = 8;
 // Keys of 4 bits leave single rows, and the log-sum-exp, further off than they leave most.
 constexpr double kOneRow4b = 16;
 
-// Without the last: behind a sink single rows are further off than they are large.
+// Without the last, which is about a few rows: behind a sink they are off by far more than others.
 constexpr int kSweepInputs = static_cast<int>(GpuInputs::kSinks);
 
 // Sums over the rows of a call beside the same rows of another.
