@@ -57,13 +57,14 @@ void make_values(std::vector<float>& x, int heads, int dim, bool is_q, bool is_v
   }
   for (size_t i = 0; i < x.size(); ++i) {
     const size_t channel = i % scales.size(), token = i / scales.size();
-    const bool common = inputs == GpuInputs::kSinks && token % 1000 != 303;
-    x[i] = normal(random) * scales[channel] + (common && !is_q ? 0.0f : offsets[channel]);
+    const bool is_sink = inputs == GpuInputs::kSinks && token % 1000 == 303;
+    const bool shifted = inputs != GpuInputs::kSinks || is_q || is_sink;
+    x[i] = normal(random) * scales[channel] + (shifted ? offsets[channel] : 0.0f);
     if (inputs == GpuInputs::kUnevenV && is_v) {
       constexpr float kSizes[] = {1.0f, 1.0f / 64, 0.0f, 16.0f, 1.0f / 1024, 0.25f};
       x[i] *= kSizes[token / 100 % std::size(kSizes)];
     }
-    if (inputs == GpuInputs::kSinks && is_v && !common) x[i] *= 0.01f;
+    if (is_sink && is_v) x[i] *= 0.01f;
   }
 }
 
