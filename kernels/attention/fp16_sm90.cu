@@ -222,7 +222,7 @@ __device__ void consume(const Problem& p, SharedTiles<kDim>& shared, const Place
     }
   };
   const auto next_item = [&] {
-    return begin_item(shared, places, ring, query_ring, take_queries,
+    return begin_item(shared, places, ring, places.keys_full(ring.stage), query_ring, take_queries,
                       [&](uint32_t keys) { issue_qk<kDim, kBf16>(logits, queries, keys); });
   };
   bool more = next_item();
@@ -333,7 +333,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Places<kDim> places(shared);
   if (threadIdx.x == 0) {
     // Every lane releases queries, which it has read.
-    init_barriers(places, {sources.fills(), kReleases, kReleases, 32 * kReleases});
+    constexpr int kStages = SharedTiles<kDim>::kStages;
+    for (const uint32_t full : {places.keys_full(0), places.values_full(0)}) {
+      init_barriers(full, kStages, sources.fills());
+    }
+    for (const uint32_t empty : {places.keys_empty(0), places.values_empty(0)}) {
+      init_barriers(empty, kStages, kReleases);
+    }
+    init_barriers(places.queries_full(0), kQuerySlots, sources.fills());
+    init_barriers(places.queries_empty(0), kQuerySlots, 32 * kReleases);
+    fence_barrier_init();
   }
   __syncthreads();
   allow_next_kernel();

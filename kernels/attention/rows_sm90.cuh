@@ -24,7 +24,7 @@ __device__ inline float quad_sum(float x) {
 // of keys are 2^(logit - reference): the reference is shared by the four threads of a row.
 struct RowState {
   float reference[2];
-  float sum[2];  // of the weights of this thread's keys
+  float sum[2];  // of the weights of this thread's keys, or of all
 };
 
 // A warp's finished rows, pair(i) the i-th pair of 16-bit numbers as the accumulators lie, to
@@ -48,7 +48,7 @@ __device__ inline void stage_rows(const float (&out)[kDim / 2], uint16_t (&stagi
   stage_pairs(staging, [&](int i) { return ptx::to_halves<kBf16>(out[2 * i], out[2 * i + 1]); });
 }
 
-// Of a warp's rows that are its threads' rows g and g + 8: adds the sums of a row's four threads,
+// Of a warp's rows that are its threads' rows g and g + 8, with the sums of all of a row's weights:
 // stores what is wanted of them, and gives their inverses.
 struct RowInverses {
   float of[2];
@@ -57,11 +57,9 @@ __device__ inline RowInverses finish_sums(const Problem& p, const WorkItem& item
                                           const RowState& rows, const float* biases) {
   const int lane = threadIdx.x % 32, g = lane >> 2, c = lane & 3;
   RowInverses inverses;
-  float sums[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    sums[r] = quad_sum(rows.sum[r]);
-    inverses.of[r] = sums[r] == 0.0f ? 0.0f : ptx::reciprocal(sums[r]);
+    inverses.of[r] = rows.sum[r] == 0.0f ? 0.0f : ptx::reciprocal(rows.sum[r]);
   }
   if ((p.lse != nullptr || item.parts > 1) && c == 0) {
 #pragma unroll
@@ -74,8 +72,8 @@ __device__ inline RowInverses finish_sums(const Problem& p, const WorkItem& item
               ? p.part_lse + item.part_place(p, row)
               : p.lse + (static_cast<int64_t>(item.b) * p.num_heads + item.head) * p.max_q_len +
                     row;
-      *lse =
-          sums[r] == 0.0f ? -INFINITY : (rows.reference[r] + log2f(sums[r]) + bias) * recipe::kLn2;
+      *lse = rows.sum[r] == 0.0f ? -INFINITY
+                                 : (rows.reference[r] + log2f(rows.sum[r]) + bias) * recipe::kLn2;
     }
   }
   return inverses;
@@ -97,26 +95,22 @@ __device__ inline void store_staged(const Problem& p, const WorkItem& item, int 
   __syncwarp();
   if (chunk * 8 < p.head_dim) {
     const int row = first_row + first;
-    const bool is_part = item.parts > 1;
-    uint16_t* to =
-        is_part ? static_cast<uint16_t*>(p.part_out) + item.part_place(p, row) * p.head_dim
-                : static_cast<uint16_t*>(p.out.data) + p.q_offset(p.out, item.b, row, item.head);
-    to += chunk * 8;
-    const int64_t stride =
-        is_part ? static_cast<int64_t>(p.num_heads) * p.head_dim : p.out.token_stride;
+    uint16_t* to = item.out + row * item.out_stride + chunk * 8;
 #pragma unroll
     for (int i = 0; i < 16 / kRows; ++i) {
       if (row + i * kRows < item.q_len) *reinterpret_cast<uint4*>(to) = chunks[i];
-      to += kRows * stride;
+      to += kRows * item.out_stride;
     }
   }
 }
 
-// Divides by the sum and stores a warp's 16 rows.
+// Adds the sums of a row's four threads, divides by them and stores a warp's 16 rows.
 template <int kDim>
 __device__ inline void store_rows(const Problem& p, const WorkItem& item, int first_row,
-                                  const RowState& rows, float (&out)[kDim / 2],
+                                  RowState rows, float (&out)[kDim / 2],
                                   uint16_t (&staging)[16][kDim + 8], const float* biases) {
+#pragma unroll
+  for (float& sum : rows.sum) sum = quad_sum(sum);
   const RowInverses inverses = finish_sums(p, item, first_row, rows, biases);
 #pragma unroll
   for (int i = 0; i < kDim / 2; ++i) out[i] *= inverses.of[i / 2 % 2];

@@ -47,31 +47,33 @@ struct Queries {
 };
 template <>
 struct Queries<64> {
-  uint32_t rows;  // of the warp group: where they lie in shared memory
+  uint32_t rows;  // of the warp group: the low word of their descriptor
 
-  __device__ void take(uint32_t place, int row) { rows = place + row / 64 * 64 * 64; }
-  __device__ uint64_t step(int k) const { return wgmma_descriptor(rows, Swizzle::k64B) + 2 * k; }
+  __device__ void take(uint32_t place, int row) {
+    rows = ptx::opaque(wgmma_descriptor_low(place + row / 64 * 64 * 64));
+  }
+  __device__ uint64_t step(int k) const { return wgmma_descriptor_of(rows + 2 * k, Swizzle::k64B); }
 };
 
-template <int kDim>
-__device__ inline void issue_qk(int32_t (&logits)[64], const Queries<kDim>& queries,
-                                uint32_t keys) {
-  const uint64_t b = wgmma_descriptor(keys, kDim == 128 ? Swizzle::k128B : Swizzle::k64B);
+template <int kDim, int kCount>
+__device__ inline void issue_qk(int32_t (&logits)[kCount], const Queries<kDim>& queries,
+                                uint64_t keys) {
   wgmma_fence();
-  wgmma_s8<true>(logits, queries.step(0), b);
+  wgmma_s8<true>(logits, queries.step(0), keys);
 #pragma unroll
-  for (int k = 1; k < kDim / 32; ++k) wgmma_s8<false>(logits, queries.step(k), b + 2 * k);
+  for (int k = 1; k < kDim / 32; ++k) wgmma_s8<false>(logits, queries.step(k), keys + 2 * k);
   wgmma_commit();
 }
 
 // P V, and the sums of the rows of P.
-template <int kDim>
-__device__ inline void issue_pv(uint32_t (&products)[kDim / 4 + 2], const uint32_t (&p)[16],
-                                uint32_t values) {
-  const uint64_t b = wgmma_descriptor(values, Swizzle::k128B);
+template <int kDim, int kCount>
+__device__ inline void issue_pv(uint32_t (&products)[kDim / 4 + 2], const uint32_t (&p)[kCount],
+                                uint64_t values, bool accumulate) {
   wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < kKeyTile / 32; ++k) wgmma_e4m3(products, p + 4 * k, b + 2 * k, k > 0);
+  for (int k = 0; k < kCount / 4; ++k) {
+    wgmma_e4m3(products, p + 4 * k, values + 2 * k, k > 0 || accumulate);
+  }
   wgmma_commit();
 }
 
@@ -105,13 +107,19 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, SharedTiles<kD
   using Shared = SharedTiles<kDim>;
   constexpr int kQueryTile = Shared::kQueryTile;
   RingCursor ring, query_ring;
-  ring.parity = 1;  // all stages start empty
+  ring.parity = 1;                  // all stages start empty
+  const uint8_t* values = nullptr;  // of the tile before, which no stage has yet
   for (;;) {
     const int slot = query_ring.stage;
     mbarrier_wait_idle(places.items_full(slot), query_ring.parity);
     query_ring.advance(kQuerySlots);
     const WorkItem item = shared.items[slot];
     if (item.kv_tiles < 0) {
+      if (values != nullptr) {
+        mbarrier_wait_idle(places.empty(ring.stage), ring.parity);
+        mbarrier_expect_bytes(places.full(ring.stage), Shared::kTileBytes);
+        bulk_copy(places.values(ring.stage), values, Shared::kTileBytes, places.full(ring.stage));
+      }
       mbarrier_arrive(places.queries_full(slot));
       return;
     }
@@ -132,19 +140,19 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, SharedTiles<kD
       const int place = next;
       const int key_place = key_tile_place(p, tiles, item, item.tile_at(i), place);
       if (i + 1 < item.kv_tiles) next = tile_place(p, tiles, item, item.tile_at(i + 1));
-      mbarrier_wait_idle(places.keys_empty(s), ring.parity);
-      mbarrier_expect_bytes(places.keys_full(s), Shared::kTileBytes + sizeof(Shared::scales[0]));
+      mbarrier_wait_idle(places.empty(s), ring.parity);
+      mbarrier_expect_bytes(places.full(s), (values == nullptr ? 1 : 2) * Shared::kTileBytes +
+                                                sizeof(Shared::scales[0]));
       bulk_copy(places.scales(places.scales_slot(s, ring.parity ^ 1)),
                 tile_at_place<kTileScales>(tiles.scales, tiles.tail_scales, key_place),
-                sizeof(Shared::scales[0]), places.keys_full(s));
+                sizeof(Shared::scales[0]), places.full(s));
       bulk_copy(places.keys(s),
                 tile_at_place<Shared::kTileBytes>(tiles.keys, tiles.tail_keys, key_place),
-                Shared::kTileBytes, places.keys_full(s));
-      mbarrier_wait_idle(places.values_empty(s), ring.parity);
-      mbarrier_expect_bytes(places.values_full(s), Shared::kTileBytes);
-      bulk_copy(places.values(s),
-                tile_at_place<Shared::kTileBytes>(tiles.values, tiles.tail_values, place),
-                Shared::kTileBytes, places.values_full(s));
+                Shared::kTileBytes, places.full(s));
+      if (values != nullptr) {
+        bulk_copy(places.values(s), values, Shared::kTileBytes, places.full(s));
+      }
+      values = tile_at_place<Shared::kTileBytes>(tiles.values, tiles.tail_values, place);
       ring.advance(Shared::kStages);
     }
   }
@@ -152,22 +160,29 @@ __device__ void produce(const Problem& p, const SageTiles& tiles, SharedTiles<kD
 
 template <int kDim, bool kLong>
 __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kDim>& shared,
-                        const Places<kDim>& places, int group) {
+                        const Places<kDim>& places, int group, int warp) {
   using Shared = SharedTiles<kDim>;
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane >> 2, c = lane & 3;
+  constexpr int kSteps = Groups<kDim>::kSteps, kLastStep = kSteps - 1;
+  constexpr int kStepKeys = kKeyTile / kSteps;
   constexpr int kQueryTile = Shared::kQueryTile;
+  using Weights = uint32_t[kStepKeys / 8];
+  const int lane = threadIdx.x % 32, g = lane >> 2, c = lane & 3;
   auto& out = shared.out[group * 4 + warp];
-  RingCursor ring, query_ring;
+  RingCursor ring, next, query_ring;
+  next.advance(Shared::kStages);
   Queries<kDim> queries;
-  int32_t logits[64];
+  int32_t logits[kStepKeys / 2];
   Accumulators<kDim> sums;
   static_assert(!kLong || sizeof out >= sizeof sums.sums * 32);
-  uint32_t even[16], odd[16];              // P of a tile and of the next
+  Weights even, odd;                       // P of a step and of the next
   const int row = group * 64 + warp * 16;  // the warp's first of an item
   const auto next_item = [&] {
     return begin_item(
-        shared, places, ring, query_ring, [&](uint32_t place) { queries.take(place, row); },
-        [&](uint32_t keys) { issue_qk<kDim>(logits, queries, keys); });
+        shared, places, ring, places.full(ring.stage), query_ring,
+        [&](uint32_t place) { queries.take(place, row); },
+        [&](uint32_t keys) {
+          issue_qk(logits, queries, wgmma_descriptor(keys, Places<kDim>::kKeySwizzle));
+        });
   };
   bool more = next_item();
   wgmma_wait<0>();
@@ -185,46 +200,54 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
     const int row_end[2] = {item.key_end(p, first_row + g) - 4 * c,
                             item.key_end(p, first_row + g + 8) - 4 * c};
     // Tiles from there on need masks: the warp group's first row does not see all of their keys.
+    // But for the first one to be taken they are the 1st to the last_masked-th.
     const int first_masked = item.key_end(p, item.tile * kQueryTile + group * 64) / kKeyTile;
+    const int last_masked =
+        item.first_tile + item.kv_tiles - first_masked - (item.full_tiles == 0 ? 1 : 0);
     // From this tile on, the i-th, sums have been put away.
     const bool is_long = kLong && item.kv_len > kLongKeys;
     const int first_away = is_long ? kPutAwayTiles + 1 : INT32_MAX;
+    const auto is_away = [&](int i) { return kLong && i >= first_away; };
     // Sums are in units of `unit` times `value_power`, which no tile's scale of V so far exceeds.
     const float unit = is_long ? kLongUnit : kUnit;
     float value_power = 0.0f, unit_inverse = 0.0f;
-    bool keys_ready = false, values_ready = false;
-    sums.clear();
+    bool ready = false;  // the next stage
     TileScales tile;
     __half2 value_factor = {};  // of the tile whose products are in flight
 
-    const auto release = [&](uint32_t barrier) {
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(barrier);
+    // From every lane: all of them read scales.
+    const auto release = [&](int stage) { mbarrier_arrive(places.empty(stage)); };
+    const auto next_stage = [&] {
+      ring = next;
+      next.advance(Shared::kStages);
+      if (!ready) mbarrier_wait(places.full(ring.stage), ring.parity);
     };
-    // With the logits of the tile at the ring's stage.
-    const auto take_logits = [&] {
-      pin(logits);
+    // With the logits of the first step of the tile whose keys are at the ring's stage.
+    const auto take_scales = [&] {
       const float* scales = shared.scales[places.scales_slot(ring.stage, ring.parity)];
       const float key_scale = scales[c];
       tile.value_scale = scales[kValueScale];
       tile.scale[0] = query_scale[0] * key_scale;
       tile.scale[1] = query_scale[1] * key_scale;
-      // From every lane: all of them read the scales.
-      mbarrier_arrive(places.keys_empty(ring.stage));
     };
-    const auto first_end = [&](int j, int r) { return row_end[r] - j * kKeyTile; };
-    const auto weigh = [&]<int kRow = kBothRows>(int j, uint32_t(&to)[16]) {
+    const auto first_end = [&]<int kStep>(int i, int r) {
+      return row_end[r] - item.tile_at(i) * kKeyTile - kStep * kStepKeys;
+    };
+    // The logits of a step of the i-th tile to P.
+    const auto weigh = [&]<int kStep, int kRow = kBothRows>(int i, bool masked, Weights& to) {
       const uint32_t carries = exponentiate<kDim, kRow>(logits, to, tile.scale, rows.reference);
-      if (j < first_masked) return carries;
-      const int ends[2] = {first_end(j, 0), first_end(j, 1)};
+      if (!masked) return carries;
+      const int ends[2] = {first_end.template operator()<kStep>(i, 0),
+                           first_end.template operator()<kStep>(i, 1)};
       return mask_weights<kRow>(to, ends);
     };
-    // Weights of tile j, the i-th, that are near the most, again, against a reference moved. Row by
-    // row, since mostly a single one of a warp has such weights.
-    const auto weigh_again = [&]<int kRow>(int i, int j, uint32_t(&to)[16]) {
-      void* away = i >= first_away ? &out : nullptr;
-      if (move_reference<kRow>(logits, to, rows, sums, tile, first_end(j, kRow), away)) {
-        weigh.template operator()<kRow>(j, to);
+    // Those that are near the most again, against a reference moved. Row by row, since mostly a
+    // single one of a warp has such weights.
+    const auto weigh_again = [&]<int kStep, int kRow>(int i, Weights& to) {
+      const int end = first_end.template operator()<kStep>(i, kRow);
+      void* away = is_away(i) ? &out : nullptr;
+      if (move_reference<kRow>(logits, to, rows, sums, tile, end, away)) {
+        weigh.template operator()<kStep, kRow>(i, i <= last_masked, to);
       }
     };
     // From the tile's scale of V: the next power of two.
@@ -241,95 +264,104 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         sums.scale_row(r, factor);
-        if (i >= first_away) sums.scale_row_away(&out, r, factor);
+        if (is_away(i)) sums.scale_row_away(&out, r, factor);
       }
     };
-    // Logits of tile j, the i-th, to P, beside the products of the tile before; finish waits for
-    // them.
-    const auto softmax = [&](int i, int j, uint32_t(&to)[16], const auto& finish) {
-      // Asked early, so that the answer is there when it is needed.
-      RingCursor next = ring;
-      next.advance(Shared::kStages);
-      values_ready = mbarrier_test(places.values_full(ring.stage), ring.parity);
-      keys_ready = mbarrier_test(places.keys_full(next.stage), next.parity);
-      const uint32_t carries = weigh(j, to);
-      finish();
-      if (__any_sync(0xFFFFFFFFu, near_most(carries)) || tile.value_scale > value_power) {
-        weigh_again.template operator()<0>(i, j, to);
-        weigh_again.template operator()<1>(i, j, to);
-        if (tile.value_scale > value_power) raise_unit(i);
-      }
-      value_factor = __float2half2_rn(tile.value_scale * unit_inverse);
-    };
-    // Waits for the products of the tile at `stage`, behind which kBehind others have been issued.
-    const auto finish_values = [&]<int kBehind = 0>(int stage) {
+    // Waits for a tile's products, behind which kBehind others have been issued.
+    const auto take_products = [&]<int kBehind = 0> {
       wgmma_wait<kBehind>();
       pin(sums.products);
-      release(places.values_empty(stage));
       rows.sum[0] += sums.weights_of(0);
       rows.sum[1] += sums.weights_of(1);
       sums.take(value_factor);
     };
-    // From P of a tile to P of the next one, the i-th.
-    const auto step = [&](int i, const uint32_t(&from)[16], uint32_t(&to)[16]) {
-      const int j = item.tile_at(i);
-      const RingCursor now = ring;
-      ring.advance(Shared::kStages);
-      if (!keys_ready) mbarrier_wait(places.keys_full(ring.stage), ring.parity);
-      issue_qk<kDim>(logits, queries, places.keys(ring.stage));
-      if (!values_ready) mbarrier_wait(places.values_full(now.stage), now.parity);
-      issue_pv<kDim>(sums.products, from, places.values(now.stage));
+    // From P of a step to P of the next one, which is the kStep-th of the i-th tile. Its QK and P V
+    // of the step before are issued together, and its softmax runs beside that P V.
+    const auto step = [&]<int kStep>(int i, const Weights& from, Weights& to) {
+      constexpr int kBefore = kStep == 0 ? kLastStep : kStep - 1;
+      constexpr bool kTileDone = kBefore == kLastStep;  // by that P V
+      int keys = ring.stage;
+      if (kBefore == 0) next_stage();  // with the values of the step before
+      if (kStep == 0) keys = ring.stage;
+      issue_qk(logits, queries, places.keys_operand(keys, kStep * kStepKeys));
+      issue_pv<kDim>(sums.products, from, places.values_operand(ring.stage, kBefore * kStepKeys),
+                     kBefore > 0);
       wgmma_wait<1>();
-      take_logits();
-      softmax(i, j, to, [&] { finish_values(now.stage); });
+      pin(logits);
+      if (kStep == 0) take_scales();
+      // Asked early, so that the answer is there when it is needed.
+      if (kStep == 0) ready = mbarrier_test(places.full(next.stage), next.parity);
+      const uint32_t carries = weigh.template operator()<kStep>(i, i <= last_masked, to);
+      if (kTileDone) take_products();
+      const bool raise = kStep == 0 && tile.value_scale > value_power;
+      if (__any_sync(0xFFFFFFFFu, near_most(carries) || raise)) {
+        if (!kTileDone) {
+          take_products();
+          sums.restart();
+        }
+        weigh_again.template operator()<kStep, 0>(i, to);
+        weigh_again.template operator()<kStep, 1>(i, to);
+        if (raise) raise_unit(i);
+      }
+      if (kStep == 0) value_factor = __float2half2_rn(tile.value_scale * unit_inverse);
+      if (kStep == kLastStep) release(keys);
     };
-    const auto last_step = [&](const uint32_t(&from)[16]) {
+    const auto last_step = [&](const Weights& from) {
       mbarrier_arrive(places.queries_empty(slot));  // from every lane, as above
-      mbarrier_wait(places.values_full(ring.stage), ring.parity);
-      issue_pv<kDim>(sums.products, from, places.values(ring.stage));
+      if (kLastStep == 0) next_stage();
+      issue_pv<kDim>(sums.products, from, places.values_operand(ring.stage, kLastStep * kStepKeys),
+                     kLastStep > 0);
+    };
+    // Before the i-th tile.
+    const auto put_away = [&](int i) {
+      if (is_away(i) && i % kPutAwayTiles == 1) sums.put_away(&out, i == first_away);
     };
 
     if (item.kv_tiles > 0) {
-      const int j = item.tile_at(0);
-      take_logits();
-      const int ends[2] = {first_end(j, 0), first_end(j, 1)};
-      set_references(logits, rows, tile, ends, j >= first_masked);
-      weigh(j, even);
+      const bool masked = item.tile_at(0) >= first_masked;
+      take_scales();
+      const int ends[2] = {first_end.template operator()<0>(0, 0),
+                           first_end.template operator()<0>(0, 1)};
+      set_references(logits, rows, tile, ends, masked);
+      weigh.template operator()<0>(0, masked, even);
+      if (kSteps == 1) release(ring.stage);
       set_unit();
       value_factor = __float2half2_rn(tile.value_scale * unit_inverse);
-      for (int i = 1;;) {
-        if (i == item.kv_tiles) {
-          last_step(even);
-          break;
+      sums.clear();
+      for (int i = 1;; ++i) {
+        if constexpr (kSteps == 2) {
+          step.template operator()<1>(i - 1, even, odd);
+        } else {
+          if (i == item.kv_tiles) {
+            last_step(even);
+            break;
+          }
+          put_away(i);
+          step.template operator()<0>(i++, even, odd);
         }
-        if (kLong && i >= first_away && i % kPutAwayTiles == 1) {
-          sums.put_away(&out, i == first_away);
-        }
-        step(i++, even, odd);
         if (i == item.kv_tiles) {
           last_step(odd);
           break;
         }
-        step(i++, odd, even);
+        if (kSteps == 2) put_away(i);
+        step.template operator()<0>(i, odd, even);
       }
-      const int last_stage = ring.stage;
-      ring.advance(Shared::kStages);
       // Before the last products are there: its first QK runs beside what follows.
       more = next_item();
-      finish_values.template operator()<1>(last_stage);
-      // finish_sums adds those of four threads, which here are the same, for the totals to be
-      // divided by: they come in the totals' unit.
+      take_products.template operator()<1>();
+      // The totals are divided by these: they come in their unit.
       const auto unit_bits = static_cast<float>(127 - (__float_as_int(unit_inverse) >> 23));
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        rows.sum[r] *= 0.25f * unit_inverse;
+        rows.sum[r] *= unit_inverse;
         rows.reference[r] += unit_bits;
       }
     } else {
+      sums.clear();
       mbarrier_arrive(places.queries_empty(slot));  // from every lane, as above
       more = next_item();
     }
-    if (item.kv_tiles > first_away) sums.bring_back(&out);
+    if (kLong && item.kv_tiles > first_away) sums.bring_back(&out);
     const float* biases = nullptr;
     if (tiles.query_biases != nullptr) {
       biases = tiles.query_biases + first_query<kQueryTile>(p, tiles, item) + row;
@@ -350,37 +382,41 @@ template <int kDim, bool kLong>
 __global__ void __launch_bounds__(Groups<kDim>::kThreads, 1)
     sage2_kernel(const __grid_constant__ Problem p, const __grid_constant__ SageTiles tiles,
                  const Schedule schedule) {
+  using Shared = SharedTiles<kDim>;
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<SharedTiles<kDim>*>(raw_shared);
   const Places<kDim> places(shared);
   if (threadIdx.x == 0) {
-    constexpr int kReleases = Groups<kDim>::kReleases;
-    for (int s = 0; s < kQuerySlots; ++s) mbarrier_init(places.items_full(s), 1);
-    // Of keys and queries threads also read scales by themselves, so that every lane releases them.
-    init_barriers(places, {1, 32 * kReleases, kReleases, 32 * kReleases});
+    constexpr int kReleases = 128 * Groups<kDim>::kConsumers;
+    init_barriers(places.full(0), Shared::kStages, 1);
+    init_barriers(places.queries_full(0), kQuerySlots, 1);
+    init_barriers(places.items_full(0), kQuerySlots, 1);
+    // Threads also read scales by themselves, so that every lane releases.
+    init_barriers(places.empty(0), Shared::kStages, kReleases);
+    init_barriers(places.queries_empty(0), kQuerySlots, kReleases);
+    fence_barrier_init();
   }
-  using Shared = SharedTiles<kDim>;
   for (int i = threadIdx.x; i < Shared::kStages * Shared::kOnesBytes; i += blockDim.x) {
     shared.values[i / Shared::kOnesBytes][Shared::kTileBytes + i % Shared::kOnesBytes] = 0x38;
   }
   fence_proxy_async();
   __syncthreads();
   allow_next_kernel();
-  const int group = threadIdx.x / 128;
+  const int warp_of_block = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
+  const int group = warp_of_block / 4;
   if (group == 0) {
     set_fewer_registers<kProducerRegisters>();
     // By whole warps first: only then are these threads' numbers kept in uniform registers, without
     // which they spill.
-    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
-    if (warp == 0) {
+    if (warp_of_block == 0) {
       if (threadIdx.x == 0) produce<kDim>(p, tiles, shared, places);
-    } else if (warp == 1) {
+    } else if (warp_of_block == 1) {
       if (threadIdx.x == 32) schedule_items<kDim>(p, tiles, schedule, shared, places);
     }
   } else {
     set_more_registers<Groups<kDim>::kConsumerRegisters>();
     wait_for_previous_kernel();
-    consume<kDim, kLong>(p, tiles, shared, places, group - 1);
+    consume<kDim, kLong>(p, tiles, shared, places, group - 1, warp_of_block % 4);
   }
 }
 

@@ -1,5 +1,6 @@
 // SageAttention2 (arXiv:2411.10958) on Hopper's warp-group products: INT8 QK^T with one scale per
-// query row and four per 128 keys, FP8 e4m3 PV accumulated in FP32 registers every 128 keys.
+// query row and four per 128 keys, FP8 e4m3 PV summed in FP16 on two levels: by the matrix unit
+// over 128 keys, and in registers.
 #pragma once
 
 #include <cuda_runtime_api.h>

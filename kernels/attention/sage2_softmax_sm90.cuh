@@ -66,10 +66,10 @@ __device__ __forceinline__ uint32_t exp2_halves(float low, float high) {
 }
 
 // Whether register i of P is computed so. Those of a row's first 16 keys of a tile are not: a
-// thread that sees a key of it has one there, and so a NaN passes. At head size 64 it does not pay.
+// thread that sees a key of it has one there, and so a NaN passes.
 template <int kDim>
 __device__ constexpr bool in_halves(int i) {
-  return kDim == 128 && (0x3C30 >> i & 1) != 0;
+  return ((kDim == 128 ? 0x6330 : 0x0010) >> i & 1) != 0;
 }
 
 // Whether register i of P belongs to row kRow of a thread's two, or to any.
@@ -79,17 +79,17 @@ __device__ constexpr bool belongs(int i) {
   return kRow == kBothRows || i % 2 == kRow;
 }
 
-// A tile's logits to P. Returns the union of what near_most takes.
-template <int kDim, int kRow = kBothRows>
-__device__ __forceinline__ uint32_t exponentiate(const int32_t (&logits)[64], uint32_t (&p)[16],
-                                                 const float (&scale)[2],
+// A step's logits to P. Returns the union of what near_most takes.
+template <int kDim, int kRow = kBothRows, int kCount>
+__device__ __forceinline__ uint32_t exponentiate(const int32_t (&logits)[kCount],
+                                                 uint32_t (&p)[kCount / 4], const float (&scale)[2],
                                                  const float (&offset)[2]) {
   const float unit_scale[2] = {scale[0] * (1 / kBitRange), scale[1] * (1 / kBitRange)};
   const float unit_offset[2] = {(offset[0] + kLeastBits) * (1 / kBitRange),
                                 (offset[1] + kLeastBits) * (1 / kBitRange)};
   uint32_t carries = 0;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < kCount / 4; ++i) {
     if (!belongs<kRow>(i)) continue;
     const int r = i & 1;
     float x[4];
@@ -108,12 +108,12 @@ __device__ __forceinline__ uint32_t exponentiate(const int32_t (&logits)[64], ui
 }
 
 // Makes the weights of masked keys zero: of those from `ends` of their row on, relative to the
-// first key of this thread (4c of the tile). Returns what exponentiate does.
-template <int kRow = kBothRows>
-__device__ inline uint32_t mask_weights(uint32_t (&p)[16], const int (&ends)[2]) {
+// first key of this thread (4c of the step's). Returns what exponentiate does.
+template <int kRow = kBothRows, int kCount>
+__device__ inline uint32_t mask_weights(uint32_t (&p)[kCount], const int (&ends)[2]) {
   uint32_t carries = 0;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     if (!belongs<kRow>(i)) continue;
     // Four keys from 16 (i / 2) on, of row i % 2.
     const int bits = max(0, 8 * ends[i & 1] - 128 * (i >> 1));
@@ -136,9 +136,16 @@ struct Accumulators {
   uint32_t products[kCount + 2];
   __half2 sums[kCount];
 
+  // Where it stands and no earlier: the rows of the item before leave from these registers.
   __device__ void clear() {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sums[i] = __float2half2_rn(0.0f);
+    for (int i = 0; i < kCount; ++i) sums[i] = as_halves(ptx::opaque(0));
+  }
+  // Once products have been taken: for others that are added to them. (That they start from zero by
+  // the instruction's own flag is for all of a warp group to agree on.)
+  __device__ void restart() {
+#pragma unroll
+    for (uint32_t& product : products) product = ptx::opaque(0);
   }
   __device__ float weights_of(int r) const { return __low2float(as_halves(products[kCount + r])); }
   // Adds a tile's products, times the factor.
@@ -206,11 +213,12 @@ struct Accumulators {
 __device__ constexpr int key_of(int i) { return 16 * (i >> 3) + 2 * (i >> 2 & 1) + (i & 1); }
 
 // The largest logit of row r, in bits, among its keys before `end`; kNothing if there is none.
-__device__ inline float largest_logit(const int32_t (&logits)[64], int r, const TileScales& tile,
-                                      int end) {
+template <int kCount>
+__device__ inline float largest_logit(const int32_t (&logits)[kCount], int r,
+                                      const TileScales& tile, int end) {
   float most = kNothing;
 #pragma unroll
-  for (int j = 0; j < 16; ++j) {
+  for (int j = 0; j < kCount / 4; ++j) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const auto logit = static_cast<float>(logits[4 * j + 2 * r + e]);
@@ -224,12 +232,13 @@ __device__ inline float largest_logit(const int32_t (&logits)[64], int r, const 
 // References from the first keys, such that their weights fit whatever they are. masked: whether a
 // row may not see all of them; what stands in for the logits of those that it does not see is then
 // no logit. By the integers, since a thread's keys have one scale.
-__device__ inline void set_references(int32_t (&logits)[64], RowState& rows, const TileScales& tile,
-                                      const int (&ends)[2], bool masked) {
+template <int kCount>
+__device__ inline void set_references(int32_t (&logits)[kCount], RowState& rows,
+                                      const TileScales& tile, const int (&ends)[2], bool masked) {
   constexpr int32_t kHidden = -0x40000000;
   if (masked) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       if (key_of(i) >= ends[i >> 1 & 1]) logits[i] = kHidden;
     }
   }
@@ -237,7 +246,7 @@ __device__ inline void set_references(int32_t (&logits)[64], RowState& rows, con
   for (int r = 0; r < 2; ++r) {
     int32_t most = logits[2 * r];
 #pragma unroll
-    for (int i = 1; i < 32; ++i) most = max(most, logits[4 * (i >> 1) + 2 * r + (i & 1)]);
+    for (int i = 1; i < kCount / 2; ++i) most = max(most, logits[4 * (i >> 1) + 2 * r + (i & 1)]);
     const float largest = most == kHidden ? kNothing : static_cast<float>(most) * tile.scale[r];
     rows.reference[r] = quad_max(largest) - kFirstBits;
   }
@@ -246,13 +255,14 @@ __device__ inline void set_references(int32_t (&logits)[64], RowState& rows, con
 // Moves the references of those of a warp's rows that are its threads' row kRow and have a weight
 // near the most. True if there is one: the weights of these rows are then to be computed again. A
 // row without a weight so far takes its reference from these keys.
-template <int kRow, int kDim>
-__device__ inline bool move_reference(const int32_t (&logits)[64], const uint32_t (&p)[16],
-                                      RowState& rows, Accumulators<kDim>& sums,
-                                      const TileScales& tile, int end, void* away) {
+template <int kRow, int kDim, int kCount>
+__device__ inline bool move_reference(const int32_t (&logits)[kCount],
+                                      const uint32_t (&p)[kCount / 4], RowState& rows,
+                                      Accumulators<kDim>& sums, const TileScales& tile, int end,
+                                      void* away) {
   uint32_t carries = 0;
 #pragma unroll
-  for (int i = kRow; i < 16; i += 2) carries |= p[i] + kNearMost;
+  for (int i = kRow; i < kCount / 4; i += 2) carries |= p[i] + kNearMost;
   const unsigned near = __ballot_sync(0xFFFFFFFFu, near_most(carries));
   if (near == 0) return false;
   const bool moves = (near >> (threadIdx.x & 28) & 15) != 0;  // of the four threads of a row

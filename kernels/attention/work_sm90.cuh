@@ -60,25 +60,10 @@ struct TilePlaces {
   }
 };
 
-// Arrivals that make a stage full, and that make one of each kind empty.
-struct ArrivalCounts {
-  int fill, release_keys, release_values, release_queries;
-};
-
-// By one thread, before the others use them.
-template <typename Shared>
-__device__ inline void init_barriers(const TilePlaces<Shared>& places, ArrivalCounts counts) {
-  for (int s = 0; s < Shared::kStages; ++s) {
-    sm90::mbarrier_init(places.keys_full(s), counts.fill);
-    sm90::mbarrier_init(places.keys_empty(s), counts.release_keys);
-    sm90::mbarrier_init(places.values_full(s), counts.fill);
-    sm90::mbarrier_init(places.values_empty(s), counts.release_values);
-  }
-  for (int s = 0; s < kQuerySlots; ++s) {
-    sm90::mbarrier_init(places.queries_full(s), counts.fill);
-    sm90::mbarrier_init(places.queries_empty(s), counts.release_queries);
-  }
-  sm90::fence_barrier_init();
+// For one thread, before others use it: barriers, one behind the other, that so many arrivals
+// complete.
+__device__ inline void init_barriers(uint32_t first, int count, int arrivals) {
+  for (int i = 0; i < count; ++i) sm90::mbarrier_init(first + 8 * i, arrivals);
 }
 
 // Few rows behind many keys: so many items share a sequence's keys as would not fill the device by
@@ -101,9 +86,11 @@ struct WorkItem {
   int b, head, kv_head, tile;
   int q_len, kv_len;
   int part, parts;
-  int first_tile;  // of the part's key tiles
-  int kv_tiles;    // of them, those that a row of this item sees
-  int full_tiles;  // likewise, that all of its rows see in full, or first of all
+  int first_tile;      // of the part's key tiles
+  int kv_tiles;        // of them, those that a row of this item sees
+  int full_tiles;      // likewise, that all of its rows see in full, or first of all
+  uint16_t* out;       // of row 0 of the head and the part
+  int64_t out_stride;  // from a row to the next, in elements
 
   // The key after the last one that query row `row` sees.
   __device__ int key_end(const Problem& p, int row) const {
@@ -169,9 +156,9 @@ struct Schedule {
     }
     const int last = item.tile * kQueryTile + rows - 1;
     item.kv_tiles = (max(0, item.key_end(p, last)) + kKeyTile - 1) / kKeyTile;
-    // Where items are not as long as key tiles, a head's first one sees two, none of them in full:
-    // its rows see more of the first.
-    constexpr int kLeastFull = kQueryTile % kKeyTile == 0 ? 0 : 1;
+    // Where items are longer than key tiles, a head's first one sees two, none of them in full: its
+    // rows see more of the first.
+    constexpr int kLeastFull = kQueryTile > kKeyTile ? 1 : 0;
     item.full_tiles = max(kLeastFull, max(0, item.key_end(p, item.tile * kQueryTile)) / kKeyTile);
     if (p.key_parts > 1) {
       const int tiles = (item.kv_len + kKeyTile - 1) / kKeyTile;
@@ -182,23 +169,32 @@ struct Schedule {
       item.full_tiles = min(each, max(kLeastFull, item.full_tiles - item.first_tile));
       if (item.part >= item.parts) item.kv_tiles = -1;
     }
+    if (item.parts > 1) {
+      item.out = static_cast<uint16_t*>(p.part_out) + item.part_place(p, 0) * p.head_dim;
+      item.out_stride = static_cast<int64_t>(p.num_heads) * p.head_dim;
+    } else {
+      item.out = static_cast<uint16_t*>(p.out.data) + p.q_offset(p.out, item.b, 0, item.head);
+      item.out_stride = p.out.token_stride;
+    }
   }
 };
 
 // For a warp group that computes: waits for the next item, takes its queries by take_queries(place)
-// and issues its first QK by issue_qk(keys), so that it runs beside what follows. False past the
-// last item, of which it takes whatever lies there.
+// and issues its first QK by issue_qk(keys), so that it runs beside what follows; the keys are
+// those at the ring's stage, there when keys_full is. False past the last item, of which it takes
+// whatever lies there.
 template <typename Shared, typename Take, typename Issue>
 __device__ __forceinline__ bool begin_item(const Shared& shared, const TilePlaces<Shared>& places,
-                                           const RingCursor& ring, const RingCursor& query_ring,
-                                           const Take& take_queries, const Issue& issue_qk) {
+                                           const RingCursor& ring, uint32_t keys_full,
+                                           const RingCursor& query_ring, const Take& take_queries,
+                                           const Issue& issue_qk) {
   const int slot = query_ring.stage;
   sm90::mbarrier_wait(places.queries_full(slot), query_ring.parity);
   const int kv_tiles = shared.items[slot].kv_tiles;
   uint32_t keys = places.queries(slot);  // if there are none: anything that nobody writes
   take_queries(keys);
   if (kv_tiles > 0) {
-    sm90::mbarrier_wait(places.keys_full(ring.stage), ring.parity);
+    sm90::mbarrier_wait(keys_full, ring.parity);
     keys = places.keys(ring.stage);
   }
   issue_qk(keys);

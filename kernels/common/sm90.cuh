@@ -129,12 +129,16 @@ enum class Swizzle : uint32_t { k128B = 1, k64B = 2, k32B = 3 };
 // Describes a K-major operand whose rows are as wide as the swizzle, 8-row atoms one after another;
 // a base on a 1024-byte boundary, below 256 KiB. The next slice of 32 bytes of the rows is the
 // descriptor + 2.
-__device__ inline uint64_t wgmma_descriptor(uint32_t base, Swizzle swizzle) {
+__device__ inline uint32_t wgmma_descriptor_low(uint32_t base) { return (base >> 4) | (1u << 16); }
+__device__ inline uint64_t wgmma_descriptor_of(uint32_t low, Swizzle swizzle) {
   const uint32_t atom_bytes = swizzle == Swizzle::k128B  ? 1024
                               : swizzle == Swizzle::k64B ? 512
                                                          : 256;
   const uint32_t high = (atom_bytes >> 4) | (static_cast<uint32_t>(swizzle) << 30);
-  return (static_cast<uint64_t>(high) << 32) | ((base >> 4) | (1u << 16));
+  return (static_cast<uint64_t>(high) << 32) | low;
+}
+__device__ inline uint64_t wgmma_descriptor(uint32_t base, Swizzle swizzle) {
+  return wgmma_descriptor_of(wgmma_descriptor_low(base), swizzle);
 }
 
 // Describes a 16-bit operand B[k x n] as it lies in rows of n: blocks of 64 columns, block_bytes
@@ -211,23 +215,23 @@ __device__ inline void pin(int32_t (&values)[kCount]) {
 #define SAGELM_BIND_96(constraint) SAGELM_BIND_64(constraint), SAGELM_BIND_32(constraint, 64)
 #define SAGELM_BIND_128(constraint) SAGELM_BIND_96(constraint), SAGELM_BIND_32(constraint, 96)
 
-// D[64 x 128] (+)= A[64 x 32] B[128 x 32]^T, INT8, A and B in shared memory.
+// D[64 x 64] (+)= A[64 x 32] B[64 x 32]^T, INT8, A and B in shared memory.
 template <bool kFirst>
-__device__ inline void wgmma_s8(int32_t (&d)[64], uint64_t a, uint64_t b) {
+__device__ inline void wgmma_s8(int32_t (&d)[32], uint64_t a, uint64_t b) {
   if constexpr (kFirst) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " SAGELM_TEXT_64
-                 "}, %64, %65, 0;"
-                 : SAGELM_BIND_64("=r")
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 " SAGELM_TEXT_32
+                 "}, %32, %33, 0;"
+                 : SAGELM_BIND_32("=r", 0)
                  : "l"(a), "l"(b));
   } else {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 " SAGELM_TEXT_64
-                 "}, %64, %65, 1;"
-                 : SAGELM_BIND_64("+r")
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 " SAGELM_TEXT_32
+                 "}, %32, %33, 1;"
+                 : SAGELM_BIND_32("+r", 0)
                  : "l"(a), "l"(b));
   }
 }
 
-// The same, A in registers.
+// D[64 x 128] (+)= A[64 x 32] B[128 x 32]^T, INT8, A in registers, B in shared memory.
 template <bool kFirst>
 __device__ inline void wgmma_s8(int32_t (&d)[64], const uint32_t* a, uint64_t b) {
   if constexpr (kFirst) {

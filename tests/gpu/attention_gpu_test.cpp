@@ -228,6 +228,45 @@ TEST_P(AttentionGpu, NeighboursAndRepeatsChangeNothing) {
   }
 }
 
+TEST_P(AttentionGpu, RowsDoNotDependOnTheirNeighbours) {
+  // Other warps' rows, larger, move their references where those that are compared do not.
+  constexpr int kRows = 256, kKeys = 3000, kWarpRows = 16;
+  if (GetParam().variant != SAGELM_ATTENTION_FP16 &&
+      GetParam().kernel != SAGELM_ATTENTION_KERNEL_WGMMA) {
+    GTEST_SKIP() << "quantizes rows together";
+  }
+  for (const int dim : {64, 128}) {
+    GpuAttention call({.q_lens = {kRows},
+                       .kv_lens = {kKeys},
+                       .num_heads = 1,
+                       .num_kv_heads = 1,
+                       .head_dim = dim,
+                       .causal = false});
+    if (!run(call)) GTEST_SKIP() << sagelm_attention_last_error();
+    const std::vector<uint16_t> alone = call.raw_out();
+    std::vector<uint16_t> q(size_t{kRows} * static_cast<size_t>(dim));
+    const size_t bytes = q.size() * sizeof q[0];
+    check_cuda(cudaMemcpy(q.data(), call.args.q.data, bytes, cudaMemcpyDeviceToHost), "queries");
+    for (const int kept : {0, 1}) {
+      const auto is_kept = [&](int row) { return row / kWarpRows % 2 == kept; };
+      std::vector<uint16_t> larger = q;
+      for (int i = 0; i < kRows * dim; ++i) {
+        if (!is_kept(i / dim)) larger[i] = float_to_half(8.0F * half_to_float(q[i]));
+      }
+      check_cuda(cudaMemcpy(call.args.q.data, larger.data(), bytes, cudaMemcpyHostToDevice),
+                 "queries");
+      call.run();
+      const std::vector<uint16_t> beside = call.raw_out();
+      for (int row = 0; row < kRows; ++row) {
+        const int64_t first = int64_t{row} * dim;
+        EXPECT_TRUE(!is_kept(row) || std::equal(alone.begin() + first, alone.begin() + first + dim,
+                                                beside.begin() + first))
+            << "head size " << dim << ", row " << row;
+      }
+    }
+  }
+}
+
 TEST_P(AttentionGpu, LargeCallsRepeat) {
   // Blocks that go from long items to many short ones, so that stages are filled again at once.
   if (GetParam().kernel != SAGELM_ATTENTION_KERNEL_WGMMA) GTEST_SKIP() << "no ring of stages";
@@ -248,19 +287,21 @@ TEST_P(AttentionGpu, LargeCallsRepeat) {
 TEST_P(AttentionGpu, SumsOfLargestWeights) {
   // Keys of one tile whose weights are all as large as a row's reference allows, or just beyond it,
   // times values that are all the largest: what is summed in halves must not overflow.
-  constexpr int kDim = 128, kKeys = 512, kRows = 64;
-  for (int step = 0; step <= 30; ++step) {
-    const double bits = 3.0 + 0.1 * step;  // of these keys' logits above the others'
+  constexpr int kKeys = 512, kRows = 64, kSteps = 31;
+  for (int i = 0; i < 2 * kSteps; ++i) {
+    const int dim = i < kSteps ? 64 : 128;
+    const double bits = 3.0 + 0.1 * (i % kSteps);  // of these keys' logits above the others'
     GpuAttention call({.q_lens = {kRows},
                        .kv_lens = {kKeys},
                        .num_heads = 1,
                        .num_kv_heads = 1,
-                       .head_dim = kDim,
+                       .head_dim = dim,
                        .causal = false});
-    std::vector<uint16_t> q(kRows * kDim), k(kKeys * kDim), v(kKeys * kDim, float_to_half(1.0F));
-    const auto query = static_cast<float>(bits * std::log(2.0) * std::sqrt(double{kDim}));
-    for (int row = 0; row < kRows; ++row) q[row * kDim] = float_to_half(query);
-    for (int key = 128; key < 256; ++key) k[key * kDim] = float_to_half(1.0F);
+    std::vector<uint16_t> q(kRows * dim), k(kKeys * dim), v(kKeys * dim, float_to_half(1.0F));
+    const auto query =
+        static_cast<float>(bits * std::log(2.0) * std::sqrt(static_cast<double>(dim)));
+    for (int row = 0; row < kRows; ++row) q[row * dim] = float_to_half(query);
+    for (int key = 128; key < 256; ++key) k[key * dim] = float_to_half(1.0F);
     const auto upload = [](const sagelm_attention_tensor& to, const std::vector<uint16_t>& from) {
       check_cuda(cudaMemcpy(to.data, from.data(), 2 * from.size(), cudaMemcpyHostToDevice),
                  "inputs");
@@ -270,7 +311,9 @@ TEST_P(AttentionGpu, SumsOfLargestWeights) {
     upload(call.args.v, v);
     if (!run(call)) GTEST_SKIP() << sagelm_attention_last_error();
     for (const int row : {0, 37, kRows - 1}) {
-      for (const double x : call.out(0, row, 0)) ASSERT_NEAR(x, 1.0, 0.01) << bits << " bits";
+      for (const double x : call.out(0, row, 0)) {
+        ASSERT_NEAR(x, 1.0, 0.01) << bits << " bits, head size " << dim;
+      }
     }
   }
 }
