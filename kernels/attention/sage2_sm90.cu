@@ -280,9 +280,9 @@ __device__ void consume(const Problem& p, const SageTiles& tiles, SharedTiles<kD
     const auto step = [&]<int kStep>(int i, const Weights& from, Weights& to) {
       constexpr int kBefore = kStep == 0 ? kLastStep : kStep - 1;
       constexpr bool kTileDone = kBefore == kLastStep;  // by that P V
-      int keys = ring.stage;
+      const int stage_before = ring.stage;
       if (kBefore == 0) next_stage();  // with the values of the step before
-      if (kStep == 0) keys = ring.stage;
+      const int keys = kStep == 0 ? ring.stage : stage_before;
       issue_qk(logits, queries, places.keys_operand(keys, kStep * kStepKeys));
       issue_pv<kDim>(sums.products, from, places.values_operand(ring.stage, kBefore * kStepKeys),
                      kBefore > 0);

@@ -65,8 +65,7 @@ struct Places : TilePlaces<SharedTiles<kDim>> {
     first_values = ptx::opaque(sm90::wgmma_descriptor_low(values(0)));
   }
   __device__ uint32_t values(int s) const {
-    return this->base +
-           static_cast<uint32_t>(offsetof(Shared, values) + s * sizeof(Shared::values[0]));
+    return this->at(offsetof(Shared, values), s * sizeof(Shared::values[0]));
   }
   // As operands of wgmma, from key `first` of the tile on.
   __device__ uint64_t keys_operand(int s, int first) const {
@@ -82,18 +81,13 @@ struct Places : TilePlaces<SharedTiles<kDim>> {
   __device__ static int scales_slot(int stage, uint32_t parity) {
     return stage + static_cast<int>(parity) * Shared::kStages;
   }
-  __device__ uint32_t full(int s) const {
-    return this->base + static_cast<uint32_t>(offsetof(Shared, full) + 8 * s);
-  }
-  __device__ uint32_t empty(int s) const {
-    return this->base + static_cast<uint32_t>(offsetof(Shared, empty) + 8 * s);
-  }
+  __device__ uint32_t full(int s) const { return this->at(offsetof(Shared, full), 8 * s); }
+  __device__ uint32_t empty(int s) const { return this->at(offsetof(Shared, empty), 8 * s); }
   __device__ uint32_t items_full(int s) const {
-    return this->base + static_cast<uint32_t>(offsetof(Shared, items_full) + 8 * s);
+    return this->at(offsetof(Shared, items_full), 8 * s);
   }
   __device__ uint32_t query_scales(int s) const {
-    return this->base + static_cast<uint32_t>(offsetof(Shared, query_scales) +
-                                              s * sizeof(Shared::query_scales[0]));
+    return this->at(offsetof(Shared, query_scales), s * sizeof(Shared::query_scales[0]));
   }
 };
 

@@ -54,7 +54,7 @@ struct TilePlaces {
     return at(offsetof(Shared, queries_empty), 8 * s);
   }
 
- private:
+ protected:
   __device__ uint32_t at(size_t array, size_t offset) const {
     return base + static_cast<uint32_t>(array + offset);
   }

@@ -128,7 +128,8 @@ enum class Swizzle : uint32_t { k128B = 1, k64B = 2, k32B = 3 };
 
 // Describes a K-major operand whose rows are as wide as the swizzle, 8-row atoms one after another;
 // a base on a 1024-byte boundary, below 256 KiB. The next slice of 32 bytes of the rows is the
-// descriptor + 2.
+// descriptor + 2. Also in two parts, since nothing but the low word depends on the base: a stage's
+// is that of the first plus a multiple.
 __device__ inline uint32_t wgmma_descriptor_low(uint32_t base) { return (base >> 4) | (1u << 16); }
 __device__ inline uint64_t wgmma_descriptor_of(uint32_t low, Swizzle swizzle) {
   const uint32_t atom_bytes = swizzle == Swizzle::k128B  ? 1024

@@ -40,6 +40,10 @@ class AttentionGpu : public ::testing::TestWithParam<GpuKernel> {
     }
   }
 
+  static void upload(const sagelm_attention_tensor& to, const std::vector<uint16_t>& from) {
+    check_cuda(cudaMemcpy(to.data, from.data(), 2 * from.size(), cudaMemcpyHostToDevice), "inputs");
+  }
+
   static std::string describe(const GpuShape& s) {
     std::ostringstream text;
     text << "layout " << static_cast<int>(s.layout) << ", dim " << s.head_dim << ", heads "
@@ -236,25 +240,19 @@ TEST_P(AttentionGpu, RowsDoNotDependOnTheirNeighbours) {
     GTEST_SKIP() << "quantizes rows together";
   }
   for (const int dim : {64, 128}) {
-    GpuAttention call({.q_lens = {kRows},
-                       .kv_lens = {kKeys},
-                       .num_heads = 1,
-                       .num_kv_heads = 1,
-                       .head_dim = dim,
-                       .causal = false});
+    GpuAttention call({.q_lens = {kRows}, .kv_lens = {kKeys}, .head_dim = dim, .causal = false});
     if (!run(call)) GTEST_SKIP() << sagelm_attention_last_error();
     const std::vector<uint16_t> alone = call.raw_out();
     std::vector<uint16_t> q(size_t{kRows} * static_cast<size_t>(dim));
-    const size_t bytes = q.size() * sizeof q[0];
-    check_cuda(cudaMemcpy(q.data(), call.args.q.data, bytes, cudaMemcpyDeviceToHost), "queries");
+    check_cuda(cudaMemcpy(q.data(), call.args.q.data, 2 * q.size(), cudaMemcpyDeviceToHost),
+               "queries");
     for (const int kept : {0, 1}) {
       const auto is_kept = [&](int row) { return row / kWarpRows % 2 == kept; };
       std::vector<uint16_t> larger = q;
       for (int i = 0; i < kRows * dim; ++i) {
         if (!is_kept(i / dim)) larger[i] = float_to_half(8.0F * half_to_float(q[i]));
       }
-      check_cuda(cudaMemcpy(call.args.q.data, larger.data(), bytes, cudaMemcpyHostToDevice),
-                 "queries");
+      upload(call.args.q, larger);
       call.run();
       const std::vector<uint16_t> beside = call.raw_out();
       for (int row = 0; row < kRows; ++row) {
@@ -291,21 +289,12 @@ TEST_P(AttentionGpu, SumsOfLargestWeights) {
   for (int i = 0; i < 2 * kSteps; ++i) {
     const int dim = i < kSteps ? 64 : 128;
     const double bits = 3.0 + 0.1 * (i % kSteps);  // of these keys' logits above the others'
-    GpuAttention call({.q_lens = {kRows},
-                       .kv_lens = {kKeys},
-                       .num_heads = 1,
-                       .num_kv_heads = 1,
-                       .head_dim = dim,
-                       .causal = false});
+    GpuAttention call({.q_lens = {kRows}, .kv_lens = {kKeys}, .head_dim = dim, .causal = false});
     std::vector<uint16_t> q(kRows * dim), k(kKeys * dim), v(kKeys * dim, float_to_half(1.0F));
     const auto query =
         static_cast<float>(bits * std::log(2.0) * std::sqrt(static_cast<double>(dim)));
     for (int row = 0; row < kRows; ++row) q[row * dim] = float_to_half(query);
     for (int key = 128; key < 256; ++key) k[key * dim] = float_to_half(1.0F);
-    const auto upload = [](const sagelm_attention_tensor& to, const std::vector<uint16_t>& from) {
-      check_cuda(cudaMemcpy(to.data, from.data(), 2 * from.size(), cudaMemcpyHostToDevice),
-                 "inputs");
-    };
     upload(call.args.q, q);
     upload(call.args.k, k);
     upload(call.args.v, v);
@@ -324,12 +313,8 @@ TEST_P(AttentionGpu, NanReachesTheOutput) {
   for (const int head_dim : {64, 128}) {
     for (const int token : {5, 140, 699}) {
       for (const bool in_keys : {true, false}) {
-        GpuAttention call({.q_lens = {64},
-                           .kv_lens = {700},
-                           .num_heads = 1,
-                           .num_kv_heads = 1,
-                           .head_dim = head_dim,
-                           .causal = false});
+        GpuAttention call(
+            {.q_lens = {64}, .kv_lens = {700}, .head_dim = head_dim, .causal = false});
         auto* values = static_cast<uint16_t*>(in_keys ? call.args.k.data : call.args.v.data);
         check_cuda(cudaMemcpy(values + token * head_dim + 3, &nan, 2, cudaMemcpyHostToDevice),
                    "nan");
